@@ -1,0 +1,1 @@
+"""What Penstock claims, as programs."""

@@ -1,0 +1,127 @@
+"""The one configuration of the engine. YAML, flags and keyword arguments all end here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+
+def _bounded(default: Any, *, low: float | None = None, high: float | None = None, of: tuple[Any, ...] = ()) -> Any:
+    return field(default=default, metadata={"low": low, "high": high, "of": of})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything that decides what an engine serves and how. Names are vLLM's where the meaning is vLLM's.
+
+    Raises ``ValueError`` naming the field and its valid range.
+    """
+
+    model: str
+    """A directory with config.json and safetensors weights, or a model id on the Hugging Face hub."""
+    tokenizer: str | None = None
+    """Directory or hub id of the tokenizer; the model's own when absent."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    served_model_name: str | None = None
+    """The name clients use; the value of `model` when absent."""
+    dtype: str = _bounded("auto", of=("auto", "bfloat16", "float32"))
+    """Type of weights, activations and KV: auto (the checkpoint's), bfloat16 or float32."""
+    device: str = _bounded("auto", of=("auto", "cpu", "cuda"))
+    """Where ranks compute: auto (cuda if present), cpu or cuda."""
+    expert_parallel_size: int = _bounded(1, low=1, high=1024)
+    """Ranks the experts are split across; attention is data-parallel over the same ranks."""
+    num_threads: int = _bounded(1, low=1, high=1024)
+    """CPU threads of each rank."""
+    max_model_len: int | None = _bounded(None, low=1)
+    """Longest prompt plus output, in tokens; the model's own limit when absent."""
+    max_num_seqs: int = _bounded(32, low=1, high=4096)
+    """Most requests running at once, per rank."""
+    max_num_batched_tokens: int = _bounded(512, low=1, high=1 << 20)
+    """Most rows in one step, per rank; longer prompts are computed in chunks."""
+    block_size: int = _bounded(16, low=1, high=1024)
+    """Tokens per KV block."""
+    kv_cache_bytes: int = _bounded(256 << 20, low=1)
+    """Bytes of the KV pool, per rank."""
+    drafter: str = _bounded("ngram")
+    """Where drafts come from, by name (`ngram`: prompt lookup)."""
+    draft_len: int = _bounded(3, low=0, high=64)
+    """Tokens drafted per request and step; 0 decodes plainly and calls no drafter."""
+    prompt_lookup_max: int = _bounded(3, low=1, high=32)
+    """Longest n-gram the `ngram` drafter looks up."""
+    prompt_lookup_min: int = _bounded(1, low=1, high=32)
+    """Shortest n-gram the `ngram` drafter looks up."""
+    step_timeout_s: float = _bounded(60.0, low=0.1, high=86400.0)
+    """Deadline of one step on every rank, collectives included; the first step after loading is exempt."""
+    max_step_retries: int = _bounded(3, low=0, high=100)
+    """Times in a row that a failed step is planned again before the engine gives up."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            allowed = get_args(hints[spec.name]) or (hints[spec.name],)
+            if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, spec.name, float(value))
+            elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                wanted = " or ".join("null" if t is NoneType else t.__name__ for t in allowed)
+                raise ValueError(f"{spec.name}: expected {wanted}, got {value!r}")
+            if value is not None:
+                _check_range(spec.name, value, **spec.metadata)
+        if not self.model:
+            raise ValueError("model: expected a directory or a hub id, got an empty string")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min: {self.prompt_lookup_min} is not in [1, prompt_lookup_max={self.prompt_lookup_max}]"
+            )
+
+    @property
+    def model_name(self) -> str:
+        """The name clients use."""
+        return self.served_model_name or self.model
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer is loaded from."""
+        return self.tokenizer or self.model
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """Build from keys and values; an unknown key is refused with the valid ones listed."""
+        valid = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in valid:
+                close = difflib.get_close_matches(str(key), valid, n=1)
+                hint = f" (did you mean {close[0]}?)" if close else ""
+                raise ValueError(f"unknown key {key!r}{hint}; valid keys: {', '.join(valid)}")
+        if "model" not in values:
+            raise ValueError("model: missing; expected a directory or a hub id")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> EngineConfig:
+        """Read a YAML mapping of these keys; ``overrides`` win."""
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ValueError(f"config: cannot read {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"config: {path} is not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"config: {path} holds a {type(values).__name__}, expected a mapping of keys to values")
+        return cls.from_mapping({**values, **overrides})
+
+
+def _check_range(name: str, value: Any, *, low: Any = None, high: Any = None, of: tuple[Any, ...] = ()) -> None:
+    if of and value not in of:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(str, of))}")
+    # `not (x >= low)` also refuses NaN
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        top = "" if high is None else f"{high:g}]"
+        raise ValueError(f"{name}: {value!r} is not in [{low:g}, {top or 'inf)'}")

@@ -1,0 +1,88 @@
+"""What the engine says of a request: tokens as they are committed, and its statistics at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STOP = "stop"
+LENGTH = "length"
+ABORT = "abort"
+ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """Exact counts of one finished request. Rows of other requests in the same steps do not count."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_steps: int
+    """Steps that yielded tokens."""
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    queue_s: float
+    """From arrival to the first planned row."""
+    ttft_s: float
+    """From arrival to the first token."""
+    total_s: float
+    """From arrival to the last token."""
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted share of the drafted tokens; 0 when none was drafted."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens per second after the first token; over the whole request when there is but one."""
+        if self.num_output_tokens > 1 and self.total_s > self.ttft_s:
+            return (self.num_output_tokens - 1) / (self.total_s - self.ttft_s)
+        return self.num_output_tokens / self.total_s if self.total_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step adds to one request."""
+
+    request_id: str
+    offset: int
+    """Index in the output of the first of ``token_ids``: a reader drops what it has and treats a gap as an error."""
+    token_ids: list[int]
+    finish_reason: str | None = None
+    """stop, length, abort or error once the request has ended."""
+    stop_token_id: int | None = None
+    """The EOS or stop token that ended it; it is the last of ``token_ids`` and not part of the text."""
+    stats: RequestStats | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Totals since the engine started, and its present state. Counters only grow."""
+
+    num_steps: int
+    num_failed_steps: int
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    num_requests_finished: dict[str, int]
+    """By finish reason."""
+    num_requests_running: int
+    num_requests_waiting: int
+    num_kv_blocks: int
+    num_kv_blocks_used: int
+    spec_decode_num_drafts: int
+    spec_decode_num_draft_tokens: int
+    spec_decode_num_accepted_tokens: int
+    spec_decode_num_accepted_tokens_per_pos: list[int]
+    num_decode_steps: int
+    """Steps without prompt rows; the next three describe these alone."""
+    decode_experts_per_layer: float
+    """Mean distinct experts computed per MoE layer and step, all ranks together."""
+    decode_tokens: int
+    decode_payload_bytes: int
+    rows_sent: int
+    """Rows sent between ranks, all layers."""
+    payload_bytes: int
+    wire_bytes: int
+    step_wall_s: float
+    """Time spent in steps."""

@@ -1,0 +1,63 @@
+"""The router seam: take the place of ``torch.topk`` inside a model's own router, and nothing else.
+
+The router's code still scores, gathers, normalises and scales, so one seam serves softmax, sigmoid, biased and scaled
+routers alike. Group-limited routers call ``topk`` for their groups first; those calls have another shape or another k
+and pass through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Selection(Protocol):
+    """A policy: from the scores of T rows to the K experts of each."""
+
+    def __call__(self, scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (values [T, K], indices [T, K]) chosen from ``scores`` [T, E], as ``torch.topk`` would."""
+        ...
+
+
+class _TopKMode(TorchFunctionMode):
+    def __init__(self, num_experts: int, top_k: int, selection: Selection | None) -> None:
+        super().__init__()
+        self.num_experts, self.top_k, self.selection = num_experts, top_k, selection
+        self.hits = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.topk or func is torch.Tensor.topk:
+            scores = args[0] if args else kwargs["input"]
+            k = args[1] if len(args) > 1 else kwargs["k"]
+            if scores.dim() == 2 and scores.shape[-1] == self.num_experts and k == self.top_k:
+                self.hits += 1
+                if self.selection is not None:
+                    return self.selection(scores, k)
+        return func(*args, **kwargs)
+
+
+class RouterSeam:
+    """Stands around one router module's forward; free of cost while no selection is installed and not auditing."""
+
+    def __init__(self, router: torch.nn.Module, num_experts: int, top_k: int) -> None:
+        self.num_experts, self.top_k = num_experts, top_k
+        self.selection: Selection | None = None
+        self.audit = False
+        self._forward: Callable[..., Any] = router.forward
+        router.forward = self._call  # type: ignore[method-assign]
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self.selection is None and not self.audit:
+            return self._forward(*args, **kwargs)
+        with _TopKMode(self.num_experts, self.top_k, self.selection) as mode:
+            result = self._forward(*args, **kwargs)
+        if mode.hits != 1:
+            raise ValueError(
+                f"model: its router calls topk over {self.num_experts} experts {mode.hits} times, expected once; "
+                "its expert selection cannot be steered"
+            )
+        return result

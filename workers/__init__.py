@@ -1,0 +1,1 @@
+"""What runs on every rank: model, KV cache, expert-parallel layer, sampling."""

@@ -1,0 +1,158 @@
+"""Move rows to the ranks that own their experts, and their partial sums back.
+
+Shapes: T rows of this rank, S (row, rank) pairs it sends, V rows it receives, H hidden, K experts per row, R ranks.
+A row goes to a rank once, however many of its experts live there.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..router.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Rows that reached a rank, and what it takes to send their results back."""
+
+    hidden: torch.Tensor
+    """[V, H]"""
+    expert_ids: torch.Tensor
+    """[V, K] local ids; the number of local experts for "none"."""
+    weights: torch.Tensor
+    """[V, K] f32"""
+    sent_rows: torch.Tensor
+    """[S] row of this rank behind each pair sent, grouped by rank."""
+    sent_counts: list[int]
+    """[R] pairs sent to each rank."""
+    received_counts: list[int]
+    """[R] rows received from each rank."""
+    rows_sent: int
+    """Pairs sent to other ranks."""
+    wire_bytes: int
+    """All bytes this rank sends to others for this dispatch and its combine."""
+
+
+class Dispatcher(Protocol):
+    """Dispatch and combine of one rank; all ranks call both in the same order."""
+
+    payload_bytes_per_row: int
+
+    def dispatch(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
+        """Send rows [T, H] with global ``expert_ids`` [T, K] (E for "none") to the experts' owners."""
+        ...
+
+    def combine(self, partial: torch.Tensor, received: Received, num_rows: int) -> torch.Tensor:
+        """Return [T, H]: for each row, the sum of the owners' partial sums [V, H]."""
+        ...
+
+
+class LocalDispatcher:
+    """One rank that owns every expert: nothing moves."""
+
+    payload_bytes_per_row = 0
+
+    def dispatch(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
+        """Return the rows themselves."""
+        return Received(hidden, expert_ids, weights, torch.empty(0, dtype=torch.int64), [0], [0], 0, 0)
+
+    def combine(self, partial: torch.Tensor, received: Received, num_rows: int) -> torch.Tensor:
+        """Return the sums themselves."""
+        return partial
+
+
+class CollectiveLog:
+    """What a rank asked of its process group in this step; ranks whose logs differ would deadlock or mix data."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a step."""
+        self.num_collectives, self.crc = 0, 0
+
+    def add(self, name: str) -> None:
+        """Record one collective by what it carries."""
+        self.num_collectives += 1
+        self.crc = zlib.crc32(name.encode(), self.crc)
+
+
+class AllToAllDispatcher:
+    """Exact all-to-all over a process group (gloo, NCCL): counts, then rows, then sums; three collectives a layer.
+
+    A row's hidden state, local expert ids and weights travel as one message of bytes.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        log: CollectiveLog,
+        device: torch.device,
+        hidden_bytes: int,
+        top_k: int,
+    ) -> None:
+        self.rank, self.num_ranks, self.group, self.log = rank, placement.num_ranks, group, log
+        self.owner = placement.owner_table().to(device)
+        self.local_ids = placement.local_ids().to(device)
+        self.num_local = torch.tensor([len(placement.experts_of(r)) for r in range(placement.num_ranks)], device=device)
+        self.payload_bytes_per_row = 2 * hidden_bytes
+        self.row_bytes = hidden_bytes + top_k * 8
+        self.hidden_bytes = hidden_bytes
+
+    def dispatch(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
+        """Exchange counts, then rows."""
+        owners = self.owner[expert_ids]  # [T, K]
+        ranks = torch.arange(self.num_ranks, device=hidden.device)
+        visits = (owners[:, None, :] == ranks[None, :, None]).any(dim=-1)  # [T, R]
+        to_rank, sent_rows = visits.t().nonzero(as_tuple=True)  # grouped by rank, rows ascending
+        counts = visits.sum(dim=0)
+        received_counts_t = torch.empty_like(counts)
+        self.log.add("counts")
+        dist.all_to_all_single(received_counts_t, counts, group=self.group)
+        sent_counts, received_counts = counts.tolist(), received_counts_t.tolist()
+
+        mine = owners[sent_rows] == to_rank[:, None]  # [S, K]
+        local = torch.where(mine, self.local_ids[expert_ids[sent_rows]], self.num_local[to_rank][:, None])
+        message = torch.cat(
+            [
+                hidden[sent_rows].contiguous().view(torch.uint8),
+                local.to(torch.int32).view(torch.uint8),
+                weights[sent_rows].to(torch.float32).contiguous().view(torch.uint8),
+            ],
+            dim=1,
+        )
+        inbox = message.new_empty(sum(received_counts), self.row_bytes)
+        self.log.add("rows")
+        dist.all_to_all_single(inbox, message, received_counts, sent_counts, group=self.group)
+        rows_out = sum(sent_counts) - sent_counts[self.rank]
+        sums_out = sum(received_counts) - received_counts[self.rank]
+        ids_end = self.hidden_bytes + (self.row_bytes - self.hidden_bytes) // 2
+        return Received(
+            hidden=inbox[:, : self.hidden_bytes].contiguous().view(hidden.dtype),
+            expert_ids=inbox[:, self.hidden_bytes : ids_end].contiguous().view(torch.int32).long(),
+            weights=inbox[:, ids_end:].contiguous().view(torch.float32),
+            sent_rows=sent_rows,
+            sent_counts=sent_counts,
+            received_counts=received_counts,
+            rows_sent=rows_out,
+            # one int64 count to every other rank, rows out, and other ranks' sums back
+            wire_bytes=8 * (self.num_ranks - 1) + rows_out * self.row_bytes + sums_out * self.hidden_bytes,
+        )
+
+    def combine(self, partial: torch.Tensor, received: Received, num_rows: int) -> torch.Tensor:
+        """Return partial sums to their rows; ranks are added in rank order."""
+        returned = partial.new_empty(len(received.sent_rows), partial.shape[-1])
+        self.log.add("sums")
+        dist.all_to_all_single(
+            returned, partial.contiguous(), received.sent_counts, received.received_counts, group=self.group
+        )
+        output = torch.zeros(num_rows, partial.shape[-1], dtype=torch.float32, device=partial.device)
+        output.index_add_(0, received.sent_rows, returned.float())
+        return output.to(partial.dtype)

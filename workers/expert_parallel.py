@@ -1,0 +1,60 @@
+"""The expert seam: transformers' experts interface over a dispatcher.
+
+Shapes: T rows, H hidden, K experts per row, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .dispatch import Dispatcher
+from .experts import run_experts
+from .loader import EXPERTS
+from .plan import LayerCounts
+
+
+class ExpertParallel:
+    """What the MoE layers of one rank share in a step: the dispatcher, the valid rows, and the counts."""
+
+    def __init__(self, expert_modules: list[torch.nn.Module], num_experts: int, dispatcher: Dispatcher) -> None:
+        self.num_experts = num_experts
+        self.dispatcher = dispatcher
+        self.valid: torch.Tensor | None = None
+        self.num_layers = len(expert_modules)
+        for layer, module in enumerate(expert_modules):
+            module.penstock = self  # type: ignore[assignment]
+            module.penstock_layer = layer  # type: ignore[assignment]
+        self.begin(None)
+
+    def begin(self, valid: torch.Tensor | None) -> None:
+        """Start a step. ``valid`` [T] is False on padding rows; None when there are none."""
+        self.valid = valid
+        zeros = [0] * self.num_layers
+        self.counts = LayerCounts(list(zeros), list(zeros), list(zeros), list(zeros), list(zeros))
+
+    def forward(
+        self, module: torch.nn.Module, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Dispatch, compute, combine: [T, H] with ``expert_ids`` and ``weights`` [T, K] to [T, H]."""
+        if self.valid is not None:
+            expert_ids = torch.where(self.valid[:, None], expert_ids, self.num_experts)
+        received = self.dispatcher.dispatch(hidden, expert_ids, weights)
+        partial, num_active = run_experts(module, received.hidden, received.expert_ids, received.weights)
+        layer, counts = int(module.penstock_layer), self.counts  # type: ignore[arg-type]
+        counts.rows[layer] = hidden.shape[0] if self.valid is None else int(self.valid.sum())
+        counts.experts[layer] = num_active
+        counts.rows_sent[layer] = received.rows_sent
+        counts.payload_bytes[layer] = received.rows_sent * self.dispatcher.payload_bytes_per_row
+        counts.wire_bytes[layer] = received.wire_bytes
+        return self.dispatcher.combine(partial, received, hidden.shape[0])
+
+
+def experts_forward(
+    module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Stand in for a transformers experts module's forward."""
+    return module.penstock.forward(module, hidden, top_k_index, top_k_weights)  # type: ignore[union-attr, operator]
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)

@@ -1,0 +1,102 @@
+"""The paged KV pool of one rank: blocks of ``block_size`` tokens, one flat pool per layer.
+
+Slot s is row s of every layer's pool; block b holds slots [b x block_size, (b + 1) x block_size). One block more than
+the coordinator knows of is scratch: padding rows write there. What a layer keeps per token (keys and values, or MLA's
+latents) is whatever its own code hands to ``update``, so its shapes are learned from one probing forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache
+
+from .rows import PackedRows
+
+
+class PagedKVCache(Cache):
+    """A transformers cache whose ``update`` writes the step's rows and returns the context its groups read."""
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__(layers=[])
+        self.block_size = block_size
+        self.num_blocks = 0
+        self.rows: PackedRows | None = None
+        self._token_shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+        self._dtype = torch.float32
+        self._pools: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.tables: dict[int, np.ndarray] = {}
+        """KV blocks of each request, int64."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        numbers = sum(k[0] * k[1] + v[0] * v[1] for k, v in self._token_shapes.values())
+        return self.block_size * numbers * torch.empty((), dtype=self._dtype).element_size()
+
+    @property
+    def scratch_slot(self) -> int:
+        """A slot that belongs to no request."""
+        return self.num_blocks * self.block_size
+
+    def allocate(self, num_bytes: int, device: torch.device) -> None:
+        """Take as many blocks as fit in ``num_bytes``, after the probing forward."""
+        assert self._token_shapes, "shapes are learned by a probing forward first"
+        self.num_blocks = num_bytes // self.block_bytes
+        num_slots = (self.num_blocks + 1) * self.block_size
+        self._pools = {
+            layer: (
+                torch.zeros(num_slots, *key, dtype=self._dtype, device=device),
+                torch.zeros(num_slots, *value, dtype=self._dtype, device=device),
+            )
+            for layer, (key, value) in self._token_shapes.items()
+        }
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the rows' keys and values [1, heads, T, D]; return the groups' context [1, heads, slots, D]."""
+        if not self._pools:
+            self._token_shapes[layer_idx] = (
+                (key_states.shape[1], key_states.shape[3]),
+                (value_states.shape[1], value_states.shape[3]),
+            )
+            self._dtype = key_states.dtype
+            return key_states, value_states
+        assert self.rows is not None
+        keys, values = self._pools[layer_idx]
+        keys.index_copy_(0, self.rows.write_slots, key_states[0].transpose(0, 1))
+        values.index_copy_(0, self.rows.write_slots, value_states[0].transpose(0, 1))
+        slots = self.rows.gather_slots
+        return keys.index_select(0, slots).transpose(0, 1)[None], values.index_select(0, slots).transpose(0, 1)[None]
+
+    def set_blocks(self, request_id: int, first_block: int, new_blocks: list[int]) -> None:
+        """Cut the request's table at ``first_block`` and append; repeating it changes nothing."""
+        table = self.tables.get(request_id)
+        if table is None:
+            assert first_block == 0, "a request's first plan in a generation carries its whole table"
+            self.tables[request_id] = np.asarray(new_blocks, dtype=np.int64)
+        elif new_blocks or first_block != len(table):
+            self.tables[request_id] = np.concatenate([table[:first_block], np.asarray(new_blocks, dtype=np.int64)])
+
+    def compact(self, request_id: int, committed_len: int, path: list[int]) -> None:
+        """Move the KV of an accepted path of rows to the slots right after the committed tokens.
+
+        A no-op when the path is the first rows in order, as in a chain.
+        """
+        if path == list(range(len(path))):
+            return
+        table = self.tables[request_id]
+        where = committed_len + np.asarray(path)
+        source = torch.from_numpy(table[where // self.block_size] * self.block_size + where % self.block_size)
+        where = committed_len + np.arange(len(path))
+        target = torch.from_numpy(table[where // self.block_size] * self.block_size + where % self.block_size)
+        for keys, values in self._pools.values():
+            keys.index_copy_(0, target, keys.index_select(0, source))
+            values.index_copy_(0, target, values.index_select(0, source))
+
+    def get_seq_length(self, layer_idx: int = 0, *args: Any, **kwargs: Any) -> int:
+        """Return 0: positions come from the plan, never from the cache."""
+        return 0

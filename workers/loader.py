@@ -1,0 +1,186 @@
+"""Build a transformers model that holds one rank's experts, reading no other expert's bytes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..router.placement import Placement
+from .architectures import check_supported
+from .checkpoint import CheckpointReader, LazyTensor, load_config, resolve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ATTENTION = "penstock"
+EXPERTS = "penstock"
+_EXPERT_KEY = re.compile(r"^(?P<head>.*\.experts\.)(?P<number>\d+)(?P<tail>\..*)$")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """One rank's model and what loading it took."""
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    expert_modules: list[torch.nn.Module]
+    """The experts modules in layer order, each holding this rank's experts only."""
+    routers: list[torch.nn.Module]
+    """The routers of ``expert_modules``."""
+    bytes_read: int
+    checkpoint_bytes: int
+
+
+def inspect(model: str, revision: str | None = None) -> tuple[Path, PreTrainedConfig]:
+    """Return the directory and configuration of ``model``; raise ``ValueError`` if it cannot be served."""
+    directory = resolve(model, revision)
+    config = load_config(directory)
+    check_supported(config.model_type)
+    return directory, config
+
+
+def resolve_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
+    """Return the type to compute in; ``auto`` takes the checkpoint's."""
+    chosen = getattr(torch, dtype) if dtype != "auto" else config.dtype
+    if isinstance(chosen, str):
+        chosen = getattr(torch, chosen)
+    if chosen is None:
+        return torch.float32
+    if chosen not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype: the checkpoint's {chosen} is not supported; choose bfloat16 or float32")
+    return chosen
+
+
+def load(
+    directory: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, placement: Placement, rank: int
+) -> LoadedModel:
+    """Load ``rank``'s shard of the checkpoint in ``directory``.
+
+    The model is built without storage, its experts modules cut to the owned experts, and transformers' own converter
+    fed with lazy slices of just those. Raises ``ValueError`` naming ``model`` for missing, unknown or misshapen
+    tensors.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("model: quantised checkpoints are not supported; expected bfloat16 or float32 weights")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS
+        )
+    experts, routers = _moe_modules(model, placement.num_experts)
+    owned = placement.experts_of(rank)
+    for module in experts:
+        _shrink(module, placement.num_experts, len(owned))
+
+    mapping = get_model_conversion_mapping(model)
+    with CheckpointReader(directory) as reader:
+        tensors = _owned_tensors(reader, model, mapping, placement.num_experts, owned)
+        load_config_ = LoadStateDictConfig(
+            weight_mapping=mapping,
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            device_map={"": device},
+        )
+        try:
+            info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config_)
+        except Exception as error:  # the converter raises what safetensors and its operations raise
+            raise ValueError(f"model: the weights in {directory} cannot be loaded: {error}") from error
+        model.mark_tied_weights_as_initialized(info)
+        missing = info.missing_keys - set(model.all_tied_weights_keys)
+        model._adjust_missing_and_unexpected_keys(info)
+        _check(directory, missing, info)
+        model._move_missing_keys_from_meta_to_device(info.missing_keys, {"": device}, None, None)
+        model._initialize_missing_keys(False)
+        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        bytes_read, total = reader.bytes_read, reader.total_bytes
+    model.eval()
+    model.requires_grad_(False)
+    return LoadedModel(model, config, experts, routers, bytes_read, total)
+
+
+def _moe_modules(model: torch.nn.Module, num_experts: int) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
+    """Return the experts modules and their routers, in layer order."""
+    experts, routers = [], []
+    for block in model.modules():
+        children = list(block.children())
+        mine = [child for child in children if hasattr(child, "_is_expert_parallel")]
+        if not mine:
+            continue
+        # A router holds one row of weights per expert; shared experts and their gates do not
+        theirs = [
+            child
+            for child in children
+            if isinstance(getattr(child, "weight", None), torch.nn.Parameter)
+            and child.weight.shape[0] == num_experts
+            and type(child) is not torch.nn.Linear
+        ]
+        if len(mine) != 1 or len(theirs) != 1:
+            raise ValueError(f"model: {type(block).__name__} has {len(mine)} experts and {len(theirs)} routers")
+        experts += mine
+        routers += theirs
+    if not experts:
+        raise ValueError("model: it has no Mixture-of-Experts layer")
+    return experts, routers
+
+
+def _shrink(module: torch.nn.Module, num_experts: int, num_local: int) -> None:
+    """Cut every per-expert parameter of ``module`` to ``num_local`` experts; it has no storage yet."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.shape[0] == num_experts:
+            cut = torch.empty(num_local, *parameter.shape[1:], dtype=parameter.dtype, device="meta")
+            setattr(module, name, torch.nn.Parameter(cut, requires_grad=False))
+    module.num_experts = num_local
+
+
+def _owned_tensors(
+    reader: CheckpointReader, model: PreTrainedModel, mapping: list[Any], num_experts: int, owned: list[int]
+) -> dict[str, LazyTensor]:
+    """Return the tensors to load: dense ones whole, owned experts renumbered or sliced, no others."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    local = {expert: number for number, expert in enumerate(owned)}
+    parameters = model.state_dict()
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    tensors: dict[str, LazyTensor] = {}
+    for key in reader.keys():  # noqa: SIM118 - a reader is no mapping
+        numbered = _EXPERT_KEY.match(key)
+        if numbered:
+            number = int(numbered["number"])
+            if number in local:
+                tensors[f"{numbered['head']}{local[number]}{numbered['tail']}"] = LazyTensor(reader, key)
+            continue
+        experts = None
+        if ".experts." in key and reader.shape(key)[:1] == [num_experts]:
+            target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+            if target in parameters and parameters[target].shape[0] == len(owned):
+                experts = owned
+        tensors[key] = LazyTensor(reader, key, experts)
+    return tensors
+
+
+def _check(directory: Path, missing: set[str], info: Any) -> None:
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing, first {min(missing)}")
+    if info.mismatched_keys:
+        problems.append(
+            f"{len(info.mismatched_keys)} have another shape, first {sorted(map(str, info.mismatched_keys))[0]}"
+        )
+    if info.unexpected_keys:
+        problems.append(f"{len(info.unexpected_keys)} are unknown, first {min(info.unexpected_keys)}")
+    if info.conversion_errors:
+        problems.append(f"{len(info.conversion_errors)} cannot be converted, first {min(info.conversion_errors)}")
+    if info.error_msgs:
+        problems.append(str(info.error_msgs[0]))
+    if problems:
+        raise ValueError(f"model: the weights in {directory} do not fit config.json: {'; '.join(problems)}")

@@ -1,0 +1,43 @@
+"""What a rank says of itself once its shard is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts about the served model that the coordinator, the server and the user need."""
+
+    architecture: str
+    model_type: str
+    dtype: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_moe_layers: int
+    num_experts: int
+    num_experts_per_tok: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """One rank's shard."""
+
+    rank: int
+    model: ModelInfo
+    num_local_experts: int
+    """Experts held per MoE layer."""
+    expert_bytes: int
+    """Bytes of expert weights held, all layers."""
+    dense_bytes: int
+    """Bytes of all other weights held."""
+    bytes_read: int
+    """Bytes read from the checkpoint's tensors."""
+    checkpoint_bytes: int
+    """Bytes of all the checkpoint's tensors."""
+    num_kv_blocks: int
+    kv_block_bytes: int
+    load_s: float

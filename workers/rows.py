@@ -1,0 +1,206 @@
+"""Lay the rows of one rank's plan out as tensors: packed, no padding between requests.
+
+Shapes: T rows of the step, R requests of a group, N rows of a request, S context slots of a request (committed tokens
+and its own rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .plan import RankPlan, RequestPlan
+
+WIDE_ROWS = 32
+"""Requests with more rows attend alone; the others share one padded attention call."""
+
+
+@dataclass(slots=True)
+class AttentionGroup:
+    """Requests that attend in one call, padded to the longest of them."""
+
+    rows: torch.Tensor
+    """[R, N] packed row of each padded query; padding repeats row 0 of its request."""
+    scatter: torch.Tensor
+    """[sum N] places of the real queries in the flattened [R * N] result."""
+    packed_rows: torch.Tensor
+    """[sum N] the packed rows those places belong to."""
+    num_slots: int
+    """R x S: how many gathered context slots are this group's."""
+    query_positions: torch.Tensor
+    """[R, N]"""
+    key_positions: torch.Tensor
+    """[R, S]"""
+    visible: torch.Tensor
+    """[R, 1, N, S] bool: what each query may attend to without a sliding window."""
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """Return the visibility under a sliding window of ``window`` tokens; layers share it."""
+        if window not in self.masks:
+            if window is None:
+                self.masks[window] = self.visible
+            else:
+                near = self.query_positions[:, :, None] - self.key_positions[:, None, :] < window
+                self.masks[window] = self.visible & near[:, None]
+        return self.masks[window]
+
+
+@dataclass(slots=True)
+class PackedRows:
+    """All rows of one rank's step."""
+
+    token_ids: torch.Tensor
+    """[T]"""
+    positions: torch.Tensor
+    """[T] absolute positions, which follow from the parents."""
+    valid: torch.Tensor | None
+    """[T] bool, False on padding rows; None when there are none."""
+    write_slots: torch.Tensor
+    """[T] KV slot of each row."""
+    gather_slots: torch.Tensor
+    """[sum of R x S] KV slots that the groups read, in group order."""
+    groups: list[AttentionGroup]
+    sampled_rows: torch.Tensor
+    """[sum over requests of N - first_sampled_row] packed rows that yield a token."""
+
+    @property
+    def num_valid(self) -> int:
+        """Rows that are not padding."""
+        return len(self.token_ids) if self.valid is None else int(self.valid.sum())
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """Return each row's depth in its tree; 1 for a row that continues the last committed token."""
+    result: list[int] = []
+    for row, parent in enumerate(parents):
+        assert -1 <= parent < row, "a row's parent precedes it"
+        result.append(1 if parent < 0 else result[parent] + 1)
+    return result
+
+
+def _is_chain(parents: Sequence[int]) -> bool:
+    return all(parent == row - 1 for row, parent in enumerate(parents))
+
+
+def _own_visibility(parents: Sequence[int]) -> np.ndarray:
+    """Return [N, N] bool: the rows of the request that each row sees, itself and its ancestors."""
+    n = len(parents)
+    if _is_chain(parents):
+        return np.tril(np.ones((n, n), dtype=bool))
+    seen = np.eye(n, dtype=bool)
+    for row, parent in enumerate(parents):
+        if parent >= 0:
+            seen[row] |= seen[parent]
+    return seen
+
+
+def context_slots(table: np.ndarray, block_size: int, length: int) -> np.ndarray:
+    """Return the KV slots of the first ``length`` tokens of a request whose blocks are ``table``."""
+    blocks = table[: -(-length // block_size)]
+    return (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)[:length]
+
+
+def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch_slot: int) -> PackedRows:
+    """Lay out ``plan``; ``tables`` holds each request's KV blocks.
+
+    An empty plan becomes one padding row in ``scratch_slot``, so that an idle rank runs the same collectives.
+    """
+    if not plan.requests:
+        return _padding_row(scratch_slot)
+    token_ids: list[int] = []
+    sampled: list[int] = []
+    positions: list[np.ndarray] = []
+    slots: list[np.ndarray] = []
+    starts: list[int] = []
+    for request in plan.requests:
+        start, n = len(token_ids), len(request.token_ids)
+        starts.append(start)
+        token_ids += request.token_ids
+        sampled += range(start + request.first_sampled_row, start + n)
+        positions.append(request.committed_len - 1 + np.asarray(depths(request.parents)))
+        slots.append(context_slots(tables[request.request_id], block_size, request.committed_len + n))
+    wide = [i for i, request in enumerate(plan.requests) if len(request.token_ids) > WIDE_ROWS]
+    narrow = [i for i, request in enumerate(plan.requests) if len(request.token_ids) <= WIDE_ROWS]
+    gathered: list[np.ndarray] = []
+    groups = [
+        _group([plan.requests[i] for i in members], [starts[i] for i in members], [positions[i] for i in members],
+               [slots[i] for i in members], gathered)
+        for members in ([narrow] if narrow else []) + [[i] for i in wide]
+    ]  # fmt: skip
+    write = [s[request.committed_len :] for s, request in zip(slots, plan.requests, strict=True)]
+    return PackedRows(
+        token_ids=torch.tensor(token_ids),
+        positions=torch.from_numpy(np.concatenate(positions)),
+        valid=None,
+        write_slots=torch.from_numpy(np.concatenate(write)),
+        gather_slots=torch.from_numpy(np.concatenate(gathered)),
+        groups=groups,
+        sampled_rows=torch.tensor(sampled, dtype=torch.int64),
+    )
+
+
+def _group(
+    requests: list[RequestPlan],
+    starts: list[int],
+    positions: list[np.ndarray],
+    slots: list[np.ndarray],
+    gathered: list[np.ndarray],
+) -> AttentionGroup:
+    r, n, s = len(requests), max(len(p) for p in positions), max(len(x) for x in slots)
+    rows = np.zeros((r, n), dtype=np.int64)
+    query_positions = np.zeros((r, n), dtype=np.int64)
+    key_positions = np.zeros((r, s), dtype=np.int64)
+    visible = np.zeros((r, n, s), dtype=bool)
+    slot_table = np.zeros((r, s), dtype=np.int64)
+    scatter, packed = [], []
+    for i, request in enumerate(requests):
+        committed, num_rows = request.committed_len, len(request.token_ids)
+        rows[i] = starts[i]
+        rows[i, :num_rows] = np.arange(starts[i], starts[i] + num_rows)
+        query_positions[i, :num_rows] = positions[i]
+        key_positions[i, :committed] = np.arange(committed)
+        key_positions[i, committed : committed + num_rows] = positions[i]
+        visible[i, :num_rows, :committed] = True
+        visible[i, :num_rows, committed : committed + num_rows] = _own_visibility(request.parents)
+        # A padded query sees one slot: softmax over nothing is NaN
+        visible[i, num_rows:, 0] = True
+        slot_table[i, : len(slots[i])] = slots[i]
+        slot_table[i, len(slots[i]) :] = slots[i][0]
+        scatter.append(np.arange(num_rows) + i * n)
+        packed.append(rows[i, :num_rows])
+    gathered.append(slot_table.reshape(-1))
+    return AttentionGroup(
+        rows=torch.from_numpy(rows),
+        scatter=torch.from_numpy(np.concatenate(scatter)),
+        packed_rows=torch.from_numpy(np.concatenate(packed)),
+        num_slots=r * s,
+        query_positions=torch.from_numpy(query_positions),
+        key_positions=torch.from_numpy(key_positions),
+        visible=torch.from_numpy(visible)[:, None],
+    )
+
+
+def _padding_row(scratch_slot: int) -> PackedRows:
+    zero = torch.zeros(1, dtype=torch.int64)
+    group = AttentionGroup(
+        rows=zero[None],
+        scatter=zero,
+        packed_rows=zero,
+        num_slots=1,
+        query_positions=zero[None],
+        key_positions=zero[None],
+        visible=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+    )
+    return PackedRows(
+        token_ids=zero,
+        positions=zero,
+        valid=torch.zeros(1, dtype=torch.bool),
+        write_slots=zero + scratch_slot,
+        gather_slots=zero + scratch_slot,
+        groups=[group],
+        sampled_rows=torch.zeros(0, dtype=torch.int64),
+    )
