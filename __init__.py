@@ -1,3 +1,38 @@
-"""Penstock."""
+"""Penstock: expert-parallel serving of Mixture-of-Experts language models, built around speculation that pays.
+
+The public names load on first use, so that importing the package costs neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cluster.app import build_app
+    from .cluster.client import connect
+    from .cluster.config import EngineConfig
+    from .cluster.llm import LLM, Completion
+    from .workers.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
+__all__ = ["LLM", "Completion", "EngineConfig", "SamplingParams", "__version__", "build_app", "connect"]
+
+_HOMES = {
+    "LLM": ".cluster.llm",
+    "Completion": ".cluster.llm",
+    "EngineConfig": ".cluster.config",
+    "SamplingParams": ".workers.sampling_params",
+    "build_app": ".cluster.app",
+    "connect": ".cluster.client",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

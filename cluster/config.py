@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,8 +36,10 @@ class EngineConfig:
     """Where ranks compute: auto (cuda if present), cpu or cuda."""
     expert_parallel_size: int = _bounded(1, low=1, high=1024)
     """Ranks the experts are split across; attention is data-parallel over the same ranks."""
-    num_threads: int = _bounded(1, low=1, high=1024)
-    """CPU threads of each rank."""
+    num_threads: int | None = _bounded(None, low=1, high=1024)
+    """CPU threads of each rank; the machine's cores shared by all ranks when absent."""
+    cpus_per_rank: float = _bounded(1.0, low=0.01, high=1024.0)
+    """CPUs that Ray sets aside for each rank; a rank on a GPU sets that GPU aside too."""
     max_model_len: int | None = _bounded(None, low=1)
     """Longest prompt plus output, in tokens; the model's own limit when absent."""
     max_num_seqs: int = _bounded(32, low=1, high=4096)
@@ -56,7 +59,9 @@ class EngineConfig:
     prompt_lookup_min: int = _bounded(1, low=1, high=32)
     """Shortest n-gram the `ngram` drafter looks up."""
     step_timeout_s: float = _bounded(60.0, low=0.1, high=86400.0)
-    """Deadline of one step on every rank, collectives included; the first step after loading is exempt."""
+    """Deadline of one step on every rank, collectives included."""
+    load_timeout_s: float = _bounded(1800.0, low=1.0, high=86400.0)
+    """Deadline for all ranks to start and load their shards."""
     max_step_retries: int = _bounded(3, low=0, high=100)
     """Times in a row that a failed step is planned again before the engine gives up."""
 
@@ -83,6 +88,11 @@ class EngineConfig:
     def model_name(self) -> str:
         """The name clients use."""
         return self.served_model_name or self.model
+
+    @property
+    def threads_per_rank(self) -> int:
+        """CPU threads of each rank."""
+        return self.num_threads or max(1, (os.cpu_count() or 1) // self.expert_parallel_size)
 
     @property
     def tokenizer_source(self) -> str:

@@ -16,7 +16,7 @@ from .block_pool import BlockPool
 from .config import EngineConfig
 from .controller import Controller, FixedDraftLen
 from .drafter import Drafter, make_drafter
-from .output import ABORT, ERROR, LENGTH, STOP, EngineStats, RequestOutput
+from .output import ABORT, ERROR, LENGTH, STOP, EngineStats, RequestOutput, RequestStats
 from .ranks import Ranks
 from .request import Request
 from .scheduler import Scheduler
@@ -61,10 +61,11 @@ class Engine:
         """Whether ``step`` has anything to do."""
         return bool(self._requests)
 
-    def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams, arrival_s: float | None = None
-    ) -> None:
-        """Queue a request. Raises ``ValueError`` naming the field; then nothing has changed."""
+    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> SamplingParams:
+        """Queue a request and return its sampling with the seed that was drawn if it had none.
+
+        Raises ``ValueError`` naming the field; then nothing has changed.
+        """
         if request_id in self._requests:
             raise ValueError(f"request_id: {request_id!r} is in use")
         if sampling.seed is None:
@@ -77,17 +78,23 @@ class Engine:
             token_ids=list(prompt_token_ids),
             num_prompt_tokens=len(prompt_token_ids),
             max_total_tokens=check_prompt(self.model, prompt_token_ids, sampling),
-            arrival_s=self._clock() if arrival_s is None else arrival_s,
+            arrival_s=self._clock(),
         )
         self._next_key += 1
         self._requests[request_id] = self._by_key[request.key] = request
         self.scheduler.add(request)
+        return sampling
 
-    def abort(self, request_id: str) -> None:
-        """Drop a request and free its blocks; unknown or finished ones are ignored."""
+    def abort(self, request_id: str, reason: str = ABORT) -> RequestStats | None:
+        """Drop a request, free its blocks and return its counts; unknown or finished ones are ignored.
+
+        ``reason``: what it counts as, ``STOP`` when the reader found its stop string.
+        """
         request = self._requests.get(request_id)
-        if request is not None:
-            self._finish(request, ABORT)
+        if request is None:
+            return None
+        self._finish(request, reason)
+        return request.stats(self._clock())
 
     def step(self) -> list[RequestOutput]:
         """Run one step and return what it adds to each request.

@@ -48,7 +48,7 @@ class RouterSeam:
         self.selection: Selection | None = None
         self.audit = False
         self._forward: Callable[..., Any] = router.forward
-        router.forward = self._call  # type: ignore[method-assign]
+        router.forward = self._call
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self.selection is None and not self.audit:

@@ -39,7 +39,8 @@ def paged_attention(
     """
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise ValueError("model: attention sinks and soft caps are not supported")
-    rows = module.penstock_cache.rows  # type: ignore[union-attr]
+    cache: Any = module.penstock_cache
+    rows = cache.rows
     packed = query[0].transpose(0, 1)
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     grouped = query.shape[1] != key.shape[1]

@@ -54,7 +54,7 @@ def experts_forward(
     module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Stand in for a transformers experts module's forward."""
-    return module.penstock.forward(module, hidden, top_k_index, top_k_weights)  # type: ignore[union-attr, operator]
+    return module.penstock.forward(module, hidden, top_k_index, top_k_weights)  # type: ignore[union-attr]
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)

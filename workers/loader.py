@@ -69,7 +69,10 @@ def load(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    # Every rank would print one; whoever started the ranks shows their progress
+    disable_progress_bar()
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("model: quantised checkpoints are not supported; expected bfloat16 or float32 weights")
     with torch.device("meta"):
@@ -85,7 +88,7 @@ def load(
     with CheckpointReader(directory) as reader:
         tensors = _owned_tensors(reader, model, mapping, placement.num_experts, owned)
         load_config_ = LoadStateDictConfig(
-            weight_mapping=mapping,
+            weight_mapping=mapping,  # type: ignore[arg-type]
             dtype=dtype,
             dtype_plan=model._get_dtype_plan(dtype),
             device_map={"": device},
@@ -119,8 +122,8 @@ def _moe_modules(model: torch.nn.Module, num_experts: int) -> tuple[list[torch.n
         theirs = [
             child
             for child in children
-            if isinstance(getattr(child, "weight", None), torch.nn.Parameter)
-            and child.weight.shape[0] == num_experts
+            if isinstance(child.weight if hasattr(child, "weight") else None, torch.nn.Parameter)
+            and child.weight.size(0) == num_experts
             and type(child) is not torch.nn.Linear
         ]
         if len(mine) != 1 or len(theirs) != 1:
@@ -138,7 +141,7 @@ def _shrink(module: torch.nn.Module, num_experts: int, num_local: int) -> None:
         if parameter.shape[0] == num_experts:
             cut = torch.empty(num_local, *parameter.shape[1:], dtype=parameter.dtype, device="meta")
             setattr(module, name, torch.nn.Parameter(cut, requires_grad=False))
-    module.num_experts = num_local
+    module.num_experts = num_local  # type: ignore[assignment]
 
 
 def _owned_tensors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -186,7 +187,7 @@ def _num_experts(config: object) -> int:
     raise ValueError("model: config.json names no number of experts")
 
 
-def _eos_token_ids(directory: object, config: object) -> tuple[int, ...]:
+def _eos_token_ids(directory: Path, config: object) -> tuple[int, ...]:
     from transformers import GenerationConfig
 
     try:

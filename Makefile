@@ -1,0 +1,38 @@
+# Two commands: `make demo` serves the demo model, `make test` passes all tests. Both make .venv first.
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The root of this repository is the package: with the root on sys.path, Python would find `kernels` and other folders
+# of ours as top-level packages.
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/penstock demo --port $(PORT)
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@# mypy names packages after folders, and this one may be cloned under any name
+	@mkdir -p $(VENV)/tree && ln -sfn "$(CURDIR)" $(VENV)/tree/penstock
+	MYPYPATH=$(VENV)/tree $(BIN)/mypy
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; set PYTHON=path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@# torch first and by itself: otherwise another package's wish decides which build of it comes
+	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info build

@@ -1,0 +1,139 @@
+"""Text to token ids: prompts as they are, conversations through the model's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+
+
+class ChatTokenizer:
+    """A model's tokenizer and chat template.
+
+    ``source`` is a directory or a hub id; code that comes with a tokenizer is never run. Raises ``ValueError``, whose
+    message starts with ``tokenizer:``, if there is none or it is not a fast one. Safe to use from several threads.
+    """
+
+    def __init__(self, source: str, revision: str | None = None) -> None:
+        self.source = source
+        self._transformers = _load(source, revision)
+        self.backend: Tokenizer = self._transformers.backend_tokenizer
+        # a tokenizer.json may ask for either, and both would silently change prompts
+        self.backend.no_padding()
+        self.backend.no_truncation()
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The end-of-sequence token, or None if the tokenizer names none."""
+        return self._transformers.eos_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added ones included; a model's own vocabulary may be padded beyond it."""
+        return len(self._transformers)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can work."""
+        return bool(self._transformers.chat_template)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the ids of ``prompt``, with the special tokens that the tokenizer itself puts around a text."""
+        return self._encode(prompt, "prompt", add_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the ids of a conversation, ready for the assistant's next turn.
+
+        ``messages`` are as in the OpenAI API: ``role`` (system, user or assistant) and ``content``, a string or a list
+        of ``{"type": "text", "text": ...}``. Raises ``ValueError`` naming the offending part, such as
+        ``messages[0].content[1].type``, or whatever the template itself refuses.
+        """
+        from jinja2 import TemplateError
+
+        if not self.has_chat_template:
+            raise ValueError(f"messages: the tokenizer of {self.source} has no chat template; send a prompt instead")
+        conversation = _normalise(messages)
+        try:
+            text = self._transformers.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"messages: refused by the model's chat template: {error}") from error
+        # the template writes the special tokens out
+        return self._encode(text, "messages", add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of ``token_ids``, special tokens left out."""
+        return self.backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
+        """Return an incremental detokenizer for one request."""
+        return Detokenizer(self.backend, stop)
+
+    def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeError) as error:  # what the bindings raise for a lone surrogate
+            raise ValueError(f"{field}: expected text that can be written as UTF-8") from error
+
+
+def _load(source: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer  # takes seconds
+
+    path = Path(source)
+    if path.is_dir() and not any(path.glob("*token*")):
+        raise ValueError(f"tokenizer: {source} holds no tokenizer files (tokenizer.json is missing)")
+    if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~"))):
+        raise ValueError(f"tokenizer: {source} is not a directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    # files that are damaged raise whatever the parser raises
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        detail = lines[0] if lines else type(error).__name__
+        raise ValueError(f"tokenizer: cannot load one from {source}: {detail}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer: {source} holds a slow tokenizer; a fast one (tokenizer.json) is needed")
+    return tokenizer
+
+
+def _normalise(messages: Any) -> list[dict[str, str]]:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise ValueError(f"messages: expected a list of messages, got {type(messages).__name__}")
+    if not messages:
+        raise ValueError("messages: expected at least one message")
+    return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+
+
+def _message(where: str, message: Any) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where}: expected an object with role and content, got {type(message).__name__}")
+    role = message.get("role")
+    if role not in ROLES:
+        raise ValueError(f"{where}.role: {role!r} is not one of {', '.join(ROLES)}")
+    for field in ("tool_calls", "function_call", "audio", "refusal"):
+        if message.get(field):
+            raise ValueError(f"{where}.{field}: not supported")
+    return {"role": role, "content": _content(f"{where}.content", message.get("content"))}
+
+
+def _content(where: str, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise ValueError(f"{where}: expected a string or a list of text parts, got {type(content).__name__}")
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{where}[{i}]: expected an object with type and text, got {type(part).__name__}")
+        if part.get("type") != "text":
+            raise ValueError(f"{where}[{i}].type: {part.get('type')!r} is not supported; valid: 'text'")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}[{i}].text: expected a string, got {type(part.get('text')).__name__}")
+        texts.append(part["text"])
+    return "".join(texts)

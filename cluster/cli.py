@@ -1,0 +1,126 @@
+"""The `penstock` command."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, asdict, field, fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from cyclopts import App, Parameter
+from docstring_parser import parse_from_object
+from rich.console import Console
+
+from .config import EngineConfig
+from .interrupts import interruptible
+
+app = App(name="penstock", help="Serve Mixture-of-Experts language models, expert-parallel and speculative.")
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _engine_flags() -> type:
+    """Return a dataclass with EngineConfig's fields, all None: what is not given leaves the file's value alone."""
+    docs = {entry.arg_name: entry.description or "" for entry in parse_from_object(EngineConfig).params}
+    hints = get_type_hints(EngineConfig)
+    flags = []
+    for spec in fields(EngineConfig):
+        if spec.default is MISSING:
+            continue
+        default = "" if spec.default is None else f" [default: {spec.default}]"
+        hint: Any = hints[spec.name] | None
+        annotated = Annotated[hint, Parameter(help=docs[spec.name] + default, negative=(), show_default=False)]
+        flags.append((spec.name, annotated, field(default=None)))
+    made = make_dataclass("EngineFlags", flags, kw_only=True)
+    made.__module__ = __name__  # cyclopts takes classes of the module `types` for built-in ones
+    return made
+
+
+EngineFlags = _engine_flags()
+
+
+def _config(model: str | None, file: Path | None, flags: Any) -> EngineConfig:
+    given = {name: value for name, value in asdict(flags).items() if value is not None}
+    if model is not None:
+        given["model"] = model
+    return EngineConfig.from_yaml(file, **given) if file is not None else EngineConfig.from_mapping(given)
+
+
+@app.command
+def serve(
+    model: str | None = None,
+    /,
+    *,
+    config: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    address: str | None = None,
+    flags: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> None:
+    """Serve MODEL over the OpenAI protocol until Ctrl-C.
+
+    Parameters
+    ----------
+    model
+        A directory with config.json and safetensors weights, or a model id on the Hugging Face hub.
+    config
+        YAML file with the same keys as the flags, underscores instead of dashes; flags win.
+    host
+        Address to listen on.
+    port
+        Port to listen on.
+    address
+        Join the Ray cluster at this address instead of starting one on this machine.
+    """
+    from .server import run_server
+
+    run_server(_config(model, config, flags), host=host, port=port, address=address)
+
+
+@app.command
+def demo(*, port: int = 8000) -> None:
+    """Serve the demo model on two expert-parallel CPU workers and stream one sample answer.
+
+    Parameters
+    ----------
+    port
+        Port to listen on, on loopback.
+    """
+    from .. import demo as demo_package
+    from .server import run_server
+
+    model = Path(demo_package.__file__).parent / "model"
+    config = EngineConfig(
+        model=str(model), served_model_name="penstock-demo", expert_parallel_size=2, dtype="float32", num_threads=1
+    )
+    run_server(config, host="127.0.0.1", port=port, sample=True)
+
+
+@app.command
+def inflate(source: Path, target: Path, /, *, factor: int) -> None:
+    """Write a copy of a small checkpoint whose experts are FACTOR times as large and compute the same function.
+
+    Parameters
+    ----------
+    source
+        Directory of the checkpoint.
+    target
+        Directory to write; must not exist or be empty.
+    factor
+        How many copies of every intermediate unit, at least 1.
+    """
+    from ..demo.inflate import inflate as inflate_checkpoint
+
+    written = inflate_checkpoint(source, target, factor)
+    errors.print(f"{target}: {written.num_experts} experts a layer, {written.expert_bytes / 1e6:.1f} MB of experts")
+
+
+def main() -> None:
+    """Run the command; users' mistakes end with one line and exit code 2."""
+    interruptible()
+    try:
+        app()
+    except ValueError as error:
+        errors.print(f"[bold red]error:[/] {error}", markup=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

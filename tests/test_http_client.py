@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import socketserver
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from penstock.cluster.backend import EngineDeadError
+from penstock.cluster.chat_tokenizer import ChatTokenizer
+from penstock.cluster.client import connect
+from penstock.cluster.http_client import HttpClient
+from penstock.cluster.metrics import engine_samples
+from penstock.cluster.openai_api import ServingState, create_app
+
+from .scripted_backend import LoopbackServer, ScriptedBackend, save_tokenizer
+
+MODEL = "scripted"
+CHAT = [{"role": "user", "content": "turn the wheel"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def backend(tokenizer: ChatTokenizer) -> ScriptedBackend:
+    return ScriptedBackend(tokenizer.vocab_size)
+
+
+@contextmanager
+def served(backend: ScriptedBackend, tokenizer: ChatTokenizer) -> Iterator[LoopbackServer]:
+    """Serve from another thread, as a blocking client needs."""
+    started = threading.Event()
+    state = asyncio.run(ServingState.create(backend, tokenizer, MODEL))
+    server = LoopbackServer(create_app(state), started.set)
+    thread = threading.Thread(target=lambda: asyncio.run(server.run_here()))
+    thread.start()
+    try:
+        assert started.wait(30)
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def server(backend: ScriptedBackend, tokenizer: ChatTokenizer) -> Iterator[LoopbackServer]:
+    with served(backend, tokenizer) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: LoopbackServer) -> Iterator[HttpClient]:
+    client = connect(server.url, max_retries=0)
+    assert isinstance(client, HttpClient)
+    yield client
+    client.close()
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_address_with_and_without_v1(server: LoopbackServer, suffix: str) -> None:
+    client = HttpClient(server.url + suffix)
+    assert client.models() == [MODEL]
+    assert client.stats()["penstock:engine_up"] == 1.0
+    client.close()
+
+
+def test_generate_takes_every_kind_of_prompt(
+    client: HttpClient, backend: ScriptedBackend, tokenizer: ChatTokenizer
+) -> None:
+    backend.script = tokenizer.encode("the stone ☕")
+    for prompt in ["water", tokenizer.encode("water"), CHAT]:
+        generation = client.generate(prompt, max_tokens=50)
+        assert (generation.text, generation.finish_reason) == ("the stone ☕", "length")
+        assert generation.num_output_tokens == len(backend.script)
+        expected = tokenizer.encode_chat(CHAT) if prompt is CHAT else tokenizer.encode("water")
+        assert generation.num_prompt_tokens == len(expected)
+        assert generation.stats.seed == backend.requests[-1].seed
+
+
+def test_every_sampling_parameter_arrives(client: HttpClient, backend: ScriptedBackend) -> None:
+    given = {
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "seed": 3,
+        "max_tokens": 4,
+        "stop": ("a", "b"),
+        "stop_token_ids": (5, 6),
+        "ignore_eos": True,
+    }
+    for prompt in ["water", CHAT]:
+        client.generate(prompt, **given)
+        assert {name: getattr(backend.requests[-1], name) for name in given} == given
+
+
+@pytest.mark.parametrize("prompt", ["water", CHAT])
+def test_stream_adds_up_to_the_generation(client: HttpClient, backend: ScriptedBackend, prompt: object) -> None:
+    whole = client.generate(prompt, max_tokens=30, seed=1)  # type: ignore[arg-type]
+    with client.stream(prompt, max_tokens=30, seed=1) as stream:  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="not been read"):
+            _ = stream.generation
+        pieces = list(stream)
+    assert len(pieces) > 3
+    assert "".join(pieces) == stream.generation.text == whole.text
+    assert stream.generation == whole
+
+
+@pytest.mark.parametrize("prompt", ["water", CHAT])
+def test_async_twins_say_the_same(client: HttpClient, prompt: object) -> None:
+    whole = client.generate(prompt, max_tokens=30, seed=1)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        assert await client.amodels() == [MODEL]
+        assert await client.agenerate(prompt, max_tokens=30, seed=1) == whole  # type: ignore[arg-type]
+        async with client.astream(prompt, max_tokens=30, seed=1) as stream:  # type: ignore[arg-type]
+            pieces = [piece async for piece in stream]
+        assert "".join(pieces) == whole.text
+        assert stream.generation == whole
+        assert (await client.astats())['penstock:request_success_total{finished_reason="length"}'] == 3.0
+        await client.aclose()
+
+    asyncio.run(main())
+
+
+def test_a_client_outlives_an_event_loop(client: HttpClient) -> None:
+    first, second = (asyncio.run(client.agenerate("water", temperature=0)) for _ in range(2))
+    assert first.text == second.text
+
+
+def test_stats_have_the_engines_names(client: HttpClient, backend: ScriptedBackend) -> None:
+    stats = client.stats()
+    expected = engine_samples(asyncio.run(backend.stats()))
+    assert expected['penstock:spec_decode_num_accepted_tokens_per_pos_total{position="0"}'] == 5.0
+    assert {name: stats[name] for name in expected} == expected
+
+
+def test_closing_a_stream_aborts_the_request(
+    client: HttpClient, backend: ScriptedBackend, tokenizer: ChatTokenizer
+) -> None:
+    aborted = threading.Event()
+    backend.aborted.put_nowait = lambda _: aborted.set()  # type: ignore[method-assign]
+    backend.script = tokenizer.encode("turns the wheel")
+    backend.gate = asyncio.Semaphore(1)
+    with client.stream("water", max_tokens=50) as stream:
+        next(stream)
+    assert aborted.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "field"),
+    [
+        ("water", {"temperature": 3}, "temperature"),
+        ("water", {"frobnicate": 3}, "unknown sampling parameter frobnicate"),
+        ("water", {"stop": ("",)}, "stop"),
+        ("water", {"max_tokens": 10_000}, "max_tokens"),
+        ("", {}, "prompt"),
+        ([], {}, "prompt"),
+        ([1, "a"], {}, "prompt"),
+        ([10**6], {}, "prompt"),
+        ({"role": "user"}, {}, "prompt"),
+        ([{"role": "bot", "content": "hi"}], {}, r"messages\[0\].role"),
+    ],
+)
+def test_mistakes_are_value_errors_that_name_the_field(
+    client: HttpClient, prompt: object, sampling: dict[str, object], field: str
+) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: client.generate(prompt, **sampling),  # type: ignore[arg-type]
+        lambda: client.stream(prompt, **sampling),  # type: ignore[arg-type]
+        lambda: asyncio.run(client.agenerate(prompt, **sampling)),  # type: ignore[arg-type]
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^{field}"):
+            call()
+
+
+def test_unknown_model_is_a_value_error(server: LoopbackServer) -> None:
+    client = HttpClient(server.url, model="nope")
+    with pytest.raises(ValueError, match=r"^model: 'nope' does not exist"):
+        client.generate("water")
+    client.close()
+
+
+def test_a_dead_engine_is_named(client: HttpClient, backend: ScriptedBackend) -> None:
+    backend.dead = True
+    with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+        client.generate("water")
+    with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+        client.stream("water")
+    assert client.stats() == pytest.approx(client.stats(), nan_ok=True)
+    assert client.stats()["penstock:engine_up"] == 0.0
+
+
+def test_an_engine_that_dies_in_a_stream_is_named(client: HttpClient, backend: ScriptedBackend) -> None:
+    backend.fail_at = 2
+    stream = client.stream("water", max_tokens=50)
+    pieces = []
+    with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+        pieces.extend(stream)
+    with pytest.raises(RuntimeError, match="not been read"):
+        _ = stream.generation
+
+
+def test_a_server_that_goes_away_is_a_connection_error(backend: ScriptedBackend, tokenizer: ChatTokenizer) -> None:
+    with served(backend, tokenizer) as server:
+        client = HttpClient(server.url, max_retries=0)
+        client.models()
+    with pytest.raises(ConnectionError, match=server.url):
+        client.generate("water")
+    client.close()
+
+
+def test_no_answer_in_time_is_a_timeout(server: LoopbackServer, backend: ScriptedBackend) -> None:
+    backend.gate = asyncio.Semaphore(0)
+    client = HttpClient(server.url, model=MODEL, timeout_s=0.2, max_retries=0)
+    with pytest.raises(TimeoutError):
+        client.generate("water")
+    client.close()
+
+
+def test_a_stream_cut_short_is_a_connection_error(backend: ScriptedBackend, tokenizer: ChatTokenizer) -> None:
+    """A proxy may end a stream cleanly before the output is complete."""
+
+    class CutShort(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            chunk = {"id": "x", "object": "text_completion", "created": 1, "choices": [{"index": 0, "text": "a"}]}
+            event = f"data: {json.dumps({**chunk, 'model': 'm'})}\n\n".encode()
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + event)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), CutShort) as server:
+        threading.Thread(target=server.handle_request).start()
+        client = HttpClient(f"http://127.0.0.1:{server.server_address[1]}", model="m", max_retries=0)
+        with client.stream("water") as stream:
+            assert next(stream) == "a"
+            with pytest.raises(ConnectionError, match="before the output was complete"):
+                next(stream)
+        client.close()
+
+
+def test_a_connection_lost_in_a_stream_is_a_connection_error() -> None:
+    class Lost(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+            self.wfile.write(head + b"ff\r\ndata: {")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Lost) as server:
+        threading.Thread(target=server.handle_request).start()
+        client = HttpClient(f"http://127.0.0.1:{server.server_address[1]}", model="m", max_retries=0)
+        with client.stream("water") as stream, pytest.raises(ConnectionError):
+            next(stream)
+        client.close()

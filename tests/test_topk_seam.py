@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from penstock.router.topk import RouterSeam
+from penstock.workers.loader import _moe_modules
+
+MODEL_TYPES = ["qwen3_moe", "deepseek_v3", "deepseek_v2", "mixtral", "olmoe"]
+Router = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def router_of(directory: Path) -> tuple[torch.nn.Module, int]:
+    """A router of transformers' own model, and its top_k."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    _, routers = _moe_modules(model, 8)
+    return routers[-1], model.config.num_experts_per_tok
+
+
+def hidden(rows: int = 40) -> torch.Tensor:
+    return torch.randn(rows, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_identity_selection_reproduces_the_router(checkpoint: Callable[[str], Path], model_type: str) -> None:
+    router, top_k = router_of(checkpoint(model_type))
+    with torch.inference_mode():
+        expected = router(hidden())
+        seam = RouterSeam(router, 8, top_k)
+        asked = []
+
+        def identity(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+            asked.append((tuple(scores.shape), k))
+            # sorted=False keeps the order of the models that ask for it: compare as sets below
+            values, indices = torch.topk(scores, k, dim=-1)
+            return values, indices
+
+        seam.selection = identity
+        steered = router(hidden())
+        seam.selection = None
+        untouched = router(hidden())
+    assert asked == [((40, 8), top_k)]
+    for before, after in zip(expected, untouched, strict=True):
+        assert torch.equal(before, after)
+    order, steered_order = expected[2].argsort(dim=-1), steered[2].argsort(dim=-1)
+    assert torch.equal(expected[0], steered[0])
+    assert torch.equal(expected[2].gather(1, order), steered[2].gather(1, steered_order))
+    torch.testing.assert_close(expected[1].gather(1, order), steered[1].gather(1, steered_order))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_selection_steers_and_the_model_still_weighs(checkpoint: Callable[[str], Path], model_type: str) -> None:
+    router, top_k = router_of(checkpoint(model_type))
+    chosen = [6, 1, 3][:top_k]
+
+    def always(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.tensor(chosen).expand(len(scores), k)
+        return scores.gather(1, ids), ids
+
+    with torch.inference_mode():
+        logits, weights, ids = router(hidden())
+        seam = RouterSeam(router, 8, top_k)
+        seam.selection = always
+        steered_logits, steered_weights, steered_ids = router(hidden())
+    assert steered_ids.tolist() == [chosen] * 40
+    assert torch.equal(logits, steered_logits)
+    # Rows that chose these experts anyway got the same weights: gathering and normalising stay the model's
+    same = [row for row in range(40) if sorted(ids[row].tolist()) == sorted(chosen)]
+    for row in same:
+        by_id = dict(zip(ids[row].tolist(), weights[row].tolist(), strict=True))
+        assert steered_weights[row].tolist() == pytest.approx([by_id[expert] for expert in chosen])
+    if model_type == "mixtral":
+        probabilities = logits.softmax(dim=-1)[:, chosen]
+        torch.testing.assert_close(steered_weights, probabilities / probabilities.sum(dim=-1, keepdim=True))
+    assert torch.isfinite(steered_weights).all()
+
+
+class _Odd(torch.nn.Module):
+    """A router whose forward is given."""
+
+    def __init__(self, choose: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.choose = choose
+
+    def forward(self, scores: torch.Tensor) -> Any:
+        return self.choose(scores)
+
+
+@pytest.mark.parametrize(
+    ("choose", "hits"),
+    [
+        (lambda scores: scores.argsort(dim=-1, descending=True)[:, :2], 0),
+        (lambda scores: torch.topk(scores, 3).indices, 0),
+        (lambda scores: torch.topk(scores[:, :4], 2).indices, 0),
+        (lambda scores: torch.topk(scores[None], 2).indices, 0),
+        (lambda scores: (scores.topk(2), torch.topk(scores, k=2)), 2),
+    ],
+)
+def test_a_router_that_cannot_be_steered_is_refused(choose: Callable[[torch.Tensor], Any], hits: int) -> None:
+    router = _Odd(choose)
+    seam = RouterSeam(router, 8, 2)
+    router(torch.rand(5, 8))  # nobody asks
+    seam.audit = True
+    with pytest.raises(ValueError, match=rf"^model: .* 8 experts {hits} times, expected once"):
+        router(torch.rand(5, 8))
+    seam.audit = False
+    seam.selection = lambda scores, k: (scores[:, :k], torch.arange(k).expand(len(scores), k))
+    with pytest.raises(ValueError, match="cannot be steered"):
+        router(torch.rand(5, 8))
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda scores: torch.topk(scores, 2, dim=-1),
+        lambda scores: torch.topk(input=scores, k=2, sorted=False),
+        lambda scores: scores.topk(k=2),
+        lambda scores: scores.topk(2, -1),
+    ],
+)
+def test_every_spelling_of_topk_is_seen(choose: Callable[[torch.Tensor], Any]) -> None:
+    router = _Odd(choose)
+    seam = RouterSeam(router, 8, 2)
+    seam.audit = True
+    router(torch.rand(5, 8))
+    seam.selection = lambda scores, k: (scores[:, :k], torch.tensor([[7, 0]]).expand(len(scores), k))
+    assert router(torch.rand(5, 8))[1].tolist() == [[7, 0]] * 5
+
+
+def test_the_seam_reaches_nothing_outside_its_router() -> None:
+    router = _Odd(lambda scores: torch.topk(scores, 2))
+    seam = RouterSeam(router, 8, 2)
+    seam.selection = lambda scores, k: (scores[:, :k], torch.zeros(len(scores), k, dtype=torch.int64))
+    scores = torch.arange(8.0).expand(3, 8)
+    assert router(scores)[1].tolist() == [[0, 0]] * 3
+    assert torch.topk(scores, 2)[1].tolist() == [[7, 6]] * 3
