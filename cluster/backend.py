@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from ..workers.model_info import RankInfo
@@ -19,7 +19,7 @@ class Backend(Protocol):
 
     def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs until one carries a ``finish_reason``.
 
         Closing the iterator early (client gone, stop string found) aborts the request and frees its blocks.

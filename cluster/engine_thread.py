@@ -42,7 +42,14 @@ class EngineThread:
         self.check_health()
         check_prompt(self._engine.model, prompt_token_ids, sampling)
         prompt = list(prompt_token_ids)
-        self._inbox.put(lambda: self._engine.add_request(request_id, prompt, sampling))
+
+        def add() -> None:
+            try:
+                self._engine.add_request(request_id, prompt, sampling)
+            except ValueError as error:  # all but the id was checked above, and ids are unique to their readers
+                logger.error("request dropped: %s", error)
+
+        self._inbox.put(add)
 
     def abort(self, request_id: str) -> None:
         """Drop a request; unknown or finished ones are ignored."""

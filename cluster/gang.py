@@ -38,17 +38,14 @@ class Gang:
         order = sorted(range(len(workers)), key=lambda i: (ipaddress.ip_address(nodes[i]), i))
         self._workers = [workers[i] for i in order]
         replica = serve.get_replica_context()
-        self._coordinator: Any = (
-            ray.remote(Coordinator)
-            .options(
-                max_concurrency=10_000,
-                num_cpus=COORDINATOR_CPUS,
-                name=f"{COORDINATOR_PREFIX}{replica.app_name}:{replica.replica_id.unique_id}",
-                namespace=NAMESPACE,
-                scheduling_strategy=_bundle(group, 1),
-            )
-            .remote(config, self._workers, [nodes[i] for i in order])
+        coordinator: Any = ray.remote(Coordinator).options(
+            max_concurrency=10_000,
+            num_cpus=COORDINATOR_CPUS,
+            name=f"{COORDINATOR_PREFIX}{replica.app_name}:{replica.replica_id.unique_id}",
+            namespace=NAMESPACE,
+            scheduling_strategy=_bundle(group, 1),
         )
+        self._coordinator: Any = coordinator.remote(config, self._workers, [nodes[i] for i in order])
         await self._coordinator.load.remote()
 
     async def coordinator(self) -> Any:

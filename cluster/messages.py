@@ -15,9 +15,9 @@ class Run(msgspec.Struct, tag=True, frozen=True):
 
 
 class Regroup(msgspec.Struct, tag=True, frozen=True):
-    """Leave the process group and join that of ``generation``."""
+    """Leave the process group and join a new one; ``epoch`` is never used twice."""
 
-    generation: int
+    epoch: int
 
 
 class Close(msgspec.Struct, tag=True, frozen=True):
@@ -37,9 +37,9 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 class Regrouped(msgspec.Struct, tag=True, frozen=True):
-    """The process group of ``generation`` stands; ``error`` if it does not."""
+    """The process group of ``epoch`` stands; ``error`` if it does not."""
 
-    generation: int
+    epoch: int
     error: str | None = None
 
 

@@ -56,7 +56,7 @@ def run_rank(
             if isinstance(command, Run):
                 plane.send(_step(runner, command.plan))
             elif isinstance(command, Regroup):
-                plane.send(_regroup(settings, runner, command.generation))
+                plane.send(_regroup(settings, runner, command.epoch))
             else:
                 return
     finally:
@@ -71,11 +71,11 @@ def _step(runner: ModelRunner, plan: RankPlan) -> Answer:
         return Failed(RankError(plan.generation, plan.step_id, runner.rank, f"{type(error).__name__}: {error}"))
 
 
-def _regroup(settings: RankSettings, runner: ModelRunner, generation: int) -> Answer:
+def _regroup(settings: RankSettings, runner: ModelRunner, epoch: int) -> Answer:
     try:
         process_group.join(
             settings.store,
-            generation,
+            epoch,
             runner.rank,
             runner.num_ranks,
             node=settings.node,
@@ -83,6 +83,6 @@ def _regroup(settings: RankSettings, runner: ModelRunner, generation: int) -> An
             backend="nccl" if runner.device.type == "cuda" else "gloo",
         )
     except Exception as error:  # torch.distributed has no common error type
-        return Regrouped(generation, f"{type(error).__name__}: {error}")
+        return Regrouped(epoch, f"{type(error).__name__}: {error}")
     runner.connect(None)
-    return Regrouped(generation)
+    return Regrouped(epoch)

@@ -14,8 +14,7 @@ from ..workers.sampling_params import SamplingParams
 from .backend import EngineDeadError
 from .client import Prompt
 from .generation import Generation
-
-_COMPLETION_MAX_TOKENS = 16
+from .protocol import DEFAULT_MAX_TOKENS
 
 
 class RayClient:
@@ -87,7 +86,7 @@ class RayClient:
         SamplingParams.from_kwargs(**sampling)  # refuse before anything travels
         is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         if not is_chat:
-            sampling.setdefault("max_tokens", _COMPLETION_MAX_TOKENS)
+            sampling.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
         return self._handle.options(stream=True).stream.remote(prompt, sampling)
 
 

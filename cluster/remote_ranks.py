@@ -34,6 +34,7 @@ class RemoteRanks:
             RankSettings(config, ticket, address, node) for ticket, node in zip(self._plane.tickets, nodes, strict=True)
         ]
         self.infos: list[RankInfo] = []
+        self._epoch = 0
 
     def wait_loaded(self, on_loaded: Callable[[RankInfo], None] = lambda _: None) -> None:
         """Wait for every rank to load and join the first process group.
@@ -79,19 +80,20 @@ class RemoteRanks:
         return (answer.generation, answer.step_id) == (plan.generation, plan.step_id)
 
     def recover(self, generation: int) -> None:
-        """Have all ranks meet in the process group of ``generation``; a single rank needs none."""
+        """Have all ranks meet in a new process group; a single rank needs none."""
         if len(self.settings) == 1:
             return
+        self._epoch += 1
         try:
             for rank in range(len(self.settings)):
-                self._plane.send(rank, Regroup(generation))
+                self._plane.send(rank, Regroup(self._epoch))
         except ConnectionError as error:
             raise EngineDeadError(str(error)) from error
         deadline = time.monotonic() + self._config.step_timeout_s + _GRACE_S
         waiting = set(range(len(self.settings)))
         while waiting:
             rank, answer = self._receive(deadline, "regroup")
-            if isinstance(answer, Regrouped) and answer.generation == generation:
+            if isinstance(answer, Regrouped) and answer.epoch == self._epoch:
                 if answer.error:
                     raise EngineDeadError(f"rank {rank} cannot join the process group: {answer.error}")
                 waiting.discard(rank)

@@ -7,13 +7,12 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import cast
 
 from ..workers.sampling_params import SamplingParams
 from .backend import Backend
 from .chat_tokenizer import ChatTokenizer
 from .generation import Generation, GenerationStats
-from .output import LENGTH, STOP, RequestOutput
+from .output import LENGTH, STOP
 
 
 class RequestFailedError(RuntimeError):
@@ -49,8 +48,7 @@ async def stream_text(
     num_steps = 0
     num_received = 0
     detokenizer = tokenizer.detokenizer(sampling.stop)
-    # closing promises an abort, which an AsyncIterator alone does not have
-    outputs = cast(AsyncGenerator[RequestOutput, None], backend.generate(request_id, prompt_token_ids, sampling))
+    outputs = backend.generate(request_id, prompt_token_ids, sampling)
     async with aclosing(outputs):
         async for output in outputs:
             token_ids = output.token_ids[max(num_received - output.offset, 0) :]

@@ -111,7 +111,7 @@ def reference() -> Callable[..., list[int]]:
             models[directory] = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         model = models[directory]
         ids = torch.tensor([prompt])
-        stop = {"eos_token_id": -1} if ignore_eos else {}
+        stop = {"eos_token_id": 10**6} if ignore_eos else {}
         with torch.inference_mode():
             out = model.generate(  # type: ignore[attr-defined]
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens, **stop

@@ -37,11 +37,15 @@ class LoadedModel:
 
 
 def inspect(model: str, revision: str | None = None) -> tuple[Path, PreTrainedConfig]:
-    """Return the directory and configuration of ``model``; raise ``ValueError`` if it cannot be served."""
+    """Return the directory and configuration of ``model``; raise ``ValueError`` if it cannot be served.
+
+    Reads the headers of the weight files, so that what is missing or cut short is known before anything starts.
+    """
     directory = resolve(model, revision)
     config = load_config(directory)
     check_supported(config.model_type)
-    return directory, config
+    with CheckpointReader(directory):
+        return directory, config
 
 
 def resolve_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
@@ -119,13 +123,7 @@ def _moe_modules(model: torch.nn.Module, num_experts: int) -> tuple[list[torch.n
         if not mine:
             continue
         # A router holds one row of weights per expert; shared experts and their gates do not
-        theirs = [
-            child
-            for child in children
-            if isinstance(child.weight if hasattr(child, "weight") else None, torch.nn.Parameter)
-            and child.weight.size(0) == num_experts
-            and type(child) is not torch.nn.Linear
-        ]
+        theirs = [child for child in children if _is_router(child, num_experts)]
         if len(mine) != 1 or len(theirs) != 1:
             raise ValueError(f"model: {type(block).__name__} has {len(mine)} experts and {len(theirs)} routers")
         experts += mine
@@ -133,6 +131,11 @@ def _moe_modules(model: torch.nn.Module, num_experts: int) -> tuple[list[torch.n
     if not experts:
         raise ValueError("model: it has no Mixture-of-Experts layer")
     return experts, routers
+
+
+def _is_router(module: torch.nn.Module, num_experts: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and len(weight) == num_experts and type(module) is not torch.nn.Linear
 
 
 def _shrink(module: torch.nn.Module, num_experts: int, num_local: int) -> None:

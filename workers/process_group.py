@@ -42,9 +42,9 @@ def interface_of(address: str) -> str:
 
 
 def join(
-    store: StoreAddress, generation: int, rank: int, num_ranks: int, *, node: str, timeout_s: float, backend: str
+    store: StoreAddress, epoch: int, rank: int, num_ranks: int, *, node: str, timeout_s: float, backend: str
 ) -> None:
-    """Join the group of ``generation``, leaving any other; blocks until all ranks have or ``timeout_s`` passes.
+    """Join the group of ``epoch``, leaving any other; blocks until all ranks have or ``timeout_s`` passes.
 
     ``node``: this machine's address, whose interface carries the data. Collectives that take longer than ``timeout_s``
     raise, which is how a rank leaves a step that another rank will never finish.
@@ -55,7 +55,7 @@ def join(
     client = dist.TCPStore(store.host, store.port, is_master=False, timeout=timeout)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(f"generation-{generation}", client),
+        store=dist.PrefixStore(f"epoch-{epoch}", client),
         rank=rank,
         world_size=num_ranks,
         timeout=timeout,

@@ -1,0 +1,34 @@
+"""A rank that fails planted steps: the program that `test_identity` starts instead of the real one.
+
+In generation 0, rank 1 fails step 4 after its collectives have run. With PENSTOCK_TEST_FAIL_EARLY it fails step 2
+before them too, which leaves rank 0 in a collective that nobody will join.
+"""
+
+from __future__ import annotations
+
+import os
+
+from penstock.cluster.process_ranks import parent_is_gone, read_settings
+from penstock.cluster.rank_loop import run_rank
+from penstock.cluster.ranks import make_runner
+
+
+def make_faulty(config, rank):
+    runner = make_runner(config, rank)
+    step = runner.step
+
+    def faulty_step(plan):
+        planted = rank == 1 and plan.generation == 0
+        if planted and plan.step_id == 2 and os.environ.get("PENSTOCK_TEST_FAIL_EARLY"):
+            raise RuntimeError("planted before the collectives")
+        result = step(plan)
+        if planted and plan.step_id == 4:
+            raise RuntimeError("planted after the collectives")
+        return result
+
+    runner.step = faulty_step
+    return runner
+
+
+if __name__ == "__main__":
+    run_rank(read_settings(), parent_is_gone, make_faulty)

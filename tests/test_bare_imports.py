@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import penstock
+import pytest
+
+ROOT = Path(penstock.__file__).parent
+ROOMS = ("cluster", "workers", "router", "kernels", "demo", "benchmarks")
+# What each room may import of the others
+MAY_IMPORT = {
+    "kernels": set(),
+    "router": {"kernels"},
+    "workers": {"router", "kernels"},
+    "cluster": {"workers", "router", "kernels", "demo"},  # the command line serves the shipped model
+}
+
+_BARE = """
+import importlib, json, pkgutil, sys
+
+BLOCKED = {"ray", "pydantic", "zmq", "msgspec", "fastapi", "openai"}
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+for name in BLOCKED:
+    assert name not in sys.modules, name
+
+import penstock
+names = ["cluster.engine", "cluster.drafter", "cluster.scheduler", "cluster.ranks", "cluster.controller"]
+for room in ("workers", "router", "kernels"):
+    package = importlib.import_module(f"penstock.{room}")
+    names += [f"{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+for name in names:
+    importlib.import_module(f"penstock.{name}")
+
+import torch
+from penstock.cluster.config import EngineConfig
+from penstock.cluster.engine import Engine
+from penstock.cluster.ranks import LocalRanks, make_runner
+from penstock.workers.sampling_params import SamplingParams
+
+torch.set_num_threads(1)
+model, prompt = sys.argv[1], json.loads(sys.argv[2])
+config = EngineConfig(model=model, block_size=4, max_model_len=64, kv_cache_bytes=1 << 20)
+engine = Engine(config, LocalRanks(make_runner(config, 0)))
+engine.add_request("a", prompt, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+tokens = []
+while engine.has_requests:
+    tokens += [token for output in engine.step() for token in output.token_ids]
+loaded = sorted({name.split(".")[0] for name in sys.modules} & BLOCKED)
+print(json.dumps({"tokens": tokens, "names": names, "loaded": loaded}))
+"""
+
+
+def python(code: str, *args: str) -> str:
+    # Isolated mode: neither the working directory nor PYTHONPATH helps
+    done = subprocess.run([sys.executable, "-I", "-c", code, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_engine_runs_on_a_bare_machine(
+    checkpoint: Callable[[str], Path], reference: Callable[..., list[int]]
+) -> None:
+    directory, prompt = checkpoint("qwen3_moe"), [5, 17, 60, 33, 8]
+    said = json.loads(python(_BARE, str(directory), json.dumps(prompt)).splitlines()[-1])
+    assert said["tokens"] == reference(directory, prompt, 8, ignore_eos=True)
+    assert said["loaded"] == []
+    assert {"workers.runner", "workers.process_group", "router.topk", "kernels.philox"} <= set(said["names"])
+
+
+def test_importing_penstock_costs_neither_torch_nor_ray() -> None:
+    code = "import sys, penstock; penstock.__version__; dir(penstock); print(*{n.split('.')[0] for n in sys.modules})"
+    loaded = set(python(code).split())
+    assert "penstock" in loaded
+    assert not loaded & {"torch", "ray", "transformers", "numpy", "pydantic", "zmq", "msgspec", "fastapi", "openai"}
+
+
+def test_the_public_names_are_lazy_and_an_unknown_one_is_refused() -> None:
+    from penstock.cluster.config import EngineConfig
+
+    assert penstock.EngineConfig is EngineConfig
+    assert set(penstock.__all__) <= set(dir(penstock))
+    assert set(penstock._HOMES) == set(penstock.__all__) - {"__version__"}
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = penstock.Nonsense
+
+
+def imported_rooms(source: str, room: str) -> set[str]:
+    """The rooms that a module of ``room`` imports, wherever in its text."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            package = ["penstock", room][: 3 - node.level] if node.level else []
+            names = [".".join([*package, *filter(None, [node.module]), alias.name]) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "penstock" and len(parts) > 1:
+                found.add(parts[1])
+    return found & set(ROOMS) - {room}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from ..cluster import engine", {"cluster"}),
+        ("from .. import cluster", {"cluster"}),
+        ("from ..cluster.engine import Engine", {"cluster"}),
+        ("import penstock.cluster.engine", {"cluster"}),
+        ("def f():\n    from penstock.cluster import engine", {"cluster"}),
+        ("from penstock import cluster", {"cluster"}),
+        ("from . import rows\nfrom .plan import RankPlan\nimport torch", set()),
+        ("from ..router.topk import RouterSeam", {"router"}),
+    ],
+)
+def test_the_scan_sees_every_spelling(source: str, expected: set[str]) -> None:
+    assert imported_rooms(source, "workers") == expected
+
+
+@pytest.mark.parametrize("room", list(MAY_IMPORT))
+def test_imports_point_down_only(room: str) -> None:
+    files = sorted((ROOT / room).glob("*.py"))
+    assert files
+    for file in files:
+        upwards = imported_rooms(file.read_text(encoding="utf-8"), room) - MAY_IMPORT[room]
+        assert not upwards, f"{file.relative_to(ROOT)} imports {', '.join(upwards)}"
+
+
+def test_the_kernels_package_stays_empty() -> None:
+    # transformers probes for an optional package of that name and may find ours
+    assert (ROOT / "kernels" / "__init__.py").read_text() == ""

@@ -1,0 +1,206 @@
+"""The promise: whatever the ranks, draft lengths, batch-mates and faults, the tokens are transformers' own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from penstock.cluster.config import EngineConfig
+from penstock.cluster.controller import FixedDraftLen
+from penstock.cluster.engine import Engine
+from penstock.cluster.process_ranks import ProcessRanks
+from penstock.cluster.ranks import LocalRanks, Ranks, make_runner
+from penstock.workers.sampling_params import SamplingParams
+
+TINY = ("qwen3_moe", "olmoe", "mixtral", "deepseek_v3")
+MODELS = (*TINY, "demo")
+DEMO = Path(__file__).parents[1] / "demo" / "model"
+MAX_TOKENS = 24
+DRAFT_LENS = (0, 3, 7, "changing")
+EXCUSED_GAP = 1e-4
+
+
+class ChangingDraftLen:
+    """Another draft length every step and request."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def draft_len(self, request):
+        self.calls += 1
+        return (0, 7, 1, 5, 3)[self.calls % 5]
+
+    def observe(self, request, num_drafted, num_accepted):
+        pass
+
+
+class RecordingRanks:
+    """Real ranks, and what they answered."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self.infos, self.results = ranks, ranks.infos, []
+        self.recoveries = 0
+
+    def step(self, plan):
+        result = self._ranks.step(plan)
+        self.results.append(result)
+        return result
+
+    def recover(self, generation):
+        self.recoveries += 1
+        self._ranks.recover(generation)
+
+    def close(self):
+        pass
+
+
+def _config(directory: Path, num_ranks: int, **changes) -> EngineConfig:
+    return EngineConfig(
+        model=str(directory),
+        expert_parallel_size=num_ranks,
+        num_threads=1,
+        max_model_len=160,
+        kv_cache_bytes=8 << 20,
+        # Small, so that prompts are computed in chunks beside decoding requests
+        max_num_batched_tokens=24,
+        **{"step_timeout_s": 30.0, **changes},
+    )
+
+
+def _directory(model: str, checkpoint: Callable[[str], Path]) -> Path:
+    return DEMO if model == "demo" else checkpoint(model)
+
+
+def _prompts(model: str) -> list[list[int]]:
+    if model == "demo":
+        from penstock.cluster.chat_tokenizer import ChatTokenizer
+
+        tokenizer = ChatTokenizer(str(DEMO))
+        chats = ["438 + 275", "city: Oslo\norder: 81-k\nname: Ada\nget:order,name", "What does os.walk do?"]
+        texts = [
+            "def parse(self, text):\n    for line in text:\n        ",
+            "import os\nimport sys\nimport re\nimport o",
+        ]
+        return [
+            *[tokenizer.encode_chat([{"role": "user", "content": chat}]) for chat in chats],
+            *map(tokenizer.encode, texts),
+        ]
+    generator = torch.Generator().manual_seed(11)
+    lengths = (1, 7, 20, 45)
+    prompts = [torch.randint(3, 96, (n,), generator=generator).tolist() for n in lengths]
+    return [*prompts, prompts[1] * 4]
+
+
+def _run(ranks: Ranks, config: EngineConfig, draft_len, prompts, sampling: SamplingParams) -> list[list[int]]:
+    """Serve ``prompts``, arriving one by one, beside a request that is cancelled; return their outputs."""
+    controller = ChangingDraftLen() if draft_len == "changing" else FixedDraftLen(draft_len)
+    engine = Engine(config, ranks, controller=controller)
+    outputs: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    outputs["cancelled"] = []
+    arrivals = iter([*outputs][:-1])
+    engine.add_request("cancelled", prompts[-1], replace(sampling, max_tokens=80))
+    num_steps = 0
+    while True:
+        if num_steps % 2 == 0 and (key := next(arrivals, None)) is not None:
+            engine.add_request(key, prompts[int(key)], sampling)
+        if not engine.has_requests:
+            break
+        for output in engine.step():
+            assert output.offset == len(outputs[output.request_id]), "tokens must come in order, each once"
+            outputs[output.request_id] += output.token_ids
+        num_steps += 1
+        if num_steps == 6:
+            engine.abort("cancelled")
+    assert 0 < len(outputs["cancelled"]) < 80
+    engine.scheduler.check_integrity()
+    assert engine.stats().num_kv_blocks_used == 0
+    return [outputs[str(i)] for i in range(len(prompts))]
+
+
+def _assert_same(directory: Path, prompt: list[int], got: list[int], want: list[int]) -> int:
+    """Assert equality but for a tie: return 1 where f32 itself could not tell the two tokens apart."""
+    if got == want:
+        return 0
+    from transformers import AutoModelForCausalLM
+
+    first = next(i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        top = model(torch.tensor([prompt + want[:first]])).logits[0, -1].topk(2).values
+    assert float(top[0] - top[1]) < EXCUSED_GAP, f"token {first}: got {got[first]}, transformers has {want[first]}"
+    return 1
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.distributed)])
+def served(request, model, checkpoint) -> Iterator[tuple[Ranks, EngineConfig, Path]]:
+    """One or two ranks of a model; two run in processes of their own, and rank 1 fails a step of every engine."""
+    directory = _directory(model, checkpoint)
+    config = _config(directory, request.param)
+    if request.param == 1:
+        yield LocalRanks(make_runner(config, 0)), config, directory
+        return
+    ranks = ProcessRanks(config, [sys.executable, str(Path(__file__).with_name("faulty_rank.py"))])
+    yield ranks, config, directory
+    ranks.close()
+
+
+def test_greedy_tokens_are_those_of_transformers(served, model, reference):
+    ranks, config, directory = served
+    prompts = _prompts(model)
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    wanted = [reference(directory, prompt, MAX_TOKENS, ignore_eos=True) for prompt in prompts]
+    excused = 0
+    for draft_len in DRAFT_LENS:
+        recording = RecordingRanks(ranks)
+        got = _run(recording, config, draft_len, prompts, sampling)
+        excused += sum(map(_assert_same, [directory] * len(prompts), prompts, got, wanted))
+        drafted = sum(len(tokens) > 1 for result in recording.results for r in result.ranks for tokens in r.token_ids)
+        assert (drafted > 0) == (draft_len != 0), "drafts must have been accepted, or none been made"
+        if len(ranks.infos) == 2:
+            assert recording.recoveries == 1, "rank 1 fails one step of every engine"
+            num_layers = ranks.infos[0].model.num_moe_layers
+            for result in recording.results:
+                first, second = result.ranks
+                assert first.num_collectives == second.num_collectives == 3 * num_layers
+                assert first.collectives_crc == second.collectives_crc
+    assert excused <= 1
+
+
+def test_seeded_tokens_depend_on_nothing_but_the_text(served, model, sampled_outputs):
+    ranks, config, _ = served
+    prompts = _prompts(model)
+    sampling = SamplingParams(temperature=1.0, top_p=0.95, top_k=50, seed=1234, max_tokens=MAX_TOKENS, ignore_eos=True)
+    for draft_len in DRAFT_LENS:
+        got = _run(ranks, config, draft_len, prompts, sampling)
+        assert got == sampled_outputs.setdefault(model, got)
+
+
+@pytest.fixture(scope="module")
+def sampled_outputs() -> dict[str, list[list[int]]]:
+    """The first run's outputs of each model, which all others must repeat, on one rank and on two."""
+    return {}
+
+
+@pytest.mark.distributed
+def test_a_rank_that_fails_between_collectives_is_recovered(checkpoint, reference, monkeypatch):
+    monkeypatch.setenv("PENSTOCK_TEST_FAIL_EARLY", "1")
+    directory = checkpoint("qwen3_moe")
+    config = _config(directory, 2, step_timeout_s=3.0)
+    prompts = _prompts("qwen3_moe")
+    ranks = ProcessRanks(config, [sys.executable, str(Path(__file__).with_name("faulty_rank.py"))])
+    try:
+        sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+        got = _run(ranks, config, 3, prompts, sampling)
+    finally:
+        ranks.close()
+    assert got == [reference(directory, prompt, MAX_TOKENS, ignore_eos=True) for prompt in prompts]
+    assert all(process.returncode == 0 for process in ranks.processes)

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from penstock.cluster.block_pool import BlockPool
+from penstock.cluster.request import Request
+from penstock.cluster.scheduler import Scheduler
+from penstock.workers.plan import RankPlan, StepPlan
+from penstock.workers.sampling_params import SamplingParams, TokenSampling
+
+
+def make_request(key: int, num_prompt: int, max_tokens: int) -> Request:
+    return Request(
+        request_id=str(key),
+        key=key,
+        sampling=SamplingParams(),
+        token_sampling=TokenSampling(seed=key),
+        token_ids=[1000 * key + i for i in range(num_prompt)],
+        num_prompt_tokens=num_prompt,
+        max_total_tokens=num_prompt + max_tokens,
+        arrival_s=0.0,
+    )
+
+
+def make_scheduler(
+    num_blocks: int = 64, block_size: int = 4, max_num_seqs: int = 4, max_rows: int = 16, num_ranks: int = 1
+) -> Scheduler:
+    return Scheduler([BlockPool(num_blocks, block_size) for _ in range(num_ranks)], max_num_seqs, max_rows)
+
+
+@dataclass
+class Rank:
+    """A rank that obeys plans: its block tables, and the token whose KV each slot holds."""
+
+    block_size: int
+    tables: dict[int, list[int]] = field(default_factory=dict)
+    slots: dict[int, tuple[int, int]] = field(default_factory=dict)
+    generation: int = -1
+
+    def run(self, plan: RankPlan) -> None:
+        if plan.generation != self.generation:
+            self.tables.clear()
+            self.generation = plan.generation
+        for key in plan.released:
+            self.tables.pop(key, None)
+        for part in plan.requests:
+            if part.request_id not in self.tables:
+                assert part.first_block == 0, "a rank that knows nothing is told everything"
+            table = self.tables.get(part.request_id, [])
+            assert part.first_block <= len(table)
+            self.tables[part.request_id] = table[: part.first_block] + part.new_blocks
+        shared = [block for table in self.tables.values() for block in table]
+        assert len(shared) == len(set(shared)), "two requests share a block"
+        for part in plan.requests:
+            table = self.tables[part.request_id]
+            for row, token in enumerate(part.token_ids):
+                where = part.committed_len + row
+                slot = table[where // self.block_size] * self.block_size + where % self.block_size
+                self.slots[slot] = (part.request_id, token)
+
+    def context(self, key: int, length: int) -> list[tuple[int, int]]:
+        table = self.tables[key]
+        return [self.slots[table[i // self.block_size] * self.block_size + i % self.block_size] for i in range(length)]
+
+
+class Simulation:
+    """Drives a scheduler as the engine does, with ranks that sample by chance, and checks every plan."""
+
+    def __init__(self, rng: random.Random, num_ranks: int, num_blocks: int, max_num_seqs: int, max_rows: int) -> None:
+        self.rng = rng
+        self.max_rows, self.max_num_seqs, self.block_size = max_rows, max_num_seqs, rng.choice([1, 3, 4])
+        self.scheduler = make_scheduler(num_blocks, self.block_size, max_num_seqs, max_rows, num_ranks)
+        self.ranks = [Rank(self.block_size) for _ in range(num_ranks)]
+        self.live: dict[int, Request] = {}
+        self.order: list[int] = []
+        self.key = self.generation = self.step_id = 0
+
+    def add(self) -> None:
+        pool = self.scheduler.pools[0]
+        largest = min(40, pool.num_blocks * pool.block_size)
+        total = self.rng.randint(2, largest)
+        num_prompt = self.rng.randint(1, total - 1)
+        request = make_request(self.key, num_prompt, total - num_prompt)
+        self.live[self.key] = request
+        self.key += 1
+        self.scheduler.add(request)
+
+    def finish(self, request: Request) -> None:
+        self.scheduler.remove(request)
+        del self.live[request.key]
+
+    def step(self) -> None:
+        waiting = [request.key for request in self.scheduler.waiting]
+        admitted = [request.key for request in self.scheduler.admit()]
+        assert admitted == waiting[: len(admitted)], "first come, first served"
+        drafts = {
+            request.key: [self.rng.randrange(5) for _ in range(self.rng.randint(0, 9))]
+            for request in self.live.values()
+            if request.rank >= 0 and request.is_decoding and self.rng.random() < 0.7
+        }
+        plan = self.scheduler.schedule(self.generation, self.step_id, drafts)
+        if plan is None:
+            assert not self.live
+            return
+        self.check(plan, drafts)
+        for rank, part in zip(self.ranks, plan.ranks, strict=True):
+            rank.run(part)
+        if self.rng.random() < 0.1:
+            self.generation += 1
+            self.scheduler.forget_ranks()
+            return
+        self.step_id += 1
+        self.commit(plan)
+
+    def check(self, plan: StepPlan, drafts: dict[int, list[int]]) -> None:
+        assert len(plan.ranks) == len(self.ranks)
+        rows = [sum(len(part.token_ids) for part in rank.requests) for rank in plan.ranks]
+        assert max(rows) <= self.max_rows
+        assert {(r.generation, r.step_id, r.row_bucket) for r in plan.ranks} == {
+            (self.generation, self.step_id, max(1, *rows))
+        }
+        for rank, part in enumerate(plan.ranks):
+            assert len(self.scheduler.running[rank]) <= self.max_num_seqs
+            decoding = [self.live[p.request_id].is_decoding for p in part.requests]
+            assert decoding == sorted(decoding, reverse=True), "decoding requests come first"
+            if not all(decoding):
+                served = {p.request_id for p in part.requests}
+                assert all(r.key in served for r in self.scheduler.running[rank] if r.is_decoding)
+            for p in part.requests:
+                request = self.live[p.request_id]
+                assert request.rank == rank
+                assert p.committed_len == request.committed_len
+                assert p.parents == list(range(-1, len(p.token_ids) - 1))
+                known = request.token_ids[request.committed_len :][: len(p.token_ids)]
+                draft = p.token_ids[len(known) :]
+                assert p.token_ids[: len(known)] == known
+                assert known, "a planned request always advances"
+                if len(known) < request.num_pending_tokens:
+                    assert p.first_sampled_row == len(p.token_ids)
+                    assert not draft
+                else:
+                    assert p.first_sampled_row == len(known) - 1
+                assert draft == drafts.get(request.key, [])[: len(draft)]
+                assert len(request.token_ids) + len(draft) + 1 <= request.max_total_tokens
+                assert p.sampling is request.token_sampling
+                assert len(request.blocks) <= -(-request.max_total_tokens // self.block_size), "promised no more"
+
+    def commit(self, plan: StepPlan) -> None:
+        for part in (p for rank in plan.ranks for p in rank.requests):
+            request = self.live[part.request_id]
+            num_drafted = len(part.token_ids) - part.first_sampled_row - 1
+            if num_drafted < 0:
+                request.committed_len += len(part.token_ids)
+                continue
+            accepted = self.rng.randint(0, num_drafted)
+            request.token_ids += [*part.token_ids[part.first_sampled_row + 1 :][:accepted], 77]
+            request.committed_len += part.first_sampled_row + 1 + accepted
+            # What is committed is what the slots hold, over all the request's blocks
+            rank = self.ranks[request.rank]
+            expected = [(request.key, token) for token in request.token_ids[: request.committed_len]]
+            assert rank.context(request.key, request.committed_len) == expected
+            if request.num_tokens_left == 0 or self.rng.random() < 0.05:
+                self.finish(request)
+        self.scheduler.check_integrity()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    num_ranks=st.integers(1, 3),
+    num_blocks=st.integers(4, 60),
+    max_num_seqs=st.integers(1, 5),
+    max_rows=st.integers(1, 24),
+)
+def test_any_traffic_is_scheduled_soundly(
+    seed: int, num_ranks: int, num_blocks: int, max_num_seqs: int, max_rows: int
+) -> None:
+    rng = random.Random(seed)
+    simulation = Simulation(rng, num_ranks, num_blocks, max_num_seqs, max_rows)
+    for _ in range(60):
+        if rng.random() < 0.4:
+            simulation.add()
+        if simulation.live and rng.random() < 0.05:
+            simulation.finish(rng.choice(list(simulation.live.values())))
+        simulation.step()
+    for _ in range(3000):
+        if not simulation.live:
+            break
+        simulation.step()
+    assert not simulation.live, "every request ends"
+    simulation.scheduler.check_integrity()
+    assert all(pool.num_used == 0 for pool in simulation.scheduler.pools)
+    assert all(pool.can_reserve(pool.num_blocks * pool.block_size) for pool in simulation.scheduler.pools)
+
+
+def commit_prompt(request: Request, token: int = 7) -> None:
+    request.committed_len = len(request.token_ids)
+    request.token_ids.append(token)
+
+
+def planned(plan: StepPlan | None, rank: int = 0) -> dict[int, list[int]]:
+    assert plan is not None
+    return {part.request_id: part.token_ids for part in plan.ranks[rank].requests}
+
+
+def test_nothing_to_do_is_no_plan() -> None:
+    scheduler = make_scheduler()
+    assert scheduler.admit() == []
+    assert scheduler.schedule(0, 0, {}) is None
+    assert scheduler.num_running == 0
+
+
+def test_a_prompt_is_computed_in_chunks_that_reassemble_it() -> None:
+    scheduler = make_scheduler(max_rows=7)
+    request = make_request(3, 20, 5)
+    scheduler.add(request)
+    scheduler.admit()
+    chunks, sampled = [], []
+    for step in range(3):
+        plan = scheduler.schedule(0, step, {3: [9, 9]})  # drafts for a prompt are ignored until its last chunk
+        assert plan is not None
+        (part,) = plan.ranks[0].requests
+        assert part.committed_len == len(chunks)
+        sampled.append(part.first_sampled_row)
+        chunks += part.token_ids[: 20 - len(chunks)]
+        request.committed_len += 7
+    assert chunks == request.token_ids
+    assert sampled == [7, 7, 5]
+
+
+def test_decoding_requests_come_before_prompts_and_keep_their_rows() -> None:
+    scheduler = make_scheduler(max_rows=6)
+    long, short = make_request(0, 30, 4), make_request(1, 3, 9)
+    scheduler.add(long)
+    scheduler.add(short)
+    scheduler.admit()
+    commit_prompt(short)
+    plan = scheduler.schedule(0, 0, {1: [5, 6]})
+    assert planned(plan) == {1: [7, 5, 6], 0: long.token_ids[:3]}
+    assert list(planned(plan)) == [1, 0]
+
+
+def test_drafts_of_some_do_not_take_the_rows_of_others() -> None:
+    # Every decoding request gets a token out of every step while the rows suffice for one each
+    scheduler = make_scheduler(max_rows=6, max_num_seqs=4)
+    requests = [make_request(key, 2, 20) for key in range(4)]
+    for request in requests:
+        scheduler.add(request)
+    scheduler.admit()
+    for request in requests:
+        commit_prompt(request)
+    plan = scheduler.schedule(0, 0, {key: [1, 2, 3, 4, 5] for key in range(4)})
+    assert sorted(planned(plan)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("left", "expected"), [(1, 0), (2, 1), (3, 2), (9, 4)])
+def test_drafts_leave_room_for_the_token_after_them(left: int, expected: int) -> None:
+    scheduler = make_scheduler()
+    request = make_request(0, 3, 1 + left)
+    scheduler.add(request)
+    scheduler.admit()
+    commit_prompt(request)
+    assert planned(scheduler.schedule(0, 0, {0: [1, 2, 3, 4]})) == {0: [7, 1, 2, 3, 4][: 1 + expected]}
+
+
+def test_admission_is_in_order_even_when_a_later_one_would_fit() -> None:
+    scheduler = make_scheduler(num_blocks=8, block_size=4, max_num_seqs=8)
+    first, big, small = make_request(0, 10, 6), make_request(1, 20, 4), make_request(2, 2, 2)
+    for request in (first, big, small):
+        scheduler.add(request)
+    assert scheduler.admit() == [first]
+    assert scheduler.admit() == []
+    assert list(scheduler.waiting) == [big, small]
+    scheduler.remove(first)
+    assert scheduler.admit() == [big, small]
+
+
+def test_no_more_run_than_max_num_seqs_on_each_rank() -> None:
+    scheduler = make_scheduler(max_num_seqs=2, num_ranks=2)
+    for key in range(6):
+        scheduler.add(make_request(key, 2, 2))
+    assert len(scheduler.admit()) == 4
+    assert [len(running) for running in scheduler.running] == [2, 2]
+    assert scheduler.num_running == 4
+
+
+def test_ranks_share_the_load() -> None:
+    scheduler = make_scheduler(num_blocks=500, max_num_seqs=30, num_ranks=3)
+    for key in range(12):
+        scheduler.add(make_request(key, 5, 2))
+    scheduler.admit()
+    assert [len(running) for running in scheduler.running] == [4, 4, 4]
+    # The next goes where the least is still to be computed
+    for rank in (0, 2):
+        for request in scheduler.running[rank]:
+            commit_prompt(request)
+    commit_prompt(scheduler.running[1][0])
+    late = make_request(12, 5, 2)
+    scheduler.add(late)
+    scheduler.admit()
+    assert late.rank == 0
+    later = make_request(13, 5, 2)
+    scheduler.add(later)
+    scheduler.admit()
+    assert later.rank == 2
+
+
+def test_only_new_blocks_are_sent_and_all_of_them_after_a_discard() -> None:
+    scheduler = make_scheduler(block_size=4)
+    request = make_request(0, 6, 30)
+    scheduler.add(request)
+    scheduler.admit()
+
+    def sent(step: int, draft: int = 0) -> tuple[int, list[int]]:
+        plan = scheduler.schedule(0, step, {0: [1] * draft})
+        assert plan is not None
+        (part,) = plan.ranks[0].requests
+        return part.first_block, part.new_blocks
+
+    assert sent(0) == (0, request.blocks)
+    assert len(request.blocks) == 2
+    commit_prompt(request)
+    assert sent(1) == (2, [])
+    assert sent(2, draft=5) == (2, request.blocks[2:])
+    assert len(request.blocks) == 3
+    scheduler.forget_ranks()
+    assert sent(3) == (0, request.blocks)
+    assert sent(4) == (3, [])
+
+
+def test_a_rank_is_told_once_of_those_that_left() -> None:
+    scheduler = make_scheduler(num_ranks=2)
+    requests = [make_request(key, 2, 9) for key in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    scheduler.admit()
+    scheduler.schedule(0, 0, {})
+    scheduler.remove(requests[0])
+    plan = scheduler.schedule(0, 1, {})
+    assert plan is not None
+    assert [rank.released for rank in plan.ranks] == [[0], []]
+    plan = scheduler.schedule(0, 2, {})
+    assert plan is not None
+    assert [rank.released for rank in plan.ranks] == [[], []]
+
+
+def test_a_waiting_request_can_be_removed() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    requests = [make_request(key, 2, 2) for key in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    scheduler.admit()
+    scheduler.remove(requests[1])
+    scheduler.remove(requests[0])
+    assert scheduler.admit() == [requests[2]]
+    scheduler.remove(requests[2])
+    scheduler.check_integrity()

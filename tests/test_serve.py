@@ -1,0 +1,250 @@
+"""The server as a stranger has it: started by the command, used by the openai client, ended by Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from penstock.cluster.http_client import HttpClient
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
+MODEL = "penstock-demo"
+NUM_STREAMS = 32
+START_S = 300
+PENSTOCK = str(Path(sys.executable).with_name("penstock"))
+
+
+@dataclass
+class Server:
+    """A running `penstock demo`."""
+
+    process: subprocess.Popen[str]
+    log: Path
+    url: str
+
+    @property
+    def ray_environment(self) -> dict[str, str]:
+        """What the server prints for other processes of the same cluster."""
+        line = next(line for line in self.log.read_text().splitlines() if "RAY_ADDRESS=" in line)
+        return dict(re.findall(r"(RAY_\w+)=(\S+)", line))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(what: str, condition, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {timeout_s} s: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("serve") / "log"
+    port = _free_port()
+    with log.open("w") as out:
+        process = subprocess.Popen([PENSTOCK, "demo", "--port", str(port)], stdout=out, stderr=out, text=True)
+    try:
+        _wait("server up", lambda: process.poll() is not None or "Ctrl-C" in log.read_text(), START_S)
+        assert process.poll() is None, log.read_text()
+        yield Server(process, log, f"http://127.0.0.1:{port}")
+    finally:
+        # The last test has ended it already, unless it failed or was not selected
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def _prompts() -> list[list[dict[str, str]]]:
+    sums = [f"{100 + 17 * i} + {205 + 31 * i}" for i in range(NUM_STREAMS // 2)]
+    lookups = [f"order: K-{i}\ncity: Oslo\nname: Ada\nget:order,city" for i in range(NUM_STREAMS // 2)]
+    return [[{"role": "user", "content": content}] for content in sums + lookups]
+
+
+def _options(i: int) -> dict:
+    """Half the streams greedy, half sampled."""
+    return {"temperature": 0} if i % 2 else {"temperature": 1.0, "seed": 1000 + i, "top_p": 0.9}
+
+
+async def _stream(client: openai.AsyncOpenAI, i: int) -> tuple[str, dict]:
+    text, last = "", {}
+    chunks = await client.chat.completions.create(
+        model=MODEL, messages=_prompts()[i], max_tokens=48, stream=True, stream_options={"include_usage": True},
+        **_options(i),
+    )  # fmt: skip
+    async for chunk in chunks:
+        if chunk.choices and chunk.choices[0].delta.content:
+            text += chunk.choices[0].delta.content
+        last = chunk.model_dump()
+    return text, last
+
+
+def test_the_demo_shows_a_sample_and_its_statistics(server):
+    log = server.log.read_text()
+    assert re.search(r"Answer: \d+", log)
+    assert re.search(
+        r"\d+ tokens, \d+ tokens/s; \d+ of \d+ draft tokens accepted in \d+ steps; "
+        r"[\d.]+ distinct experts per layer and step; [1-9]\d* bytes between ranks per token",
+        log,
+    )
+
+
+async def test_concurrent_streams_equal_the_same_requests_alone(server):
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        together = await asyncio.gather(*[_stream(client, i) for i in range(NUM_STREAMS)])
+        alone = [await _stream(client, i) for i in range(NUM_STREAMS)]
+    for (text, last), (text_alone, last_alone) in zip(together, alone, strict=True):
+        assert text == text_alone
+        assert text
+        assert last["usage"] == last_alone["usage"]
+    assert _samples(server)["penstock:kv_cache_usage_perc"] == 0
+    assert len({text for text, _ in together}) > NUM_STREAMS // 2, "different prompts get different answers"
+
+
+def test_a_client_gone_mid_stream_frees_its_blocks(server):
+    before = _samples(server)
+    body = {"model": MODEL, "prompt": "import", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        while not next(lines).startswith("data: {"):
+            pass
+        assert _samples(server)["penstock:kv_cache_usage_perc"] > 0
+    _wait("blocks freed", lambda: _samples(server)["penstock:kv_cache_usage_perc"] == 0)
+    after = _samples(server)
+    aborted = 'penstock:engine_requests_finished_total{finished_reason="abort"}'
+    assert after[aborted] == before.get(aborted, 0) + 1
+    assert after["penstock:generation_tokens_total"] - before["penstock:generation_tokens_total"] < 1500
+
+
+def _samples(server: Server) -> dict[str, float]:
+    client = HttpClient(server.url)
+    try:
+        return client.stats()
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/v1/completions", b"{not json", 400, None),
+        ("/v1/completions", {"model": "nobody", "prompt": "x"}, 404, "model"),
+        ("/v1/completions", {"model": MODEL, "prompt": "x", "temperature": 9}, 400, "temperature"),
+        ("/v1/completions", {"model": MODEL, "prompt": [5] * 3000}, 400, "prompt"),
+        ("/v1/completions", {"model": MODEL, "prompt": [10**6]}, 400, "prompt"),
+        ("/v1/completions", {"model": MODEL, "prompt": "x", "max_tokens": 99999}, 400, "max_tokens"),
+        ("/v1/chat/completions", {"model": MODEL, "messages": []}, 400, "messages"),
+        (
+            "/v1/chat/completions",
+            {"model": MODEL, "messages": [{"role": "x", "content": "y"}]},
+            400,
+            "messages[0].role",
+        ),
+    ],
+)
+def test_bad_requests_name_the_field(server, path, body, status, param):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = httpx.post(server.url + path, content=content, headers={"content-type": "application/json"}, timeout=60)
+    error = response.json()["error"]
+    assert response.status_code == status
+    assert error["message"]
+    assert param is None or error["param"] == param
+
+
+def test_health_and_models(server):
+    assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+    models = httpx.get(f"{server.url}/v1/models", timeout=60).json()
+    assert [model["id"] for model in models["data"]] == [MODEL]
+
+
+_HANDLE = """
+import asyncio, json, penstock
+client = penstock.connect()
+question = [{"role": "user", "content": "12 + 30"}]
+whole = client.generate(question, temperature=0)
+with client.stream(question, temperature=0) as stream:
+    pieces = list(stream)
+again = asyncio.run(client.agenerate(question, temperature=0))
+try:
+    client.generate("x", temperature=9)
+except ValueError as error:
+    refusal = str(error)
+try:
+    client.generate([10**6])
+except ValueError as error:
+    unknown = str(error)
+print(json.dumps([whole.text, "".join(pieces), again.text, stream.generation.stats.steps, client.models(),
+                  client.stats()["penstock:engine_up"], refusal, unknown]))
+"""
+
+
+def test_the_handle_inside_the_cluster_gives_what_http_gives(server):
+    over_http = HttpClient(server.url).generate([{"role": "user", "content": "12 + 30"}], temperature=0)
+    done = subprocess.run(
+        [sys.executable, "-c", _HANDLE],
+        env={**os.environ, **server.ray_environment},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    whole, streamed, again, steps, models, up, refusal, unknown = json.loads(done.stdout.strip().splitlines()[-1])
+    assert whole == streamed == again == over_http.text
+    assert steps == over_http.stats.steps
+    assert models == [MODEL]
+    assert up == 1
+    assert refusal.startswith("temperature: ")
+    assert unknown.startswith("prompt: ")
+
+
+def test_ctrl_c_leaves_nothing_behind(server):
+    """The last test of this file: it ends the server."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    folder = Path(server.ray_environment["RAY_AUTH_TOKEN_PATH"]).parent
+    assert len(family) > 5
+    assert folder.is_dir()
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) == 0
+    # Zombies are the init process's business
+    _wait("processes gone", lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("fault", ["cut short", "no weights", "unknown architecture", "no such directory"])
+def test_an_unusable_checkpoint_is_refused_before_ray_starts(fault, checkpoint, tmp_path):
+    import shutil
+
+    directory = tmp_path / "model"
+    if fault != "no such directory":
+        shutil.copytree(checkpoint("qwen3_moe"), directory)
+    weights = sorted(directory.glob("*.safetensors"))
+    if fault == "cut short":
+        weights[0].write_bytes(weights[0].read_bytes()[:-100])
+    elif fault == "no weights":
+        for file in weights:
+            file.unlink()
+    elif fault == "unknown architecture":
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    done = subprocess.run([PENSTOCK, "serve", str(directory)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model: ")
