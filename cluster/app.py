@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -10,6 +12,7 @@ from ray.serve import Application
 
 from ..workers.loader import inspect
 from .config import EngineConfig
+from .drafter import make_drafter
 from .gang import Gang
 from .ingress import Ingress, build_asgi_app
 from .resources import bundles
@@ -24,7 +27,9 @@ def build_app(args: Mapping[str, Any] | EngineConfig) -> Application:
     Raises ``ValueError`` naming the field for a key, value or model that cannot be served, before anything starts.
     """
     config = args if isinstance(args, EngineConfig) else EngineConfig.from_mapping(args)
+    make_drafter(config)
     inspect(config.model, config.revision)
+    config = _absolute(config)
     gpu = _on_gpu(config)
     gang: Any = serve.deployment(
         Gang,
@@ -47,6 +52,16 @@ def build_app(args: Mapping[str, Any] | EngineConfig) -> Application:
         max_constructor_retry_count=1,
     )
     return ingress.bind(gang.bind(config, gpu=gpu), config)
+
+
+def _absolute(config: EngineConfig) -> EngineConfig:
+    """Return ``config`` with directories spelled out: actors run in folders of their own."""
+
+    def spell(place: str | None) -> str | None:
+        return str(Path(place).expanduser().resolve()) if place and Path(place).expanduser().is_dir() else place
+
+    model = spell(config.model) or config.model
+    return replace(config, model=model, tokenizer=spell(config.tokenizer), served_model_name=config.model_name)
 
 
 def _on_gpu(config: EngineConfig) -> bool:

@@ -79,6 +79,11 @@ class EngineConfig:
                 _check_range(spec.name, value, **spec.metadata)
         if not self.model:
             raise ValueError("model: expected a directory or a hub id, got an empty string")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens: {self.max_num_batched_tokens} is not in [max_num_seqs={self.max_num_seqs}, "
+                "1048576]: every running request needs a row"
+            )
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min: {self.prompt_lookup_min} is not in [1, prompt_lookup_max={self.prompt_lookup_max}]"
@@ -118,11 +123,15 @@ class EngineConfig:
         import yaml
 
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"config: cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"config: {path} is not UTF-8 text: {error}") from error
         except yaml.YAMLError as error:
             raise ValueError(f"config: {path} is not valid YAML: {error}") from error
+        if values is None:  # an empty file
+            values = {}
         if not isinstance(values, dict):
             raise ValueError(f"config: {path} holds a {type(values).__name__}, expected a mapping of keys to values")
         return cls.from_mapping({**values, **overrides})

@@ -18,6 +18,10 @@ class Controller(Protocol):
         """Learn what one committed step made of a request's drafts."""
         ...
 
+    def forget(self, request: Request) -> None:
+        """The request has ended; drop what was kept for it."""
+        ...
+
 
 class FixedDraftLen:
     """The same draft length always."""
@@ -31,3 +35,6 @@ class FixedDraftLen:
 
     def observe(self, request: Request, num_drafted: int, num_accepted: int) -> None:
         """Nothing is learned."""
+
+    def forget(self, request: Request) -> None:
+        """Nothing is kept."""

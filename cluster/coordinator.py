@@ -67,6 +67,8 @@ class Coordinator:
         self, reader_id: str, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
     ) -> None:
         """Queue a request; raises ``ValueError`` naming the field, or ``EngineDeadError``."""
+        if request_id in self._reader_of:
+            raise ValueError(f"request_id: {request_id!r} is in use")
         self._running().submit(request_id, prompt_token_ids, sampling)
         self._reader_of[request_id] = reader_id
 

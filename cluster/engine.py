@@ -55,6 +55,7 @@ class Engine:
         self._generation = 0
         self._step_id = 0
         self._failures_in_row = 0
+        self._must_recover = False
 
     @property
     def has_requests(self) -> bool:
@@ -102,17 +103,24 @@ class Engine:
         Raises ``EngineDeadError`` after ``max_step_retries`` failures in a row.
         """
         for request in self.scheduler.admit():
-            request.first_scheduled_s = self._clock()
+            request.admitted_s = self._clock()
         drafts = self._propose()
         plan = self.scheduler.schedule(self._generation, self._step_id, drafts)
         if plan is None:
             return []
         try:
+            if self._must_recover:
+                self.ranks.recover(self._generation)
+                self._must_recover = False
             result = self.ranks.step(plan)
             _check_lock_step(result)
         except StepFailedError as error:
             self._discard(error)
             return []
+        except BaseException:
+            # Interrupted: ranks may still answer this step, so its number must not come again
+            self._void()
+            raise
         self._step_id += 1
         self._failures_in_row = 0
         return self._commit(plan, result)
@@ -154,19 +162,23 @@ class Engine:
         logger.warning("step %d of generation %d discarded: %s", self._step_id, self._generation, error)
         if self._failures_in_row > self.config.max_step_retries:
             raise EngineDeadError(f"step {self._step_id} failed {self._failures_in_row} times in a row: {error}")
+        self._void()
+
+    def _void(self) -> None:
+        """Nothing of the present step counts; the next one starts by bringing the ranks back together."""
         self._generation += 1
         self.scheduler.forget_ranks()
-        self.ranks.recover(self._generation)
+        self._must_recover = True
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         now = self._clock()
-        self.counters.add_step(plan, result)
         outputs = []
         for rank_plan, rank_result in zip(plan.ranks, result.ranks, strict=True):
             for part, tokens in self._parts(rank_plan, rank_result):
                 output = self._commit_request(part, tokens, now)
                 if output is not None:
                     outputs.append(output)
+        self.counters.add_step(plan, result, sum(len(output.token_ids) for output in outputs))
         return outputs
 
     @staticmethod
@@ -198,12 +210,10 @@ class Engine:
 
     def _truncate(self, request: Request, tokens: list[int]) -> tuple[list[int], str | None, int | None]:
         """Cut ``tokens`` after the first that ends the request: (kept, finish reason, stop token)."""
-        stops = set(request.sampling.stop_token_ids)
-        if not request.sampling.ignore_eos:
-            stops.update(self.model.eos_token_ids)
-        tokens = tokens[: request.num_tokens_left]
+        assert len(tokens) <= request.num_tokens_left, "drafts are planned within what is left"
+        sampling = request.sampling
         for index, token in enumerate(tokens):
-            if token in stops:
+            if token in sampling.stop_token_ids or (not sampling.ignore_eos and token in self.model.eos_token_ids):
                 return tokens[: index + 1], STOP, token
         return tokens, LENGTH if len(tokens) == request.num_tokens_left else None, None
 
@@ -211,6 +221,7 @@ class Engine:
         self.scheduler.remove(request)
         self.counters.finished(reason, request.num_prompt_tokens)
         self._drafters.pop(request.key, None)
+        self.controller.forget(request)
         del self._requests[request.request_id], self._by_key[request.key]
 
 
@@ -225,6 +236,9 @@ def check_prompt(model: ModelInfo, prompt_token_ids: Sequence[int], sampling: Sa
         raise ValueError(
             f"prompt: {num_prompt} tokens leave no room for output; max_model_len is {model.max_model_len}"
         )
+    for token_id in sampling.stop_token_ids:
+        if token_id >= model.vocab_size:
+            raise ValueError(f"stop_token_ids: {token_id} is not in [0, {model.vocab_size - 1}]")
     if sampling.max_tokens is None:
         return model.max_model_len
     if num_prompt + sampling.max_tokens > model.max_model_len:
@@ -232,9 +246,6 @@ def check_prompt(model: ModelInfo, prompt_token_ids: Sequence[int], sampling: Sa
             f"max_tokens: {sampling.max_tokens} is not in [1, {model.max_model_len - num_prompt}]: the prompt has "
             f"{num_prompt} tokens and max_model_len is {model.max_model_len}"
         )
-    for token_id in sampling.stop_token_ids:
-        if token_id >= model.vocab_size:
-            raise ValueError(f"stop_token_ids: {token_id} is not in [0, {model.vocab_size - 1}]")
     return num_prompt + sampling.max_tokens
 
 

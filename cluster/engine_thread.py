@@ -62,6 +62,9 @@ class EngineThread:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run ``function`` in the thread between two steps."""
         future: Future[T] = Future()
+        if not self._thread.is_alive():
+            future.set_exception(EngineDeadError(self._death or "the engine thread has ended"))
+            return future
 
         def run() -> None:
             try:
@@ -79,25 +82,23 @@ class EngineThread:
 
     def close(self) -> None:
         """Stop after the present step and let go of the ranks."""
+        self._death = self._death or "the engine is closed"
         self._inbox.put(None)
         self._thread.join()
         self._engine.ranks.close()
 
     def _run(self) -> None:
         while self._drain():
-            if self._death is not None:
-                self._deliver_errors()
-                continue
             try:
-                outputs = self._engine.step()
+                if self._death is not None:
+                    self._deliver_errors()
+                elif outputs := self._engine.step():
+                    self._deliver(outputs)
             except EngineDeadError as error:
                 self._die(str(error))
             except Exception as error:  # a bug of ours must not leave clients waiting for ever
                 logger.exception("the engine failed")
                 self._die(f"{type(error).__name__}: {error}")
-            else:
-                if outputs:
-                    self._deliver(outputs)
 
     def _drain(self) -> bool:
         """Obey what has come in, waiting for it while there is nothing to step; False when told to stop."""
@@ -112,7 +113,10 @@ class EngineThread:
 
     def _die(self, message: str) -> None:
         self._death = message
-        self._deliver_errors()
+        try:
+            self._deliver_errors()
+        except Exception:  # the readers' event loop may be gone
+            logger.exception("nobody could be told that the engine failed")
 
     def _deliver_errors(self) -> None:
         self._deliver(self._engine.fail_all(self._death or ""))

@@ -12,9 +12,9 @@ import torch
 from ..workers.sampling_params import SamplingParams
 from .chat_tokenizer import ChatTokenizer
 from .config import EngineConfig
+from .drafter import make_drafter
 from .engine import Engine, check_prompt
 from .output import ABORT, STOP, EngineStats, RequestStats
-from .process_ranks import ProcessRanks
 from .ranks import LocalRanks, Ranks, make_runner
 
 Prompt = str | Sequence[int]
@@ -46,6 +46,8 @@ class _Live:
 def make_ranks(config: EngineConfig) -> Ranks:
     """Return the ranks of an engine without Ray: in this process for one, child processes for more."""
     if config.expert_parallel_size > 1:
+        from .process_ranks import ProcessRanks  # needs zmq, which one rank does not
+
         return ProcessRanks(config)
     torch.set_num_threads(config.threads_per_rank)
     return LocalRanks(make_runner(config, 0))
@@ -61,7 +63,13 @@ class LLM:
     def __init__(self, model: str, **config: Any) -> None:
         self.config = EngineConfig.from_mapping({"model": model, **config})
         self.tokenizer = ChatTokenizer(self.config.tokenizer_source, self.config.revision)
-        self._engine = Engine(self.config, make_ranks(self.config))
+        make_drafter(self.config)  # refuse an unknown name before anything is loaded
+        ranks = make_ranks(self.config)
+        try:
+            self._engine = Engine(self.config, ranks)
+        except BaseException:
+            ranks.close()
+            raise
 
     def __enter__(self) -> LLM:
         return self
@@ -100,9 +108,10 @@ class LLM:
     def _encode(self, prompt: Prompt, index: int) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if not all(isinstance(token, int) for token in prompt):
+        token_ids = list(prompt)
+        if not all(isinstance(token, int) for token in token_ids):
             raise ValueError(f"prompts[{index}]: expected a string or a list of token ids")
-        return list(prompt)
+        return token_ids
 
     def _run(self, prompts: list[list[int]], sampling: SamplingParams) -> list[Completion]:
         for prompt in prompts:

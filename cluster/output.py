@@ -21,7 +21,7 @@ class RequestStats:
     num_draft_tokens: int
     num_accepted_tokens: int
     queue_s: float
-    """From arrival to the first planned row."""
+    """From arrival to admission: a rank with a place and blocks for it."""
     ttft_s: float
     """From arrival to the first token."""
     total_s: float

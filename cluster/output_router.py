@@ -46,8 +46,9 @@ class OutputRouter:
         submitted = ended = False
         num_received = 0
         try:
-            await submit()
+            # Before the wait: cancelled in it, the request may have been taken nevertheless
             submitted = True
+            await submit()
             while not ended:
                 output = await reader.get()
                 if output.finish_reason == ERROR:
@@ -63,5 +64,5 @@ class OutputRouter:
         finally:
             del self._queues[request_id]
             if submitted and not ended:
-                with suppress(EngineDeadError):
+                with suppress(EngineDeadError):  # aborting what was never taken is ignored
                     await abort()

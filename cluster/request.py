@@ -30,7 +30,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     num_blocks_sent: int = 0
     """Blocks of ``blocks`` its rank has been told of in this generation."""
-    first_scheduled_s: float | None = None
+    admitted_s: float | None = None
     first_token_s: float | None = None
     num_steps: int = 0
     num_draft_tokens: int = 0
@@ -59,14 +59,14 @@ class Request:
     def stats(self, now: float) -> RequestStats:
         """Return its counts at time ``now``."""
         first_token = self.first_token_s if self.first_token_s is not None else now
-        scheduled = self.first_scheduled_s if self.first_scheduled_s is not None else now
+        admitted = self.admitted_s if self.admitted_s is not None else now
         return RequestStats(
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=self.num_output_tokens,
             num_steps=self.num_steps,
             num_draft_tokens=self.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
-            queue_s=scheduled - self.arrival_s,
+            queue_s=admitted - self.arrival_s,
             ttft_s=first_token - self.arrival_s,
             total_s=now - self.arrival_s,
         )

@@ -86,14 +86,17 @@ class Scheduler:
         budget = self._max_rows
         plans = []
         # Decoding requests first: a stable sort keeps arrival order within both kinds
-        for request in sorted(self.running[rank], key=lambda r: not r.is_decoding):
+        requests = sorted(self.running[rank], key=lambda r: not r.is_decoding)
+        for place, request in enumerate(requests):
             if budget == 0:
                 break
             known = min(request.num_pending_tokens, budget)
             is_last_chunk = known == request.num_pending_tokens
             draft = list(drafts.get(request.key, ())) if is_last_chunk else []
             # One token always comes on top of the drafts, so drafting all that is left would be one too many
-            draft = draft[: max(0, min(budget - known, request.num_tokens_left - 1))]
+            # and drafts must not take the rows that others need to go on at all
+            others = len(requests) - place - 1
+            draft = draft[: max(0, min(budget - known - others, request.num_tokens_left - 1))]
             plans.append(self._plan_request(request, known, draft, is_last_chunk))
             budget -= known + len(draft)
         return plans

@@ -32,8 +32,8 @@ class Counters:
         self.wire_bytes = 0
         self.step_wall_s = 0.0
 
-    def add_step(self, plan: StepPlan, result: StepResult) -> None:
-        """Count one committed step."""
+    def add_step(self, plan: StepPlan, result: StepResult, num_tokens: int) -> None:
+        """Count one committed step that published ``num_tokens``."""
         self.num_steps += 1
         self.step_wall_s += result.wall_s
         payload = sum(sum(rank.counts.payload_bytes) for rank in result.ranks)
@@ -45,7 +45,7 @@ class Counters:
             self.num_decode_steps += 1
             self.decode_experts += sum(sum(rank.counts.experts) for rank in result.ranks)
             self.decode_payload_bytes += payload
-            self.decode_tokens += sum(len(tokens) for rank in result.ranks for tokens in rank.token_ids)
+            self.decode_tokens += num_tokens
 
     def add_tokens(self, num_tokens: int, num_drafted: int, num_accepted: int) -> None:
         """Count what one request got from one step."""

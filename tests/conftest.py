@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported: more threads than cores make tiny tensors slow
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from penstock.cluster import engine as engine_module
 from penstock.cluster.backend import EngineDeadError
 from penstock.cluster.config import EngineConfig
@@ -16,8 +17,10 @@ from penstock.cluster.engine_thread import EngineThread
 from penstock.cluster.output import ABORT, ERROR, LENGTH, STOP, RequestOutput
 from penstock.cluster.ranks import LocalRanks, make_runner
 from penstock.cluster.request import Request
+from penstock.kernels.philox import gumbel
 from penstock.workers.plan import StepFailedError, StepPlan, StepResult
 from penstock.workers.runner import ModelRunner
+from penstock.workers.sampler import filter_logits
 from penstock.workers.sampling_params import SamplingParams
 
 Greedy = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
@@ -84,7 +87,9 @@ def generate(engine: Engine, prompts: Sequence[list[int]], sampling: SamplingPar
     return [tokens[str(index)] for index in range(len(prompts))]
 
 
-@pytest.mark.parametrize("options", [{}, {"draft_len": 0}, {"draft_len": 7, "max_num_batched_tokens": 9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"draft_len": 0}, {"draft_len": 7, "max_num_batched_tokens": 9, "max_num_seqs": 8}]
+)
 def test_greedy_tokens_are_those_of_transformers(
     make_engine: Callable[..., Engine],
     checkpoint: Callable[[str], Path],
@@ -169,7 +174,7 @@ class Failing:
 
 @pytest.mark.parametrize("sampling", [Greedy, replace(Greedy, temperature=1.0, seed=4)])
 def test_failed_steps_leave_no_trace_but_a_count(make_engine: Callable[..., Engine], sampling: SamplingParams) -> None:
-    options = {"max_num_batched_tokens": 16, "draft_len": 5, "max_step_retries": 2}
+    options = {"max_num_batched_tokens": 16, "max_num_seqs": 16, "draft_len": 5, "max_step_retries": 2}
     expected = make_engine(**options)
     tokens = generate(expected, PROMPTS, sampling)
     failed = {1, 3, 4, 7, 8, 13, 20}
@@ -236,16 +241,21 @@ class Restless:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths, self.asked = lengths, 0
         self.drafted = self.accepted = 0
+        self.every: list[int] = []
 
     def draft_len(self, request: Request) -> int:
         assert request.is_decoding
         self.asked += 1
         return self.lengths[self.asked % len(self.lengths)]
 
+    def forget(self, request: Request) -> None:
+        pass
+
     def observe(self, request: Request, num_drafted: int, num_accepted: int) -> None:
         assert 0 <= num_accepted <= num_drafted
         self.drafted += num_drafted
         self.accepted += num_accepted
+        self.every.append(num_accepted)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +272,8 @@ def test_controllers_change_the_pace_and_never_the_tokens(
     stats = engine.stats()
     assert stats.spec_decode_num_draft_tokens == controller.drafted > 0
     assert stats.spec_decode_num_accepted_tokens == controller.accepted
+    per_pos = stats.spec_decode_num_accepted_tokens_per_pos
+    assert per_pos == [sum(accepted > position for accepted in controller.every) for position in range(len(per_pos))]
 
 
 def test_speculation_is_counted_consistently(make_engine: Callable[..., Engine]) -> None:
@@ -280,6 +292,28 @@ def test_speculation_is_counted_consistently(make_engine: Callable[..., Engine])
     assert stats.num_steps < plain.stats().num_steps
     assert stats.num_requests_finished == {LENGTH: len(PROMPTS)}
     assert (stats.num_requests_running, stats.num_requests_waiting) == (0, 0)
+
+
+def test_tokens_after_a_stop_are_counted_nowhere(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = generate(make_engine(draft_len=0), [PROMPTS[0]], Greedy)[0]
+
+    class Oracle:
+        def propose(self, token_ids: Sequence[int], draft_len: int) -> list[int]:
+            return free[len(token_ids) - len(PROMPTS[0]) :][:draft_len]
+
+    monkeypatch.setattr(engine_module, "make_drafter", lambda config: Oracle())
+    engine = make_engine(draft_len=7)
+    assert generate(engine, [PROMPTS[0]], Greedy) == [free]
+    assert engine.stats().num_steps < 6
+    for stop in sorted(set(free), key=free.index)[1:]:
+        engine = make_engine(draft_len=7)
+        (tokens,) = generate(engine, [PROMPTS[0]], replace(Greedy, stop_token_ids=(stop,)))
+        stats = engine.stats()
+        assert stats.num_generation_tokens == len(tokens) == free.index(stop) + 1
+        assert stats.spec_decode_num_accepted_tokens < len(tokens)
+        assert stats.decode_tokens == len(tokens) - 1, "the first came with the prompt"
 
 
 def test_a_requests_own_counts_add_up(make_engine: Callable[..., Engine]) -> None:
@@ -338,11 +372,28 @@ def test_seeded_sampling_depends_on_seed_and_text_alone(make_engine: Callable[..
     sampling = SamplingParams(temperature=0.9, top_k=20, top_p=0.95, seed=11, max_tokens=12, ignore_eos=True)
     alone = [generate(make_engine(draft_len=0), [prompt], sampling)[0] for prompt in PROMPTS]
     for draft_len, chunk in [(0, 5), (3, 512), (3, 11), (7, 512), (7, 5)]:
-        engine = make_engine(draft_len=draft_len, max_num_batched_tokens=chunk)
+        engine = make_engine(draft_len=draft_len, max_num_batched_tokens=chunk, max_num_seqs=5)
         assert generate(engine, PROMPTS, sampling) == alone, (draft_len, chunk)
     assert generate(make_engine(), PROMPTS, replace(sampling, seed=12)) != alone
     greedy = generate(make_engine(), PROMPTS, Greedy)
     assert alone != [tokens[:12] for tokens in greedy]
+
+
+def test_sampled_tokens_are_the_argmax_with_the_noise_of_their_position(
+    make_engine: Callable[..., Engine], checkpoint: Callable[[str], Path]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    sampling = SamplingParams(temperature=0.8, top_k=30, seed=2**40 + 5, max_tokens=12, ignore_eos=True)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("qwen3_moe"), dtype=torch.float32).eval()
+    for prompt, tokens in zip(PROMPTS, generate(make_engine(), PROMPTS, sampling), strict=True):
+        text = torch.tensor([prompt + tokens])
+        with torch.inference_mode():
+            logits = model(text).logits[0]
+        for position in range(len(prompt), text.shape[1]):
+            noise = gumbel(2**40 + 5, 0, position, torch.arange(96))
+            scores = filter_logits(logits[position - 1], sampling.token_sampling()) + noise
+            assert int(scores.argmax()) == int(text[0, position])
 
 
 def test_a_seed_is_drawn_and_repeats_the_output(make_engine: Callable[..., Engine]) -> None:
@@ -368,6 +419,7 @@ def test_a_seed_is_drawn_and_repeats_the_output(make_engine: Callable[..., Engin
         ([1], replace(Greedy, stop_token_ids=(96,)), r"stop_token_ids: 96 is not in \[0, 95\]"),
         ([1], replace(Greedy, stop_token_ids=(96,), max_tokens=None), r"stop_token_ids: 96 is not in \[0, 95\]"),
     ],
+    ids=["empty", "high", "negative", "bool", "float", "long", "max_tokens", "stop", "stop without limit"],
 )
 def test_a_request_that_cannot_be_served_is_refused_by_field(
     make_engine: Callable[..., Engine], prompt: list[Any], sampling: SamplingParams, message: str

@@ -37,6 +37,9 @@ class ChangingDraftLen:
     def observe(self, request, num_drafted, num_accepted):
         pass
 
+    def forget(self, request):
+        pass
+
 
 class RecordingRanks:
     """Real ranks, and what they answered."""
@@ -67,6 +70,7 @@ def _config(directory: Path, num_ranks: int, **changes) -> EngineConfig:
         kv_cache_bytes=8 << 20,
         # Small, so that prompts are computed in chunks beside decoding requests
         max_num_batched_tokens=24,
+        max_num_seqs=6,
         **{"step_timeout_s": 30.0, **changes},
     )
 

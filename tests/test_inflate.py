@@ -77,8 +77,8 @@ def test_the_tokenizer_comes_along_and_the_source_stays(checkpoint: Callable[[st
 
 def test_errors_name_the_argument(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     good = checkpoint("qwen3_moe")
-    for factor in (0, -2):
-        with pytest.raises(ValueError, match=rf"^factor: {factor} is not in \[1, inf\)"):
+    for factor in (0, -2, 2.5):
+        with pytest.raises(ValueError, match=rf"^factor: {factor} is not an integer in \[1, inf\)"):
             inflate(good, tmp_path / "a", factor)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")

@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from .kv_cache import PagedKVCache
-from .loader import ATTENTION
+
+ATTENTION = "penstock"
 
 
 def bind(model: torch.nn.Module, cache: PagedKVCache) -> None:

@@ -112,8 +112,10 @@ class CheckpointReader:
         self._slices: dict[str, Any] = {}
 
     def __enter__(self) -> CheckpointReader:
+        names = self._file_names()
+        name = ""
         try:
-            for name in self._file_names():
+            for name in names:
                 file = safe_open(self.directory / name, framework="pt", device="cpu")
                 self._files.append(file)
                 for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
@@ -131,9 +133,9 @@ class CheckpointReader:
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                missing = [name for name in names if not (self.directory / name).is_file()]
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"model: {index} is not a safetensors index: {error}") from error
-            missing = [name for name in names if not (self.directory / name).is_file()]
             if missing:
                 raise ValueError(f"model: {self.directory} lacks {len(missing)} weight files, first {missing[0]}")
             return names

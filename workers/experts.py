@@ -40,7 +40,7 @@ def run_experts(
         inner = _project(module, up_name, expert, sorted_rows[start : start + count])
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
         result = _project(module, "down_proj", expert, inner)
-        if module.has_post_expert_norm:
+        if getattr(module, "has_post_expert_norm", False):
             result = module.post_expert_norm(result)  # type: ignore[operator]
         computed[start : start + count] = result
         start += count

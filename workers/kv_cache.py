@@ -42,9 +42,9 @@ class PagedKVCache(Cache):
         return self.num_blocks * self.block_size
 
     def allocate(self, num_bytes: int, device: torch.device) -> None:
-        """Take as many blocks as fit in ``num_bytes``, after the probing forward."""
+        """Take as many blocks as fit in ``num_bytes``, scratch included, after the probing forward."""
         assert self._token_shapes, "shapes are learned by a probing forward first"
-        self.num_blocks = num_bytes // self.block_bytes
+        self.num_blocks = max(0, num_bytes // self.block_bytes - 1)
         num_slots = (self.num_blocks + 1) * self.block_size
         self._pools = {
             layer: (
@@ -90,9 +90,14 @@ class PagedKVCache(Cache):
             return
         table = self.tables[request_id]
         where = committed_len + np.asarray(path)
-        source = torch.from_numpy(table[where // self.block_size] * self.block_size + where % self.block_size)
+        device = next(iter(self._pools.values()))[0].device
+        source = torch.from_numpy(table[where // self.block_size] * self.block_size + where % self.block_size).to(
+            device
+        )
         where = committed_len + np.arange(len(path))
-        target = torch.from_numpy(table[where // self.block_size] * self.block_size + where % self.block_size)
+        target = torch.from_numpy(table[where // self.block_size] * self.block_size + where % self.block_size).to(
+            device
+        )
         for keys, values in self._pools.values():
             keys.index_copy_(0, target, keys.index_select(0, source))
             values.index_copy_(0, target, values.index_select(0, source))

@@ -10,15 +10,15 @@ import torch
 
 from ..router.placement import Placement
 from .architectures import check_supported
+from .attention import ATTENTION
 from .checkpoint import CheckpointReader, LazyTensor, load_config, resolve
+from .expert_parallel import EXPERTS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ATTENTION = "penstock"
-EXPERTS = "penstock"
 _EXPERT_KEY = re.compile(r"^(?P<head>.*\.experts\.)(?P<number>\d+)(?P<tail>\..*)$")
 
 
@@ -119,7 +119,8 @@ def _moe_modules(model: torch.nn.Module, num_experts: int) -> tuple[list[torch.n
     experts, routers = [], []
     for block in model.modules():
         children = list(block.children())
-        mine = [child for child in children if hasattr(child, "_is_expert_parallel")]
+        # What transformers' decorator for experts classes sets, in all versions we support
+        mine = [child for child in children if hasattr(child, "has_gate") and hasattr(child, "is_transposed")]
         if not mine:
             continue
         # A router holds one row of weights per expert; shared experts and their gates do not
@@ -164,6 +165,8 @@ def _owned_tensors(
             number = int(numbered["number"])
             if number in local:
                 tensors[f"{numbered['head']}{local[number]}{numbered['tail']}"] = LazyTensor(reader, key)
+            elif number >= num_experts:
+                raise ValueError(f"model: the weights hold {key}, but config.json names {num_experts} experts")
             continue
         experts = None
         if ".experts." in key and reader.shape(key)[:1] == [num_experts]:

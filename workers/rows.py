@@ -7,7 +7,8 @@ and its own rows).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,10 +68,18 @@ class PackedRows:
     sampled_rows: torch.Tensor
     """[sum over requests of N - first_sampled_row] packed rows that yield a token."""
 
-    @property
-    def num_valid(self) -> int:
-        """Rows that are not padding."""
-        return len(self.token_ids) if self.valid is None else int(self.valid.sum())
+    def to(self, device: torch.device) -> PackedRows:
+        """Return the same layout on ``device``."""
+        if device.type == "cpu":
+            return self
+        moved = _moved(self, device)
+        return replace(self, **moved, groups=[replace(g, **_moved(g, device), masks={}) for g in self.groups])
+
+
+def _moved(layout: PackedRows | AttentionGroup, device: torch.device) -> dict[str, Any]:
+    """Return the tensors of a layout, on ``device``."""
+    values = {spec.name: getattr(layout, spec.name) for spec in fields(layout)}
+    return {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def depths(parents: Sequence[int]) -> list[int]:

@@ -64,7 +64,8 @@ class ModelRunner:
         self.cache.allocate(kv_cache_bytes, self.device)
         self.generation = -1
         self.max_model_len = max_model_len or limit
-        needed = -(-self.max_model_len // block_size) * self.cache.block_bytes
+        # One block is scratch for padding rows
+        needed = (-(-self.max_model_len // block_size) + 1) * self.cache.block_bytes
         if needed > kv_cache_bytes:
             fits = self.cache.num_blocks * block_size
             raise ValueError(
@@ -114,7 +115,7 @@ class ModelRunner:
         rows = pack(plan, self.cache.tables, self.cache.block_size, self.cache.scratch_slot)
         self.log.reset()
         logits = self._forward(rows)
-        samplings, positions = [], []
+        samplings = []
         for request in plan.requests:
             samplings += [request.sampling] * (len(request.token_ids) - request.first_sampled_row)
         positions = (rows.positions[rows.sampled_rows] + 1).tolist()
@@ -148,15 +149,15 @@ class ModelRunner:
 
     def _forward(self, rows: PackedRows) -> torch.Tensor:
         """Return logits [S, V] of the sampled rows; of one padding row when none is sampled."""
-        self.cache.rows = rows
+        self.cache.rows = rows = rows.to(self.device)
         self.experts.begin(rows.valid)
-        keep = rows.sampled_rows if len(rows.sampled_rows) else torch.zeros(1, dtype=torch.int64)
+        keep = rows.sampled_rows if len(rows.sampled_rows) else torch.zeros_like(rows.token_ids[:1])
         output = self.model(
-            input_ids=rows.token_ids[None].to(self.device),
-            position_ids=rows.positions[None].to(self.device),
+            input_ids=rows.token_ids[None],
+            position_ids=rows.positions[None],
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=keep.to(self.device),
+            logits_to_keep=keep,
         )
         return output.logits[0][: len(rows.sampled_rows)]
 
@@ -175,7 +176,7 @@ def _resolve_device(device: str, rank: int) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda is not available on this machine; choose cpu")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cuda", rank % torch.cuda.device_count())
     return torch.device("cpu")
 
 
@@ -190,10 +191,12 @@ def _num_experts(config: object) -> int:
 def _eos_token_ids(directory: Path, config: object) -> tuple[int, ...]:
     from transformers import GenerationConfig
 
-    try:
-        eos = GenerationConfig.from_pretrained(directory).eos_token_id
-    except OSError:  # a checkpoint without generation_config.json
-        eos = None
+    eos = None
+    if (directory / "generation_config.json").is_file():
+        try:
+            eos = GenerationConfig.from_pretrained(directory).eos_token_id
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model: generation_config.json in {directory} cannot be used: {error}") from error
     if eos is None:
         eos = getattr(config, "eos_token_id", None)
     if eos is None:

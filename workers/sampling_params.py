@@ -58,12 +58,18 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if not isinstance(self.stop, list | tuple):
+            raise ValueError(f"stop: expected at most 16 non-empty strings, got {self.stop!r}")
         object.__setattr__(self, "stop", tuple(self.stop))
         if len(self.stop) > 16 or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop: expected at most 16 non-empty strings, got {self.stop!r}")
+        if not isinstance(self.stop_token_ids, list | tuple):
+            raise ValueError(f"stop_token_ids: expected a list of token ids, got {self.stop_token_ids!r}")
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token_id in self.stop_token_ids:
             _integer("stop_token_ids", token_id, 0, 2**31 - 1)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos: {self.ignore_eos!r} is not true or false")
 
     @classmethod
     def from_kwargs(cls, **kwargs: object) -> SamplingParams:

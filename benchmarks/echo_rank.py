@@ -1,0 +1,50 @@
+"""A rank without a model: it answers every plan at once, with as many tokens and counts as a real one would."""
+
+from __future__ import annotations
+
+import torch
+
+from ..cluster.config import EngineConfig
+from ..cluster.process_ranks import parent_is_gone, read_settings
+from ..cluster.rank_loop import run_rank
+from ..workers.model_info import ModelInfo, RankInfo
+from ..workers.plan import LayerCounts, RankPlan, RankResult
+
+NUM_MOE_LAYERS = 48
+"""As many layers' counts as Qwen3-30B-A3B would report."""
+
+
+class EchoRunner:
+    """Takes the place of `ModelRunner`."""
+
+    def __init__(self, config: EngineConfig, rank: int) -> None:
+        self.rank, self.num_ranks = rank, config.expert_parallel_size
+        self.device = torch.device("cpu")
+        model = ModelInfo("Echo", "echo", "float32", 1, 1, NUM_MOE_LAYERS, NUM_MOE_LAYERS, 1, 1, 1, ())
+        self.info = RankInfo(rank, model, 1, 0, 0, 0, 0, 1, 1, 0.0)
+
+    def connect(self, group: object) -> None:
+        """Nothing is dispatched."""
+
+    def step(self, plan: RankPlan) -> RankResult:
+        """Answer."""
+        return answer(plan, self.rank)
+
+
+def answer(plan: RankPlan, rank: int) -> RankResult:
+    """Return a result of a real one's size: one token per row."""
+    numbers = [128] * NUM_MOE_LAYERS
+    return RankResult(
+        generation=plan.generation,
+        step_id=plan.step_id,
+        rank=rank,
+        token_ids=[list(request.token_ids) for request in plan.requests],
+        counts=LayerCounts(numbers, numbers, numbers, numbers, numbers),
+        num_collectives=3 * NUM_MOE_LAYERS,
+        collectives_crc=0,
+        thread_time_s=0.0,
+    )
+
+
+if __name__ == "__main__":
+    run_rank(read_settings(), parent_is_gone, EchoRunner)  # type: ignore[arg-type]

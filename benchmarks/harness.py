@@ -1,0 +1,145 @@
+"""What every benchmark shares: options, environment, a table, a JSON file, and targets that can be missed.
+
+A benchmark is ``python -m penstock.benchmarks.NAME [--quick] [--check] [--json FILE] [--seed N]``. FILE holds
+``{benchmark, command, environment, rows, targets}``; rows are flat records. ``--check`` exits with 1 and names each
+missed target. Standard library and torch only: GPU machines may have nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, str | int | float | bool | None]
+_PACKAGES = ("torch", "transformers", "triton", "ray", "pyzmq", "msgspec")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A figure that must reach ``at_least``."""
+
+    name: str
+    figure: float
+    at_least: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether it does."""
+        return self.figure >= self.at_least
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one run of a benchmark found."""
+
+    rows: list[Row]
+    targets: list[Target]
+    dtype: str
+    threads: int
+    """Threads that computed, in each process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a benchmark is asked for."""
+
+    quick: bool
+    """End within two minutes on two cores."""
+    seed: int
+
+
+def environment(dtype: str, threads: int) -> Row:
+    """Return the hardware and software of this run."""
+    found: Row = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "load_average_1m": round(os.getloadavg()[0], 2),
+        "gpu": _gpu_name(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "dtype": dtype,
+        "threads": threads,
+    }
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def run(name: str, measure: Callable[[Options], Measurement], arguments: Sequence[str] | None = None) -> int:
+    """Parse the options, measure, print and save; return the exit code."""
+    parser = argparse.ArgumentParser(prog=f"python -m penstock.benchmarks.{name}")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions: ends within two minutes")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment, rows and targets to FILE")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and schedules")
+    given = parser.parse_args(arguments)
+    measured = measure(Options(given.quick, given.seed))
+    found = environment(measured.dtype, measured.threads)
+    print(", ".join(f"{key} {value}" for key, value in found.items() if value is not None))
+    print(table(measured.rows))
+    for target in measured.targets:
+        verdict = "reached" if target.reached else "MISSED"
+        print(f"{verdict}: {target.name}: {target.figure:.2f}, required at least {target.at_least:g}")
+    if given.json:
+        quick = " --quick" if given.quick else ""
+        document: dict[str, Any] = {
+            "benchmark": name,
+            "command": f"python -m penstock.benchmarks.{name}{quick} --seed {given.seed}",
+            "environment": found,
+            "rows": measured.rows,
+            "targets": [{**asdict(target), "reached": target.reached} for target in measured.targets],
+        }
+        given.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    missed = [target.name for target in measured.targets if not target.reached]
+    if given.check and missed:
+        print(f"missed: {'; '.join(missed)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value below which ``share`` of ``values`` lie (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return flat records as a Markdown table."""
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
+    lines = [names, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
