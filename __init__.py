@@ -9,22 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cluster.app import build_app
-    from .cluster.client import connect
+    from .cluster.client.client import connect
+    from .cluster.client.llm import LLM, Completion
     from .cluster.config import EngineConfig
-    from .cluster.llm import LLM, Completion
+    from .cluster.serving.app import build_app
     from .workers.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "EngineConfig", "SamplingParams", "__version__", "build_app", "connect"]
 
 _HOMES = {
-    "LLM": ".cluster.llm",
-    "Completion": ".cluster.llm",
+    "LLM": ".cluster.client.llm",
+    "Completion": ".cluster.client.llm",
     "EngineConfig": ".cluster.config",
     "SamplingParams": ".workers.sampling_params",
-    "build_app": ".cluster.app",
-    "connect": ".cluster.client",
+    "build_app": ".cluster.serving.app",
+    "connect": ".cluster.client.client",
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..cluster.config import EngineConfig
-from ..cluster.process_ranks import parent_is_gone, read_settings
-from ..cluster.rank_loop import run_rank
+from ..cluster.transport.process_ranks import parent_is_gone, read_settings
+from ..cluster.transport.rank_loop import run_rank
 from ..workers.model_info import ModelInfo, RankInfo
 from ..workers.plan import LayerCounts, RankPlan, RankResult
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..cluster.config import EngineConfig
-from ..cluster.local_ray import LocalRay
-from ..cluster.process_ranks import ProcessRanks
+from ..cluster.serving.local_ray import LocalRay
+from ..cluster.transport.process_ranks import ProcessRanks
 from ..workers.plan import RankPlan, RankResult, RequestPlan, StepPlan
 from ..workers.sampling_params import TokenSampling
 from .echo_rank import answer

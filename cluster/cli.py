@@ -12,7 +12,7 @@ from docstring_parser import parse_from_object
 from rich.console import Console
 
 from .config import EngineConfig
-from .interrupts import interruptible
+from .serving.interrupts import interruptible
 
 app = App(name="penstock", help="Serve Mixture-of-Experts language models, expert-parallel and speculative.")
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -71,7 +71,7 @@ def serve(
     address
         Join the Ray cluster at this address instead of starting one on this machine.
     """
-    from .server import run_server
+    from .serving.server import run_server
 
     run_server(_config(model, config, flags), host=host, port=port, address=address)
 
@@ -86,7 +86,7 @@ def demo(*, port: int = 8000) -> None:
         Port to listen on, on loopback.
     """
     from .. import demo as demo_package
-    from .server import run_server
+    from .serving.server import run_server
 
     model = Path(demo_package.__file__).parent / "model"
     config = EngineConfig(

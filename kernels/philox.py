@@ -45,20 +45,11 @@ def gumbel(seed: int, choice: int, position: int, token_ids: torch.Tensor) -> to
     The noise is a pure function of its arguments, so a token does not depend on the draft, the batch or a replay.
     ``seed``: in [0, 2**63). One Philox call serves four neighbouring token ids.
     """
-    quads = torch.div(token_ids, 4, rounding_mode="floor")
-    first, last = int(quads.min()), int(quads.max())
+    quads, place = torch.unique_consecutive(torch.div(token_ids, 4, rounding_mode="floor"), return_inverse=True)
     zero = torch.zeros((), dtype=torch.int64, device=token_ids.device)
-    words = philox4x32(
-        (seed & _MASK, seed >> 32),
-        (
-            torch.arange(first, last + 1, dtype=torch.int64, device=token_ids.device),
-            zero + position,
-            zero + choice,
-            zero,
-        ),
-    )
-    flat = torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(-1)
-    word = flat[token_ids - 4 * first]
+    words = philox4x32((seed & _MASK, seed >> 32), (quads, zero + position, zero + choice, zero))
+    table = torch.stack(torch.broadcast_tensors(*words), dim=-1)  # [quads, 4]
+    word = table[place, token_ids % 4]
     # 23 bits and a half step: exact in f32 and never 0 or 1, so both logarithms are finite
     uniform = ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 
-from penstock.cluster.process_ranks import parent_is_gone, read_settings
-from penstock.cluster.rank_loop import run_rank
-from penstock.cluster.ranks import make_runner
+from penstock.cluster.engine.ranks import make_runner
+from penstock.cluster.transport.process_ranks import parent_is_gone, read_settings
+from penstock.cluster.transport.rank_loop import run_rank
 
 
 def make_faulty(config, rank):

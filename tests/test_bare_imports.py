@@ -11,14 +11,21 @@ import penstock
 import pytest
 
 ROOT = Path(penstock.__file__).parent
-ROOMS = ("cluster", "workers", "router", "kernels", "demo", "benchmarks")
+BELOW = {"workers", "router", "kernels"}
 # What each room may import of the others
 MAY_IMPORT = {
     "kernels": set(),
     "router": {"kernels"},
     "workers": {"router", "kernels"},
-    "cluster": {"workers", "router", "kernels", "demo"},  # the command line serves the shipped model
+    "cluster.engine": BELOW,
+    "cluster.transport": BELOW | {"cluster.engine"},
+    "cluster.api": BELOW | {"cluster.engine"},
+    "cluster.client": BELOW | {"cluster.engine", "cluster.transport", "cluster.api"},
+    "cluster.serving": BELOW | {"cluster.engine", "cluster.transport", "cluster.api", "cluster.client"},
+    # the command line serves the shipped model
+    "cluster": BELOW | {"demo", "cluster.serving"},
 }
+ROOMS = (*MAY_IMPORT, "demo", "benchmarks")
 
 _BARE = """
 import importlib, json, pkgutil, sys
@@ -35,8 +42,8 @@ for name in BLOCKED:
     assert name not in sys.modules, name
 
 import penstock
-names = ["cluster.engine", "cluster.drafter", "cluster.scheduler", "cluster.ranks", "cluster.controller"]
-for room in ("workers", "router", "kernels"):
+names = ["cluster.config", "cluster.client.llm"]
+for room in ("cluster.engine", "workers", "router", "kernels"):
     package = importlib.import_module(f"penstock.{room}")
     names += [f"{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
 for name in names:
@@ -44,8 +51,8 @@ for name in names:
 
 import torch
 from penstock.cluster.config import EngineConfig
-from penstock.cluster.engine import Engine
-from penstock.cluster.ranks import LocalRanks, make_runner
+from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.ranks import LocalRanks, make_runner
 from penstock.workers.sampling_params import SamplingParams
 
 torch.set_num_threads(1)
@@ -95,46 +102,48 @@ def test_the_public_names_are_lazy_and_an_unknown_one_is_refused() -> None:
         _ = penstock.Nonsense
 
 
-def imported_rooms(source: str, room: str) -> set[str]:
-    """The rooms that a module of ``room`` imports, wherever in its text."""
+def imported_rooms(source: str, package: str) -> set[str]:
+    """The rooms that a module of ``package`` imports, wherever in its text; those of cluster/ by both names."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom):
-            package = ["penstock", room][: 3 - node.level] if node.level else []
-            names = [".".join([*package, *filter(None, [node.module]), alias.name]) for alias in node.names]
+            parts = package.split(".")
+            base = parts[: len(parts) + 1 - node.level] if node.level else []
+            names = [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "penstock" and len(parts) > 1:
-                found.add(parts[1])
-    return found & set(ROOMS) - {room}
+            for room in ROOMS:
+                if name == f"penstock.{room}" or name.startswith(f"penstock.{room}."):
+                    found.add(room)
+    return found
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("from ..cluster import engine", {"cluster"}),
+        ("from ..cluster import config", {"cluster"}),
         ("from .. import cluster", {"cluster"}),
-        ("from ..cluster.engine import Engine", {"cluster"}),
-        ("import penstock.cluster.engine", {"cluster"}),
-        ("def f():\n    from penstock.cluster import engine", {"cluster"}),
+        ("from ..cluster.engine.engine import Engine", {"cluster", "cluster.engine"}),
+        ("import penstock.cluster.engine.engine", {"cluster", "cluster.engine"}),
+        ("def f():\n    from penstock.cluster.engine import engine", {"cluster", "cluster.engine"}),
         ("from penstock import cluster", {"cluster"}),
-        ("from . import rows\nfrom .plan import RankPlan\nimport torch", set()),
+        ("from . import rows\nfrom .plan import RankPlan\nimport torch", {"workers"}),
         ("from ..router.topk import RouterSeam", {"router"}),
     ],
 )
 def test_the_scan_sees_every_spelling(source: str, expected: set[str]) -> None:
-    assert imported_rooms(source, "workers") == expected
+    assert imported_rooms(source, "penstock.workers") == expected
 
 
 @pytest.mark.parametrize("room", list(MAY_IMPORT))
 def test_imports_point_down_only(room: str) -> None:
-    files = sorted((ROOT / room).glob("*.py"))
+    files = sorted((ROOT / room.replace(".", "/")).glob("*.py"))
     assert files
     for file in files:
-        upwards = imported_rooms(file.read_text(encoding="utf-8"), room) - MAY_IMPORT[room]
+        imported = imported_rooms(file.read_text(encoding="utf-8"), f"penstock.{room}")
+        upwards = imported - MAY_IMPORT[room] - {room, room.split(".")[0]}
         assert not upwards, f"{file.relative_to(ROOT)} imports {', '.join(upwards)}"
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from penstock.cluster.block_pool import BlockPool
+from penstock.cluster.engine.block_pool import BlockPool
 
 
 def test_blocks_hold_what_they_must() -> None:

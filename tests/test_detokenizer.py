@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from penstock.cluster.detokenizer import Detokenizer
+from penstock.cluster.api.detokenizer import Detokenizer
 from tokenizers import Tokenizer, decoders, models
 
 from .scripted_backend import byte_level_tokenizer

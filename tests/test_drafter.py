@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from penstock.cluster.config import EngineConfig
-from penstock.cluster.drafter import NgramDrafter, make_drafter
+from penstock.cluster.engine.drafter import NgramDrafter, make_drafter
 
 
 def drafter(largest: int = 3, smallest: int = 1) -> NgramDrafter:

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from penstock.cluster import engine as engine_module
-from penstock.cluster.backend import EngineDeadError
 from penstock.cluster.config import EngineConfig
-from penstock.cluster.drafter import NgramDrafter
-from penstock.cluster.engine import Engine
-from penstock.cluster.engine_thread import EngineThread
-from penstock.cluster.output import ABORT, ERROR, LENGTH, STOP, RequestOutput
-from penstock.cluster.ranks import LocalRanks, make_runner
-from penstock.cluster.request import Request
+from penstock.cluster.engine import engine as engine_module
+from penstock.cluster.engine.backend import EngineDeadError
+from penstock.cluster.engine.drafter import NgramDrafter
+from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.engine_thread import EngineThread
+from penstock.cluster.engine.output import ABORT, ERROR, LENGTH, STOP, RequestOutput
+from penstock.cluster.engine.ranks import LocalRanks, make_runner
+from penstock.cluster.engine.request import Request
 from penstock.kernels.philox import gumbel
 from penstock.workers.plan import StepFailedError, StepPlan, StepResult
 from penstock.workers.runner import ModelRunner

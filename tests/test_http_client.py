@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from penstock.cluster.backend import EngineDeadError
-from penstock.cluster.chat_tokenizer import ChatTokenizer
-from penstock.cluster.client import connect
-from penstock.cluster.http_client import HttpClient
-from penstock.cluster.metrics import engine_samples
-from penstock.cluster.openai_api import ServingState, create_app
+from penstock.cluster.api.chat_tokenizer import ChatTokenizer
+from penstock.cluster.api.metrics import engine_samples
+from penstock.cluster.api.openai_api import ServingState, create_app
+from penstock.cluster.client.client import connect
+from penstock.cluster.client.http_client import HttpClient
+from penstock.cluster.engine.backend import EngineDeadError
 
 from .scripted_backend import LoopbackServer, ScriptedBackend, save_tokenizer
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from penstock.cluster.config import EngineConfig
-from penstock.cluster.controller import FixedDraftLen
-from penstock.cluster.engine import Engine
-from penstock.cluster.process_ranks import ProcessRanks
-from penstock.cluster.ranks import LocalRanks, Ranks, make_runner
+from penstock.cluster.engine.controller import FixedDraftLen
+from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
+from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.workers.sampling_params import SamplingParams
 
 TINY = ("qwen3_moe", "olmoe", "mixtral", "deepseek_v3")
@@ -81,7 +81,7 @@ def _directory(model: str, checkpoint: Callable[[str], Path]) -> Path:
 
 def _prompts(model: str) -> list[list[int]]:
     if model == "demo":
-        from penstock.cluster.chat_tokenizer import ChatTokenizer
+        from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 
         tokenizer = ChatTokenizer(str(DEMO))
         chats = ["438 + 275", "city: Oslo\norder: 81-k\nname: Ada\nget:order,name", "What does os.walk do?"]

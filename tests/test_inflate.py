@@ -82,7 +82,7 @@ def test_errors_name_the_argument(checkpoint: Callable[[str], Path], tmp_path: P
             inflate(good, tmp_path / "a", factor)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(ValueError, match=r"^target: .*full exists and is not empty"):
+    with pytest.raises(ValueError, match=r"^target: .*full exists and is not an empty directory"):
         inflate(good, tmp_path / "full", 2)
     with pytest.raises(ValueError, match=r"^source: architecture 'mixtral' is not one of qwen3_moe"):
         inflate(checkpoint("mixtral"), tmp_path / "a", 2)

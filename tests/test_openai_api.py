@@ -11,14 +11,14 @@ import httpx
 import openai
 import pytest
 from penstock import demo
-from penstock.cluster import openai_api
-from penstock.cluster.async_engine import AsyncEngine
-from penstock.cluster.backend import Backend
-from penstock.cluster.chat_tokenizer import ChatTokenizer
+from penstock.cluster.api import openai_api
+from penstock.cluster.api.chat_tokenizer import ChatTokenizer
+from penstock.cluster.api.openai_api import ServingState, create_app
+from penstock.cluster.client.llm import make_ranks
 from penstock.cluster.config import EngineConfig
-from penstock.cluster.engine import Engine
-from penstock.cluster.llm import make_ranks
-from penstock.cluster.openai_api import ServingState, create_app
+from penstock.cluster.engine.async_engine import AsyncEngine
+from penstock.cluster.engine.backend import Backend
+from penstock.cluster.engine.engine import Engine
 
 from .scripted_backend import MAX_MODEL_LEN, LoopbackServer, ScriptedBackend, save_tokenizer
 

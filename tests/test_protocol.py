@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from penstock.cluster.api_error import ApiError
-from penstock.cluster.protocol import ChatCompletionRequest, CompletionRequest
+from penstock.cluster.api.api_error import ApiError
+from penstock.cluster.api.protocol import ChatCompletionRequest, CompletionRequest
 from penstock.workers.sampling_params import SamplingParams
 from pydantic import ValidationError
 
@@ -103,5 +103,7 @@ def test_json_schema_stands_alone() -> None:
 
 
 def test_importing_the_protocol_is_cheap() -> None:
-    code = "import penstock.cluster.protocol, sys; sys.exit(bool({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    code = (
+        "import penstock.cluster.api.protocol, sys; sys.exit(bool({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from penstock.cluster.block_pool import BlockPool
-from penstock.cluster.request import Request
-from penstock.cluster.scheduler import Scheduler
+from penstock.cluster.engine.block_pool import BlockPool
+from penstock.cluster.engine.request import Request
+from penstock.cluster.engine.scheduler import Scheduler
 from penstock.workers.plan import RankPlan, StepPlan
 from penstock.workers.sampling_params import SamplingParams, TokenSampling
 

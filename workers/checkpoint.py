@@ -36,8 +36,14 @@ def resolve(model: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
+        directory = Path(
+            snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model"])
+        )
+        # Repositories may hold the same weights several times over: fetch what the index names
+        index = directory / INDEX
+        weights = _indexed_files(index) if index.is_file() else [SINGLE]
         return Path(
-            snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
+            snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.jinja", "*.txt", *weights])
         )
     except HFValidationError as error:
         raise ValueError(f"model: {model!r} is neither a directory nor a valid hub id") from error
@@ -59,6 +65,17 @@ def load_config(directory: Path) -> PreTrainedConfig:
     except Exception as error:  # bad JSON, unknown type, custom code: transformers raises many types
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"model: config.json in {directory} cannot be used: {message}") from error
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """Return the weight files that a safetensors index names."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("weight_map must map names to names")
+        return sorted(names)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"model: {index} is not a safetensors index: {error}") from error
 
 
 class LazyTensor:
@@ -131,11 +148,8 @@ class CheckpointReader:
     def _file_names(self) -> list[str]:
         index = self.directory / INDEX
         if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                missing = [name for name in names if not (self.directory / name).is_file()]
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f"model: {index} is not a safetensors index: {error}") from error
+            names = _indexed_files(index)
+            missing = [name for name in names if not (self.directory / name).is_file()]
             if missing:
                 raise ValueError(f"model: {self.directory} lacks {len(missing)} weight files, first {missing[0]}")
             return names

@@ -53,14 +53,13 @@ def sample(logits: torch.Tensor, samplings: Sequence[TokenSampling], positions: 
         return []
     logits = logits.float()
     tokens = torch.argmax(logits, dim=-1).tolist()
-    ids: torch.Tensor | None = None
     for row, sampling in enumerate(samplings):
         if sampling.temperature < GREEDY_BELOW:
             continue
-        if ids is None:
-            ids = torch.arange(logits.shape[-1], device=logits.device)
+        filtered = filter_logits(logits[row], sampling)
+        ids = torch.nonzero(filtered > -torch.inf)[:, 0]  # ascending: ties still go to the lowest
         noise = gumbel(sampling.seed, sampling.choice, positions[row], ids)
-        tokens[row] = int(torch.argmax(filter_logits(logits[row], sampling) + noise))
+        tokens[row] = int(ids[torch.argmax(filtered[ids] + noise)])
     return tokens
 
 

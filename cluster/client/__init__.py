@@ -1,0 +1,1 @@
+"""The engine and a server as Python objects."""

@@ -1,0 +1,116 @@
+"""One client for every deployment: over HTTP anywhere, or through Ray inside the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from ..api.generation import Generation
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or the messages of a chat (each with ``role`` and ``content``)."""
+
+
+class TextStream(Protocol):
+    """Text as it is generated; close it to abort the request. Also a context manager, which closes."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __next__(self) -> str: ...
+
+    def __enter__(self) -> TextStream: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    @property
+    def generation(self) -> Generation:
+        """The whole; raises ``RuntimeError`` until the last piece of text has been read."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading; the server aborts the request if it still runs."""
+        ...
+
+
+class AsyncTextStream(Protocol):
+    """`TextStream` for asyncio."""
+
+    def __aiter__(self) -> AsyncIterator[str]: ...
+
+    async def __anext__(self) -> str: ...
+
+    async def __aenter__(self) -> AsyncTextStream: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...
+
+    @property
+    def generation(self) -> Generation:
+        """The whole; raises ``RuntimeError`` until the last piece of text has been read."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop reading; the server aborts the request if it still runs."""
+        ...
+
+
+class Client(Protocol):
+    """What can be asked of a deployment. Keyword arguments are the fields of `SamplingParams`.
+
+    ``max_tokens`` defaults as in the HTTP API: 16 for text and token ids, the rest of ``max_model_len`` for a chat.
+    Raises ``ValueError`` naming the field the server refuses, ``EngineDeadError`` if the engine cannot serve,
+    ``ConnectionError`` if nobody answers and ``TimeoutError`` if not in time.
+    """
+
+    def generate(self, prompt: Prompt, **sampling: Any) -> Generation:
+        """Generate one output."""
+        ...
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> TextStream:
+        """Generate one output piece by piece."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Return metrics by name, labels included (``metrics.engine_samples``)."""
+        ...
+
+    def models(self) -> list[str]:
+        """Return the names of the models served."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections."""
+        ...
+
+    async def agenerate(self, prompt: Prompt, **sampling: Any) -> Generation:
+        """Generate one output."""
+        ...
+
+    def astream(self, prompt: Prompt, **sampling: Any) -> AsyncTextStream:
+        """Generate one output piece by piece."""
+        ...
+
+    async def astats(self) -> dict[str, float]:
+        """Return metrics by name, labels included."""
+        ...
+
+    async def amodels(self) -> list[str]:
+        """Return the names of the models served."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of connections."""
+        ...
+
+
+def connect(address: str | None = None, **options: Any) -> Client:
+    """Return a client: ``http(s)://`` addresses over HTTP, all others and None through Ray.
+
+    ``options`` go to `HttpClient` or `RayClient`.
+    """
+    if address is not None and address.startswith(("http://", "https://")):
+        from .http_client import HttpClient
+
+        return HttpClient(address, **options)
+    from .ray_client import RayClient
+
+    return RayClient(address, **options)

@@ -1,0 +1,295 @@
+"""A client over HTTP: the openai package underneath, our words on top."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+
+from ...workers.sampling_params import SamplingParams
+from ..api.generation import Generation, GenerationStats
+from ..api.metrics import parse_samples
+from ..engine.backend import EngineDeadError
+from .client import Prompt
+
+_EXTENSIONS = ("top_k", "min_p", "stop_token_ids", "ignore_eos")
+"""Sampling parameters that are not OpenAI's."""
+
+
+class HttpClient:
+    """A `Client` of an OpenAI-compatible Penstock server at ``base_url``, with or without the final ``/v1``.
+
+    ``model`` defaults to the first that the server lists. ``timeout_s`` is the longest wait for the server's next
+    bytes. Requests that no engine took (503, no connection) are sent again up to ``max_retries`` times.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        model: str | None = None,
+        timeout_s: float = 600.0,
+        max_retries: int = 2,
+    ) -> None:
+        self._root = base_url.rstrip("/").removesuffix("/v1")
+        self._options: dict[str, Any] = {
+            "base_url": f"{self._root}/v1",
+            # a key is sent even to servers that ask for none: the library insists on one
+            "api_key": api_key or "none",
+            "timeout": timeout_s,
+            "max_retries": max_retries,
+        }
+        self._model = model
+        self._sync = openai.OpenAI(**self._options)
+        # connections belong to the event loop that opened them
+        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, openai.AsyncOpenAI]
+        self._async = weakref.WeakKeyDictionary()
+
+    def generate(self, prompt: Prompt, **sampling: Any) -> Generation:
+        """Generate one output."""
+        call = _Call(prompt, sampling)
+        with _plain_errors():
+            answer = call.send(self._sync, self._model or self._first(self.models()))
+        return _whole(answer)
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> HttpTextStream:
+        """Generate one output piece by piece; a refusal is raised here, not by the first read."""
+        call = _Call(prompt, sampling, stream=True)
+        with _plain_errors():
+            return HttpTextStream(call.send(self._sync, self._model or self._first(self.models())))
+
+    def stats(self) -> dict[str, float]:
+        """Return the server's metrics by name, labels included."""
+        with _plain_errors():
+            return parse_samples(self._sync.get(f"{self._root}/metrics", cast_to=str))
+
+    def models(self) -> list[str]:
+        """Return the names of the models served."""
+        with _plain_errors():
+            return [model.id for model in self._sync.models.list()]
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self._sync.close()
+
+    async def agenerate(self, prompt: Prompt, **sampling: Any) -> Generation:
+        """Generate one output."""
+        call = _Call(prompt, sampling)
+        with _plain_errors():
+            answer = await call.send(self._client(), self._model or self._first(await self.amodels()))
+        return _whole(answer)
+
+    def astream(self, prompt: Prompt, **sampling: Any) -> AsyncHttpTextStream:
+        """Generate one output piece by piece; the request is sent when the first piece is read."""
+        call = _Call(prompt, sampling, stream=True)
+
+        async def send() -> openai.AsyncStream[Any]:
+            return await call.send(self._client(), self._model or self._first(await self.amodels()))
+
+        return AsyncHttpTextStream(send)
+
+    async def astats(self) -> dict[str, float]:
+        """Return the server's metrics by name, labels included."""
+        with _plain_errors():
+            return parse_samples(await self._client().get(f"{self._root}/metrics", cast_to=str))
+
+    async def amodels(self) -> list[str]:
+        """Return the names of the models served."""
+        with _plain_errors():
+            return [model.id async for model in self._client().models.list()]
+
+    async def aclose(self) -> None:
+        """Let go of this event loop's connections and of those that need none."""
+        client = self._async.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.close()
+        self._sync.close()
+
+    def _client(self) -> openai.AsyncOpenAI:
+        loop = asyncio.get_running_loop()
+        if loop not in self._async:
+            self._async[loop] = openai.AsyncOpenAI(**self._options)
+        return self._async[loop]
+
+    def _first(self, models: list[str]) -> str:
+        if not models:
+            raise ValueError("model: the server lists none")
+        self._model = models[0]
+        return self._model
+
+
+class HttpTextStream:
+    """A `TextStream` over HTTP."""
+
+    def __init__(self, chunks: openai.Stream[Any]) -> None:
+        self._chunks = chunks
+        self._iterator = iter(chunks)
+        self._answer = _StreamedAnswer()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        with _plain_errors():
+            for chunk in self._iterator:
+                text = self._answer.take(chunk)
+                if text:
+                    return text
+        self._answer.check_complete()
+        raise StopIteration
+
+    def __enter__(self) -> HttpTextStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def generation(self) -> Generation:
+        """The whole; raises ``RuntimeError`` until the last piece of text has been read."""
+        return self._answer.generation()
+
+    def close(self) -> None:
+        """Stop reading; the server aborts the request if it still runs."""
+        self._chunks.close()
+
+
+class AsyncHttpTextStream:
+    """An `AsyncTextStream` over HTTP."""
+
+    def __init__(self, send: Callable[[], Awaitable[openai.AsyncStream[Any]]]) -> None:
+        self._send = send
+        self._chunks: openai.AsyncStream[Any] | None = None
+        self._answer = _StreamedAnswer()
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        with _plain_errors():
+            if self._chunks is None:
+                self._chunks = await self._send()
+                self._iterator = aiter(self._chunks)
+            async for chunk in self._iterator:
+                text = self._answer.take(chunk)
+                if text:
+                    return text
+        self._answer.check_complete()
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> AsyncHttpTextStream:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    @property
+    def generation(self) -> Generation:
+        """The whole; raises ``RuntimeError`` until the last piece of text has been read."""
+        return self._answer.generation()
+
+    async def aclose(self) -> None:
+        """Stop reading; the server aborts the request if it still runs."""
+        if self._chunks is not None:
+            await self._chunks.close()
+
+
+class _Call:
+    """One request to one of the two endpoints."""
+
+    def __init__(self, prompt: Prompt, sampling: dict[str, Any], *, stream: bool = False) -> None:
+        # a mistake is found here as the server would find it
+        SamplingParams.from_kwargs(**sampling)
+        given = {name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()}
+        self._arguments: dict[str, Any] = {name: given.pop(name) for name in list(given) if name not in _EXTENSIONS}
+        self._arguments["extra_body"] = given
+        if stream:
+            self._arguments.update(stream=True, stream_options={"include_usage": True})
+        self._is_chat = _is_chat(prompt)
+        self._arguments["messages" if self._is_chat else "prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+
+    def send(self, client: openai.OpenAI | openai.AsyncOpenAI, model: str) -> Any:
+        """Send it; with an asynchronous client, return what to await."""
+        endpoint: Any = client.chat.completions if self._is_chat else client.completions
+        return endpoint.create(model=model, **self._arguments)
+
+
+class _StreamedAnswer:
+    """What the chunks of a stream add up to."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._finish_reason: str | None = None
+        self._last: Any = None
+
+    def take(self, chunk: Any) -> str:
+        """Return the chunk's text."""
+        if chunk.usage is not None:
+            self._last = chunk
+        if not chunk.choices:
+            return ""
+        choice = chunk.choices[0]
+        self._finish_reason = choice.finish_reason or self._finish_reason
+        text: str = (choice.text if hasattr(choice, "text") else choice.delta.content) or ""
+        self._text.append(text)
+        return text
+
+    def check_complete(self) -> None:
+        if self._finish_reason is None or self._last is None:
+            raise ConnectionError("the server ended the stream before the output was complete")
+
+    def generation(self) -> Generation:
+        if self._finish_reason is None or self._last is None:
+            raise RuntimeError("the stream has not been read to its end")
+        return _generation("".join(self._text), self._finish_reason, self._last)
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    if isinstance(prompt, str):
+        return False
+    items = list(prompt) if isinstance(prompt, Sequence) else []
+    if items and all(isinstance(item, Mapping) for item in items):
+        return True
+    if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        return False
+    raise ValueError("prompt: expected text, a non-empty list of token ids or a non-empty list of messages")
+
+
+def _whole(answer: Any) -> Generation:
+    choice = answer.choices[0]
+    text = choice.text if hasattr(choice, "text") else choice.message.content
+    return _generation(text or "", choice.finish_reason, answer)
+
+
+def _generation(text: str, finish_reason: str, answer: Any) -> Generation:
+    stats = (answer.model_extra or {}).get("penstock")
+    if stats is None:
+        raise RuntimeError("the server is not Penstock: its answer has no statistics")
+    usage = answer.usage
+    return Generation(text, usage.prompt_tokens, usage.completion_tokens, finish_reason, GenerationStats(**stats))
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn the library's errors into the `Client`'s."""
+    try:
+        yield
+    except openai.APITimeoutError as error:
+        raise TimeoutError(str(error)) from error
+    except openai.APIConnectionError as error:
+        raise ConnectionError(f"no answer from {error.request.url}: {error.__cause__ or error}") from error
+    except openai.APIError as error:
+        status = error.status_code if isinstance(error, openai.APIStatusError) else 500
+        message = error.body.get("message", error.message) if isinstance(error.body, dict) else error.message
+        if status == 503 or error.code == "engine_dead":
+            raise EngineDeadError(message) from error
+        if status in (401, 403):
+            raise PermissionError(message) from error
+        if 400 <= status < 500 and status not in (408, 429):
+            raise ValueError(message) from error
+        raise RuntimeError(message) from error

@@ -1,0 +1,160 @@
+"""The engine as a plain Python object: prompts in, texts out."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...workers.sampling_params import SamplingParams
+from ..api.chat_tokenizer import ChatTokenizer
+from ..config import EngineConfig
+from ..engine.drafter import make_drafter
+from ..engine.engine import Engine, check_prompt
+from ..engine.output import ABORT, STOP, EngineStats, RequestStats
+from ..engine.ranks import LocalRanks, Ranks, make_runner
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one prompt came to."""
+
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    """All tokens generated, the one that ended the output included."""
+    finish_reason: str
+    """stop or length."""
+    seed: int | None
+    """The seed that repeats this output; None for greedy decoding."""
+    stats: RequestStats
+
+
+@dataclass(slots=True)
+class _Live:
+    prompt: list[int]
+    sampling: SamplingParams
+    detokenizer: Any
+    token_ids: list[int]
+
+
+def make_ranks(config: EngineConfig) -> Ranks:
+    """Return the ranks of an engine without Ray: in this process for one, child processes for more."""
+    if config.expert_parallel_size > 1:
+        from ..transport.process_ranks import ProcessRanks  # needs zmq, which one rank does not
+
+        return ProcessRanks(config)
+    torch.set_num_threads(config.threads_per_rank)
+    return LocalRanks(make_runner(config, 0))
+
+
+class LLM:
+    """An engine in this process, without Ray. Keyword arguments are those of `EngineConfig`.
+
+    ``expert_parallel_size`` above 1 runs that many child processes. Raises ``ValueError`` naming the field for a
+    configuration or checkpoint that cannot be served. Not thread-safe. Close it, or use it in a ``with`` block.
+    """
+
+    def __init__(self, model: str, **config: Any) -> None:
+        self.config = EngineConfig.from_mapping({"model": model, **config})
+        self.tokenizer = ChatTokenizer(self.config.tokenizer_source, self.config.revision)
+        make_drafter(self.config)  # refuse an unknown name before anything is loaded
+        ranks = make_ranks(self.config)
+        try:
+            self._engine = Engine(self.config, ranks)
+        except BaseException:
+            ranks.close()
+            raise
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the ranks."""
+        self._engine.ranks.close()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None, **params: Any
+    ) -> list[Completion]:
+        """Continue each prompt (text, or token ids) and return the results in order.
+
+        ``params`` are fields of `SamplingParams`, unless ``sampling`` is given. All prompts are checked before any is
+        run; ``ValueError`` names the field at fault.
+        """
+        if sampling is not None and params:
+            raise ValueError(f"sampling: given together with {', '.join(sorted(params))}; give one or the other")
+        sampling = sampling or SamplingParams.from_kwargs(**params)
+        token_ids = [self._encode(prompt, i) for i, prompt in enumerate(_as_list(prompts))]
+        return self._run(token_ids, sampling)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None, **params: Any
+    ) -> Completion:
+        """Write the assistant's next turn of one conversation."""
+        return self.generate([self.tokenizer.encode_chat(messages)], sampling, **params)[0]
+
+    def stats(self) -> EngineStats:
+        """Return the engine's totals."""
+        return self._engine.stats()
+
+    def _encode(self, prompt: Prompt, index: int) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        token_ids = list(prompt)
+        if not all(isinstance(token, int) for token in token_ids):
+            raise ValueError(f"prompts[{index}]: expected a string or a list of token ids")
+        return token_ids
+
+    def _run(self, prompts: list[list[int]], sampling: SamplingParams) -> list[Completion]:
+        for prompt in prompts:
+            check_prompt(self._engine.model, prompt, sampling)
+        live: dict[str, _Live] = {}
+        for prompt in prompts:
+            request_id = uuid.uuid4().hex
+            one = self._engine.add_request(request_id, prompt, sampling)
+            live[request_id] = _Live(prompt, one, self.tokenizer.detokenizer(sampling.stop), [])
+        done: dict[str, Completion] = {}
+        try:
+            while len(done) < len(live):
+                for output in self._engine.step():
+                    state = live[output.request_id]
+                    state.token_ids += output.token_ids
+                    # EOS and stop tokens end the output and are no part of its text
+                    text = output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids
+                    state.detokenizer.feed(text, finished=output.finish_reason is not None)
+                    reason, stats = output.finish_reason, output.stats
+                    if state.detokenizer.stopped:
+                        reason = STOP
+                        stats = stats or self._engine.abort(output.request_id, STOP)
+                    if reason is not None and stats is not None:
+                        done[output.request_id] = self._completion(state, reason, stats)
+        finally:
+            for request_id in live.keys() - done.keys():
+                self._engine.abort(request_id)
+        return [done[request_id] for request_id in live]
+
+    @staticmethod
+    def _completion(state: _Live, reason: str, stats: RequestStats) -> Completion:
+        assert reason != ABORT
+        if state.detokenizer.stopped:
+            state.token_ids = state.token_ids[: state.detokenizer.num_tokens]
+            stats = replace(stats, num_output_tokens=len(state.token_ids))
+        seed = state.sampling.seed if state.sampling.temperature > 0 else None
+        return Completion(state.prompt, state.detokenizer.text, state.token_ids, reason, seed, stats)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return a list of prompts, whether one or several were given."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""The engine loop: requests, scheduling, drafting, commit. No Ray, no sockets."""

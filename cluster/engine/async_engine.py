@@ -1,0 +1,57 @@
+"""The engine for asyncio, in this process. Behind Ray the same part is played by `GangBackend`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from ...workers.model_info import RankInfo
+from ...workers.sampling_params import SamplingParams
+from .engine import Engine
+from .engine_thread import EngineThread
+from .output import EngineStats, RequestOutput
+from .output_router import OutputRouter
+
+
+class AsyncEngine:
+    """A `Backend` over an engine in its own thread. Create it on the event loop that will use it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._router = OutputRouter()
+        self.thread = EngineThread(engine, self._deliver)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        # One wake-up a step, however many requests it served
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._router.deliver, outputs)
+
+    def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield a request's outputs; see ``Backend.generate``."""
+
+        async def submit() -> None:
+            self.thread.submit(request_id, prompt_token_ids, sampling)
+
+        async def abort() -> None:
+            self.thread.abort(request_id)
+
+        return self._router.read(request_id, submit, abort)
+
+    async def stats(self) -> EngineStats:
+        """Return the engine's totals."""
+        return await asyncio.wrap_future(self.thread.stats())
+
+    async def ranks(self) -> list[RankInfo]:
+        """Return what every rank loaded."""
+        return self.thread.infos
+
+    async def check_health(self) -> None:
+        """Raise ``EngineDeadError`` if the engine cannot serve."""
+        self.thread.check_health()
+
+    async def close(self) -> None:
+        """Stop the engine; requests that still run get an error."""
+        self._router.fail_all("the engine is closing")
+        await asyncio.to_thread(self.thread.close)

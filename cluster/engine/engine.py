@@ -1,0 +1,255 @@
+"""The engine loop: draft, schedule, step, commit. Free of Ray, sockets and threads."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ...workers.model_info import ModelInfo
+from ...workers.plan import RankPlan, RankResult, RequestPlan, StepFailedError, StepPlan, StepResult
+from ...workers.sampling_params import SamplingParams
+from ..config import EngineConfig
+from .backend import EngineDeadError
+from .block_pool import BlockPool
+from .controller import Controller, FixedDraftLen
+from .drafter import Drafter, make_drafter
+from .output import ABORT, ERROR, LENGTH, STOP, EngineStats, RequestOutput, RequestStats
+from .ranks import Ranks
+from .request import Request
+from .scheduler import Scheduler
+from .stats import Counters
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves requests over ``ranks``. One thread calls it; between calls its state is always committed.
+
+    A request's tokens are published only when every rank has answered the step; a failed step leaves no trace but a
+    count, and is planned again from what is committed.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        ranks: Ranks,
+        *,
+        controller: Controller | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        make_drafter(config)  # refuse an unknown name now
+        self.config, self.ranks = config, ranks
+        self.model: ModelInfo = ranks.infos[0].model
+        self.controller = controller or FixedDraftLen(config.draft_len)
+        self.counters = Counters(self.model.num_moe_layers)
+        self._clock = clock
+        pools = [BlockPool(info.num_kv_blocks, config.block_size) for info in ranks.infos]
+        self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens)
+        self._requests: dict[str, Request] = {}
+        self._by_key: dict[int, Request] = {}
+        self._drafters: dict[int, Drafter] = {}
+        self._next_key = 0
+        self._generation = 0
+        self._step_id = 0
+        self._failures_in_row = 0
+        self._must_recover = False
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return bool(self._requests)
+
+    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> SamplingParams:
+        """Queue a request and return its sampling with the seed that was drawn if it had none.
+
+        Raises ``ValueError`` naming the field; then nothing has changed.
+        """
+        if request_id in self._requests:
+            raise ValueError(f"request_id: {request_id!r} is in use")
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        request = Request(
+            request_id=request_id,
+            key=self._next_key,
+            sampling=sampling,
+            token_sampling=sampling.token_sampling(),
+            token_ids=list(prompt_token_ids),
+            num_prompt_tokens=len(prompt_token_ids),
+            max_total_tokens=check_prompt(self.model, prompt_token_ids, sampling),
+            arrival_s=self._clock(),
+        )
+        self._next_key += 1
+        self._requests[request_id] = self._by_key[request.key] = request
+        self.scheduler.add(request)
+        return sampling
+
+    def abort(self, request_id: str, reason: str = ABORT) -> RequestStats | None:
+        """Drop a request, free its blocks and return its counts; unknown or finished ones are ignored.
+
+        ``reason``: what it counts as, ``STOP`` when the reader found its stop string.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._finish(request, reason)
+        return request.stats(self._clock())
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return what it adds to each request.
+
+        Raises ``EngineDeadError`` after ``max_step_retries`` failures in a row.
+        """
+        for request in self.scheduler.admit():
+            request.admitted_s = self._clock()
+        drafts = self._propose()
+        plan = self.scheduler.schedule(self._generation, self._step_id, drafts)
+        if plan is None:
+            return []
+        try:
+            if self._must_recover:
+                self.ranks.recover(self._generation)
+                self._must_recover = False
+            result = self.ranks.step(plan)
+            _check_lock_step(result)
+        except StepFailedError as error:
+            self._discard(error)
+            return []
+        except BaseException:
+            # Interrupted: ranks may still answer this step, so its number must not come again
+            self._void()
+            raise
+        self._step_id += 1
+        self._failures_in_row = 0
+        return self._commit(plan, result)
+
+    def fail_all(self, message: str) -> list[RequestOutput]:
+        """End every request with an error; for a caller that gives the engine up."""
+        requests = list(self._requests.values())
+        outputs = [
+            RequestOutput(request.request_id, request.num_output_tokens, [], finish_reason=ERROR, error=message)
+            for request in requests
+        ]
+        for request in requests:
+            self._finish(request, ERROR)
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Return totals and present state."""
+        return self.counters.snapshot(self.scheduler)
+
+    def _propose(self) -> dict[int, list[int]]:
+        drafts: dict[int, list[int]] = {}
+        for requests in self.scheduler.running:
+            for request in requests:
+                if not request.is_decoding:
+                    continue
+                draft_len = min(self.controller.draft_len(request), request.num_tokens_left - 1)
+                if draft_len < 1:
+                    continue
+                drafter = self._drafters.get(request.key)
+                if drafter is None:
+                    drafter = self._drafters[request.key] = make_drafter(self.config)
+                if draft := drafter.propose(request.token_ids, draft_len):
+                    drafts[request.key] = draft
+        return drafts
+
+    def _discard(self, error: StepFailedError) -> None:
+        self.counters.num_failed_steps += 1
+        self._failures_in_row += 1
+        logger.warning("step %d of generation %d discarded: %s", self._step_id, self._generation, error)
+        if self._failures_in_row > self.config.max_step_retries:
+            raise EngineDeadError(f"step {self._step_id} failed {self._failures_in_row} times in a row: {error}")
+        self._void()
+
+    def _void(self) -> None:
+        """Nothing of the present step counts; the next one starts by bringing the ranks back together."""
+        self._generation += 1
+        self.scheduler.forget_ranks()
+        self._must_recover = True
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+        now = self._clock()
+        outputs = []
+        for rank_plan, rank_result in zip(plan.ranks, result.ranks, strict=True):
+            for part, tokens in self._parts(rank_plan, rank_result):
+                output = self._commit_request(part, tokens, now)
+                if output is not None:
+                    outputs.append(output)
+        self.counters.add_step(plan, result, sum(len(output.token_ids) for output in outputs))
+        return outputs
+
+    @staticmethod
+    def _parts(plan: RankPlan, result: RankResult) -> list[tuple[RequestPlan, list[int]]]:
+        return list(zip(plan.requests, result.token_ids, strict=True))
+
+    def _commit_request(self, part: RequestPlan, tokens: list[int], now: float) -> RequestOutput | None:
+        request = self._by_key[part.request_id]
+        if not tokens:
+            request.committed_len += len(part.token_ids)
+            return None
+        num_drafted = len(part.token_ids) - part.first_sampled_row - 1
+        offset = request.num_output_tokens
+        kept, reason, stop_token = self._truncate(request, tokens)
+        num_accepted = min(len(tokens) - 1, len(kept))
+        request.token_ids += kept
+        request.committed_len += part.first_sampled_row + len(tokens)
+        request.num_steps += 1
+        request.num_draft_tokens += num_drafted
+        request.num_accepted_tokens += num_accepted
+        if request.first_token_s is None:
+            request.first_token_s = now
+        self.counters.add_tokens(len(kept), num_drafted, num_accepted)
+        self.controller.observe(request, num_drafted, num_accepted)
+        stats = request.stats(now) if reason else None
+        if reason:
+            self._finish(request, reason)
+        return RequestOutput(request.request_id, offset, kept, reason, stop_token, stats)
+
+    def _truncate(self, request: Request, tokens: list[int]) -> tuple[list[int], str | None, int | None]:
+        """Cut ``tokens`` after the first that ends the request: (kept, finish reason, stop token)."""
+        assert len(tokens) <= request.num_tokens_left, "drafts are planned within what is left"
+        sampling = request.sampling
+        for index, token in enumerate(tokens):
+            if token in sampling.stop_token_ids or (not sampling.ignore_eos and token in self.model.eos_token_ids):
+                return tokens[: index + 1], STOP, token
+        return tokens, LENGTH if len(tokens) == request.num_tokens_left else None, None
+
+    def _finish(self, request: Request, reason: str) -> None:
+        self.scheduler.remove(request)
+        self.counters.finished(reason, request.num_prompt_tokens)
+        self._drafters.pop(request.key, None)
+        self.controller.forget(request)
+        del self._requests[request.request_id], self._by_key[request.key]
+
+
+def check_prompt(model: ModelInfo, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> int:
+    """Return the longest prompt plus output the request may reach; raise ``ValueError`` naming the field."""
+    num_prompt = len(prompt_token_ids)
+    if not num_prompt:
+        raise ValueError("prompt: it has no tokens")
+    if not all(isinstance(t, int) and not isinstance(t, bool) and 0 <= t < model.vocab_size for t in prompt_token_ids):
+        raise ValueError(f"prompt: token ids must be integers in [0, {model.vocab_size - 1}]")
+    if num_prompt >= model.max_model_len:
+        raise ValueError(
+            f"prompt: {num_prompt} tokens leave no room for output; max_model_len is {model.max_model_len}"
+        )
+    for token_id in sampling.stop_token_ids:
+        if token_id >= model.vocab_size:
+            raise ValueError(f"stop_token_ids: {token_id} is not in [0, {model.vocab_size - 1}]")
+    if sampling.max_tokens is None:
+        return model.max_model_len
+    if num_prompt + sampling.max_tokens > model.max_model_len:
+        raise ValueError(
+            f"max_tokens: {sampling.max_tokens} is not in [1, {model.max_model_len - num_prompt}]: the prompt has "
+            f"{num_prompt} tokens and max_model_len is {model.max_model_len}"
+        )
+    return num_prompt + sampling.max_tokens
+
+
+def _check_lock_step(result: StepResult) -> None:
+    """Ranks whose sequences of collectives differ may have mixed their data: nothing of the step can be trusted."""
+    if len({(r.num_collectives, r.collectives_crc) for r in result.ranks}) > 1:
+        raise StepFailedError("ranks ran different sequences of collectives")

@@ -1,0 +1,122 @@
+"""The engine in a thread of its own; everybody else talks to it through a queue."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+from ...workers.model_info import RankInfo
+from ...workers.sampling_params import SamplingParams
+from .backend import EngineDeadError
+from .engine import Engine, check_prompt
+from .output import EngineStats, RequestOutput
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class EngineThread:
+    """Steps ``engine`` while it has requests. ``deliver`` is called in the thread with every step's outputs.
+
+    Requests and aborts take effect between steps, in the order in which they came.
+    """
+
+    def __init__(self, engine: Engine, deliver: Callable[[list[RequestOutput]], None]) -> None:
+        self._engine, self._deliver = engine, deliver
+        self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._death: str | None = None
+        self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def infos(self) -> list[RankInfo]:
+        """What every rank loaded."""
+        return self._engine.ranks.infos
+
+    def submit(self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
+        """Queue a request; raises ``ValueError`` naming the field, or ``EngineDeadError``."""
+        self.check_health()
+        check_prompt(self._engine.model, prompt_token_ids, sampling)
+        prompt = list(prompt_token_ids)
+
+        def add() -> None:
+            try:
+                self._engine.add_request(request_id, prompt, sampling)
+            except ValueError as error:  # all but the id was checked above, and ids are unique to their readers
+                logger.error("request dropped: %s", error)
+
+        self._inbox.put(add)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; unknown or finished ones are ignored."""
+        self._inbox.put(lambda: self._engine.abort(request_id))
+
+    def stats(self) -> Future[EngineStats]:
+        """Ask for the totals between two steps."""
+        return self.call(self._engine.stats)
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run ``function`` in the thread between two steps."""
+        future: Future[T] = Future()
+        if not self._thread.is_alive():
+            future.set_exception(EngineDeadError(self._death or "the engine thread has ended"))
+            return future
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        return future
+
+    def check_health(self) -> None:
+        """Raise ``EngineDeadError`` if the engine gave up."""
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+
+    def close(self) -> None:
+        """Stop after the present step and let go of the ranks."""
+        self._death = self._death or "the engine is closed"
+        self._inbox.put(None)
+        self._thread.join()
+        self._engine.ranks.close()
+
+    def _run(self) -> None:
+        while self._drain():
+            try:
+                if self._death is not None:
+                    self._deliver_errors()
+                elif outputs := self._engine.step():
+                    self._deliver(outputs)
+            except EngineDeadError as error:
+                self._die(str(error))
+            except Exception as error:  # a bug of ours must not leave clients waiting for ever
+                logger.exception("the engine failed")
+                self._die(f"{type(error).__name__}: {error}")
+
+    def _drain(self) -> bool:
+        """Obey what has come in, waiting for it while there is nothing to step; False when told to stop."""
+        while True:
+            try:
+                command = self._inbox.get(block=not self._engine.has_requests)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _die(self, message: str) -> None:
+        self._death = message
+        try:
+            self._deliver_errors()
+        except Exception:  # the readers' event loop may be gone
+            logger.exception("nobody could be told that the engine failed")
+
+    def _deliver_errors(self) -> None:
+        self._deliver(self._engine.fail_all(self._death or ""))

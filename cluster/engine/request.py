@@ -1,0 +1,72 @@
+"""One request as the coordinator sees it. Ranks know none of this but what a plan tells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...workers.sampling_params import SamplingParams, TokenSampling
+from .output import RequestStats
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """State of a live request. Only ``Engine`` and ``Scheduler`` change it."""
+
+    request_id: str
+    key: int
+    """The engine's own number for it, unique for the engine's life; what plans carry."""
+    sampling: SamplingParams
+    token_sampling: TokenSampling
+    token_ids: list[int]
+    """Prompt and output so far."""
+    num_prompt_tokens: int
+    max_total_tokens: int
+    """Prompt plus the most output it may have."""
+    arrival_s: float
+    rank: int = -1
+    """The rank that holds its KV; -1 while it waits."""
+    committed_len: int = 0
+    """Tokens whose KV is valid."""
+    blocks: list[int] = field(default_factory=list)
+    num_blocks_sent: int = 0
+    """Blocks of ``blocks`` its rank has been told of in this generation."""
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    num_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Known tokens without KV: 1 while decoding, more while the prompt is being computed."""
+        return len(self.token_ids) - self.committed_len
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only its last token awaits a row, so drafts may follow it."""
+        return self.num_pending_tokens == 1 and self.num_output_tokens > 0
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Tokens it may still generate."""
+        return self.max_total_tokens - len(self.token_ids)
+
+    def stats(self, now: float) -> RequestStats:
+        """Return its counts at time ``now``."""
+        first_token = self.first_token_s if self.first_token_s is not None else now
+        admitted = self.admitted_s if self.admitted_s is not None else now
+        return RequestStats(
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=self.num_output_tokens,
+            num_steps=self.num_steps,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+            queue_s=admitted - self.arrival_s,
+            ttft_s=first_token - self.arrival_s,
+            total_s=now - self.arrival_s,
+        )

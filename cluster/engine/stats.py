@@ -1,0 +1,91 @@
+"""Running totals of an engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ...workers.plan import StepPlan, StepResult
+from .output import EngineStats
+from .scheduler import Scheduler
+
+
+class Counters:
+    """Counts committed work only; a discarded step adds to ``num_failed_steps`` and nothing else."""
+
+    def __init__(self, num_moe_layers: int) -> None:
+        self._num_moe_layers = num_moe_layers
+        self.num_steps = 0
+        self.num_failed_steps = 0
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self.num_finished: Counter[str] = Counter()
+        self.num_drafts = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
+        self.accepted_per_pos: list[int] = []
+        self.num_decode_steps = 0
+        self.decode_experts = 0
+        self.decode_tokens = 0
+        self.decode_payload_bytes = 0
+        self.rows_sent = 0
+        self.payload_bytes = 0
+        self.wire_bytes = 0
+        self.step_wall_s = 0.0
+
+    def add_step(self, plan: StepPlan, result: StepResult, num_tokens: int) -> None:
+        """Count one committed step that published ``num_tokens``."""
+        self.num_steps += 1
+        self.step_wall_s += result.wall_s
+        payload = sum(sum(rank.counts.payload_bytes) for rank in result.ranks)
+        self.payload_bytes += payload
+        self.wire_bytes += sum(sum(rank.counts.wire_bytes) for rank in result.ranks)
+        self.rows_sent += sum(sum(rank.counts.rows_sent) for rank in result.ranks)
+        # A request whose first row already yields a token has nothing but its last token to compute
+        if all(request.first_sampled_row == 0 for rank in plan.ranks for request in rank.requests):
+            self.num_decode_steps += 1
+            self.decode_experts += sum(sum(rank.counts.experts) for rank in result.ranks)
+            self.decode_payload_bytes += payload
+            self.decode_tokens += num_tokens
+
+    def add_tokens(self, num_tokens: int, num_drafted: int, num_accepted: int) -> None:
+        """Count what one request got from one step."""
+        self.num_generation_tokens += num_tokens
+        if num_drafted:
+            self.num_drafts += 1
+            self.num_draft_tokens += num_drafted
+            self.num_accepted_tokens += num_accepted
+            self.accepted_per_pos += [0] * (num_drafted - len(self.accepted_per_pos))
+            for position in range(num_accepted):
+                self.accepted_per_pos[position] += 1
+
+    def finished(self, reason: str, num_prompt_tokens: int) -> None:
+        """Count one request that ended."""
+        self.num_finished[reason] += 1
+        self.num_prompt_tokens += num_prompt_tokens
+
+    def snapshot(self, scheduler: Scheduler) -> EngineStats:
+        """Return the totals beside the scheduler's present state."""
+        layer_steps = self.num_decode_steps * self._num_moe_layers
+        return EngineStats(
+            num_steps=self.num_steps,
+            num_failed_steps=self.num_failed_steps,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generation_tokens=self.num_generation_tokens,
+            num_requests_finished=dict(self.num_finished),
+            num_requests_running=scheduler.num_running,
+            num_requests_waiting=len(scheduler.waiting),
+            num_kv_blocks=sum(pool.num_blocks for pool in scheduler.pools),
+            num_kv_blocks_used=sum(pool.num_used for pool in scheduler.pools),
+            spec_decode_num_drafts=self.num_drafts,
+            spec_decode_num_draft_tokens=self.num_draft_tokens,
+            spec_decode_num_accepted_tokens=self.num_accepted_tokens,
+            spec_decode_num_accepted_tokens_per_pos=list(self.accepted_per_pos),
+            num_decode_steps=self.num_decode_steps,
+            decode_experts_per_layer=self.decode_experts / layer_steps if layer_steps else 0.0,
+            decode_tokens=self.decode_tokens,
+            decode_payload_bytes=self.decode_payload_bytes,
+            rows_sent=self.rows_sent,
+            payload_bytes=self.payload_bytes,
+            wire_bytes=self.wire_bytes,
+            step_wall_s=self.step_wall_s,
+        )

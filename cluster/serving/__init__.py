@@ -1,0 +1,1 @@
+"""Ray actors, the Serve application, and how it is launched."""

@@ -1,0 +1,76 @@
+"""The Serve application: an ingress in front of a gang. `serve run` and `penstock serve` build the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from ...workers.loader import inspect
+from ..config import EngineConfig
+from ..engine.drafter import make_drafter
+from .gang import Gang
+from .ingress import Ingress, build_asgi_app
+from .resources import bundles
+
+GANG, INGRESS = "Gang", "Ingress"
+_MAX_ONGOING = 10_000
+
+
+def build_app(args: Mapping[str, Any] | EngineConfig) -> Application:
+    """Return the application; ``args`` are the keys of `EngineConfig`.
+
+    Raises ``ValueError`` naming the field for a key, value or model that cannot be served, before anything starts.
+    """
+    config = args if isinstance(args, EngineConfig) else EngineConfig.from_mapping(args)
+    make_drafter(config)
+    inspect(config.model, config.revision)
+    config = _absolute(config)
+    gpu = _on_gpu(config)
+    gang: Any = serve.deployment(
+        Gang,
+        name=GANG,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": bundles(config, gpu=gpu)[0]["CPU"]},
+        placement_group_bundles=bundles(config, gpu=gpu),
+        placement_group_strategy="PACK",
+        max_ongoing_requests=_MAX_ONGOING,
+        health_check_period_s=2.0,
+        # What keeps a gang from loading once, such as a corrupt checkpoint, keeps it from loading again
+        max_constructor_retry_count=1,
+    )
+    ingress: Any = serve.deployment(
+        serve.ingress(build_asgi_app)(Ingress),
+        name=INGRESS,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=_MAX_ONGOING,
+        max_constructor_retry_count=1,
+    )
+    return ingress.bind(gang.bind(config, gpu=gpu), config)
+
+
+def _absolute(config: EngineConfig) -> EngineConfig:
+    """Return ``config`` with directories spelled out: actors run in folders of their own."""
+
+    def spell(place: str | None) -> str | None:
+        return str(Path(place).expanduser().resolve()) if place and Path(place).expanduser().is_dir() else place
+
+    model = spell(config.model) or config.model
+    return replace(config, model=model, tokenizer=spell(config.tokenizer), served_model_name=config.model_name)
+
+
+def _on_gpu(config: EngineConfig) -> bool:
+    """Tell whether ranks need a GPU each: as configured, or if the cluster (or this machine) has any."""
+    if config.device != "auto":
+        return config.device == "cuda"
+    import ray
+    import torch
+
+    if ray.is_initialized():
+        return ray.cluster_resources().get("GPU", 0) >= config.expert_parallel_size
+    return torch.cuda.is_available()

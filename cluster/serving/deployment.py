@@ -1,0 +1,111 @@
+"""Put the application on a Ray cluster, watch it come up, take it down."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+
+from ..config import EngineConfig
+from .app import build_app
+from .resources import COORDINATOR_PREFIX, NAMESPACE
+
+_POLL_S = 0.2
+_VALUE_ERROR = re.compile(r"^\S*ValueError\S*: (?P<message>[a-z_\[\]0-9.]+: .*)$", re.MULTILINE)
+
+
+class DeploymentFailedError(RuntimeError):
+    """The application did not come up; the message says why."""
+
+
+@contextmanager
+def attach(address: str) -> Iterator[None]:
+    """Be part of the Ray cluster at ``address``; raise ``ValueError`` if there is none."""
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(f"address: cannot join the Ray cluster at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def deploy(
+    config: EngineConfig,
+    *,
+    host: str,
+    port: int,
+    app_name: str = "default",
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> None:
+    """Start Serve's HTTP proxy on ``host:port`` and the application; return when it serves.
+
+    ``on_progress(what, done, total)`` is called as it comes up. Raises ``ValueError`` naming the field for what the
+    user can mend (also when it shows only while loading), ``DeploymentFailedError`` otherwise.
+    """
+    app = build_app(config)
+    _check_port(host, port)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    on_progress("starting Ray Serve", 0, config.expert_parallel_size)
+    serve.start(
+        http_options={"host": host, "port": port, "location": "HeadOnly"},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    serve.run_many([serve.RunTarget(app, name=app_name)], wait_for_applications_running=False)
+    deadline = time.monotonic() + config.load_timeout_s
+    while True:
+        status = serve.status().applications.get(app_name)
+        if status is not None and status.status == "RUNNING":
+            return
+        if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            details = [status.message, *(deployment.message for deployment in status.deployments.values())]
+            raise _reason("\n".join(details))
+        if time.monotonic() > deadline:
+            raise DeploymentFailedError(f"the application was not up after load_timeout_s = {config.load_timeout_s} s")
+        on_progress(*_loading(app_name, config.expert_parallel_size))
+        time.sleep(_POLL_S)
+
+
+def undeploy(app_name: str = "default") -> None:
+    """Take the application down; on a cluster of others Serve itself stays."""
+    serve.delete(app_name)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Serve's proxy retries a port for minutes before it says anything."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"port: cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def _loading(app_name: str, num_ranks: int) -> tuple[str, int, int]:
+    """Ask the coordinator, once it exists, how many ranks have loaded."""
+    prefix = f"{COORDINATOR_PREFIX}{app_name}:"
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix):
+            try:
+                handle = ray.get_actor(actor["name"], namespace=NAMESPACE)
+                progress: Any = ray.get(handle.progress.remote(), timeout=5)
+            except (ValueError, RayError):  # just gone, or busy: the next poll tells
+                break
+            done, total = progress
+            return ("loading experts" if done < total else "starting the ingress"), done, total
+    return "starting workers", 0, num_ranks
+
+
+def _reason(details: str) -> Exception:
+    """Return the user's error if the log of the failure holds one, else all of the log."""
+    found = _VALUE_ERROR.search(details)
+    return ValueError(found["message"]) if found else DeploymentFailedError(details.strip())

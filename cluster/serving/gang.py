@@ -1,0 +1,61 @@
+"""The Serve deployment whose replica is one gang: a coordinator and the workers of all its ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..config import EngineConfig
+from .coordinator import Coordinator
+from .resources import COORDINATOR_CPUS, COORDINATOR_PREFIX, NAMESPACE
+from .worker import Worker
+
+
+class Gang:
+    """Owns the actors of one gang, which die with it. Serve's constructor call returns when all ranks have loaded."""
+
+    async def __init__(self, config: EngineConfig, *, gpu: bool = False) -> None:  # type: ignore[misc]
+        from ray import serve
+
+        group = ray.util.get_current_placement_group()
+        workers: list[Any] = [
+            ray.remote(Worker)
+            .options(
+                max_concurrency=2,
+                num_cpus=config.cpus_per_rank,
+                num_gpus=int(gpu),
+                scheduling_strategy=_bundle(group, 2 + rank),
+            )
+            .remote()
+            for rank in range(config.expert_parallel_size)
+        ]
+        nodes = await asyncio.gather(*[worker.node.remote() for worker in workers])
+        # Bundles are not ordered by node; neighbours in rank should share a machine
+        order = sorted(range(len(workers)), key=lambda i: (ipaddress.ip_address(nodes[i]), i))
+        self._workers = [workers[i] for i in order]
+        replica = serve.get_replica_context()
+        coordinator: Any = ray.remote(Coordinator).options(
+            max_concurrency=10_000,
+            num_cpus=COORDINATOR_CPUS,
+            name=f"{COORDINATOR_PREFIX}{replica.app_name}:{replica.replica_id.unique_id}",
+            namespace=NAMESPACE,
+            scheduling_strategy=_bundle(group, 1),
+        )
+        self._coordinator: Any = coordinator.remote(config, self._workers, [nodes[i] for i in order])
+        await self._coordinator.load.remote()
+
+    async def coordinator(self) -> Any:
+        """Return the coordinator's actor handle; the caller streams from it directly."""
+        return self._coordinator
+
+    async def check_health(self) -> None:
+        """Called by Serve; a gang that cannot serve is replaced as a whole."""
+        await self._coordinator.check_health.remote()
+
+
+def _bundle(group: Any, index: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)

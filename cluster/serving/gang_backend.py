@@ -1,0 +1,104 @@
+"""A gang as a `Backend`: one stream of outputs from its coordinator, shared by all requests."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from ...workers.model_info import RankInfo
+from ...workers.sampling_params import SamplingParams
+from ..engine.backend import EngineDeadError
+from ..engine.output import EngineStats, RequestOutput
+from ..engine.output_router import OutputRouter
+
+logger = logging.getLogger(__name__)
+_RETRY_S = 0.5
+
+
+class GangBackend:
+    """Streams from the coordinator that ``find`` returns; asks again when that coordinator dies.
+
+    Requests that were live then end with ``EngineDeadError``. Create it on the event loop that will use it.
+    """
+
+    def __init__(self, find: Callable[[], Awaitable[Any]]) -> None:
+        self._find = find
+        self._router = OutputRouter()
+        self._reader_id = uuid.uuid4().hex
+        self._coordinator: Any = None
+        self._attached = asyncio.Event()
+        self._pump = asyncio.create_task(self._run())
+
+    async def attached(self) -> None:
+        """Wait for a gang."""
+        await self._attached.wait()
+
+    def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield a request's outputs; see ``Backend.generate``."""
+        coordinator = self._coordinator
+
+        async def submit() -> None:
+            await _call(coordinator, "submit", self._reader_id, request_id, list(prompt_token_ids), sampling)
+
+        async def abort() -> None:
+            await _call(coordinator, "abort", request_id)
+
+        return self._router.read(request_id, submit, abort)
+
+    async def stats(self) -> EngineStats:
+        """Return the engine's totals."""
+        return await _call(self._coordinator, "stats")
+
+    async def ranks(self) -> list[RankInfo]:
+        """Return what every rank loaded."""
+        return await _call(self._coordinator, "ranks")
+
+    async def check_health(self) -> None:
+        """Raise ``EngineDeadError`` if the engine cannot serve."""
+        await _call(self._coordinator, "check_health")
+
+    async def close(self) -> None:
+        """Stop streaming; the gang goes on."""
+        self._pump.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._pump
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                coordinator = await self._find()
+                async for batch in coordinator.attach.options(num_returns="streaming").remote(self._reader_id):
+                    outputs = await batch
+                    if not self._attached.is_set():
+                        self._coordinator = coordinator
+                        self._attached.set()
+                    self._router.deliver(outputs)
+                raise EngineDeadError("the coordinator ended its stream")
+            except Exception as error:  # Ray raises many types; whichever it is, this stream is over
+                logger.warning("lost the gang: %s", error)
+                self._coordinator = None
+                self._attached.clear()
+                self._router.fail_all("the gang that served this request is gone; send it again")
+                await asyncio.sleep(_RETRY_S)
+
+
+async def _call(coordinator: Any, method: str, *args: Any) -> Any:
+    """Call the coordinator and raise its own errors instead of Ray's wrappings."""
+    if coordinator is None:
+        raise EngineDeadError("no gang is serving at present; send the request again")
+    try:
+        return await getattr(coordinator, method).remote(*args)
+    except RayTaskError as error:
+        if isinstance(error.cause, ValueError | EngineDeadError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        raise EngineDeadError("the coordinator is gone; send the request again") from error

@@ -1,0 +1,70 @@
+"""The Serve deployment in front: OpenAI protocol and tokenisation over a gang somewhere in the cluster."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from ...workers.sampling_params import SamplingParams
+from ..api.chat_tokenizer import ChatTokenizer
+from ..api.openai_api import ServingState, create_app
+from ..api.text_stream import TextDelta, stream_text
+from ..client.client import Prompt
+from ..config import EngineConfig
+from .gang_backend import GangBackend
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+# Serve asks for the application by calling a function without arguments, after the replica's constructor; a replica
+# has its process to itself, so the constructor leaves its state here.
+_state: ServingState | None = None
+
+
+def build_asgi_app() -> FastAPI:
+    """Return this replica's application."""
+    return create_app(_state)
+
+
+class Ingress:
+    """Serves HTTP through ``build_asgi_app`` and Python callers through ``stream``."""
+
+    async def __init__(self, gang: Any, config: EngineConfig) -> None:  # type: ignore[misc]
+        global _state
+        tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
+        self._backend = GangBackend(lambda: gang.coordinator.remote())
+        await self._backend.attached()
+        self._state = _state = await ServingState.create(self._backend, tokenizer, config.model_name)
+
+    async def stream(self, prompt: Prompt, params: dict[str, Any]) -> AsyncGenerator[TextDelta, None]:
+        """Generate one output piece by piece; ``params`` are fields of `SamplingParams`.
+
+        Raises ``ValueError`` naming the field, ``EngineDeadError``.
+        """
+        tokenizer = self._state.tokenizer
+        sampling = SamplingParams.from_kwargs(**params)
+        if isinstance(prompt, str):
+            token_ids = tokenizer.encode(prompt)
+        elif len(prompt) and not isinstance(prompt[0], int):
+            token_ids = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+        else:
+            token_ids = list(prompt)  # type: ignore[arg-type]
+        deltas = stream_text(self._backend, tokenizer, f"handle-{uuid.uuid4().hex}", token_ids, sampling)
+        async with aclosing(deltas):
+            async for delta in deltas:
+                yield delta
+
+    async def stats(self) -> dict[str, float]:
+        """Return the engine's metrics by name."""
+        from ..api.metrics import engine_samples
+
+        return engine_samples(await self._backend.stats())
+
+    async def models(self) -> list[str]:
+        """Return the names of the models served."""
+        return [self._state.model_name]
+
+    async def check_health(self) -> None:
+        """Called by Serve: an ingress without a gang is well, and waits for one."""

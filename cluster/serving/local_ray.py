@@ -1,0 +1,73 @@
+"""A Ray of our own on this machine: own folder, own ports, loopback only, gone when we go."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..config import EngineConfig
+from .resources import bundles
+
+# Ray replaces 127.0.0.1 by the machine's outward address; Linux has all of 127.0.0.0/8 on loopback
+_NODE_ADDRESS = "127.0.0.2" if sys.platform == "linux" else None
+_OBJECT_STORE_BYTES = 100 << 20
+_OTHER_CPUS = 1.0
+"""Ingress, proxy and Serve's controller."""
+
+
+class LocalRay:
+    """Starts Ray for one gang on entry, ends it and removes its folder on exit.
+
+    Ray must not have been imported before: it reads its authentication settings then.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        needed = sum(bundle["CPU"] for bundle in bundles(config, gpu=False)) + _OTHER_CPUS
+        # Ray's CPUs are tickets: a gang must fit even where it has fewer real ones
+        self._num_cpus = max(os.cpu_count() or 1, int(needed + 1))
+        self.folder = Path()
+        self.address = ""
+
+    def __enter__(self) -> LocalRay:
+        # Ray's socket paths have at most 107 characters, so the folder's name is short
+        self.folder = Path(tempfile.mkdtemp(prefix="penstock-"))
+        token = self.folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", str(token)
+        # Keeps the address file private too: no other program's ray.init("auto") finds this Ray
+        os.environ["RAY_TMPDIR"] = str(self.folder)
+        import ray  # reads its environment when it is imported
+
+        context: Any = ray.init(
+            num_cpus=self._num_cpus,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=str(self.folder),
+            _node_ip_address=_NODE_ADDRESS,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+        self.address = context.address_info["address"]
+        return self
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What another process needs to join, such as one that calls ``penstock.connect()``."""
+        return {
+            "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
+        }
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,111 @@
+"""`penstock serve`: from a configuration to a server that runs until Ctrl-C."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ...workers.loader import inspect
+from ..api.generation import Generation
+from ..api.metrics import PREFIX
+from ..client.http_client import HttpClient
+from ..config import EngineConfig
+from .interrupts import interruptible, uninterruptible
+from .local_ray import LocalRay
+
+console = Console(soft_wrap=True, highlight=False)
+SAMPLE_QUESTION = "438 + 275"
+
+
+def run_server(config: EngineConfig, *, host: str, port: int, address: str | None = None, sample: bool = False) -> None:
+    """Serve until interrupted, then leave nothing behind.
+
+    ``address``: a running Ray cluster to join; one is started on this machine when None. ``sample``: show one answer.
+    Raises ``ValueError`` naming the field for what the user can mend.
+    """
+    inspect(config.model, config.revision)  # refuse before Ray starts
+    with ExitStack() as stack:
+        try:
+            with _progress() as progress:
+                task = progress.add_task("starting Ray", total=config.expert_parallel_size)
+                local = stack.enter_context(LocalRay(config)) if address is None else None
+                # Only now: Ray reads its environment when it is imported
+                from .deployment import attach, deploy, undeploy
+
+                if address is not None:
+                    stack.enter_context(attach(address))
+                interruptible()
+                stack.callback(undeploy)
+                deploy(
+                    config,
+                    host=host,
+                    port=port,
+                    on_progress=lambda what, done, total: progress.update(
+                        task, description=what, completed=done, total=total
+                    ),
+                )
+            url = f"http://{host}:{port}"
+            _announce(config, url, local)
+            if sample:
+                show_sample(url)
+            console.print("Ctrl-C ends the server.")
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            uninterruptible()
+            console.print("\nshutting down")
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("ranks"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _announce(config: EngineConfig, url: str, local: LocalRay | None) -> None:
+    console.print(f"[bold green]serving[/] {config.model_name} at [bold]{url}/v1[/]")
+    if local is not None:
+        variables = " ".join(f"{name}={value}" for name, value in local.environment.items())
+        console.print(f"penstock.connect() in another process: {variables} python")
+
+
+def show_sample(url: str) -> None:
+    """Stream one chat answer and print what it took, counted by the engine between two readings of its totals."""
+    client = HttpClient(url)
+    before = client.stats()
+    console.print(f"\n[bold]user[/]       {SAMPLE_QUESTION}")
+    console.print("[bold]assistant[/]  ", end="")
+    with client.stream([{"role": "user", "content": SAMPLE_QUESTION}], temperature=0) as stream:
+        for text in stream:
+            console.print(text.replace("\n", "\n           "), end="", markup=False)
+    console.print("\n")
+    console.print(sample_summary(stream.generation, before, client.stats()), markup=False)
+    client.close()
+
+
+def sample_summary(generation: Generation, before: dict[str, float], after: dict[str, float]) -> str:
+    """Return one line about a generation that ran alone between two readings of the engine's metrics."""
+
+    def moved(name: str) -> float:
+        return after[f"{PREFIX}{name}"] - before[f"{PREFIX}{name}"]
+
+    def expert_layers(reading: dict[str, float]) -> float:
+        return reading[f"{PREFIX}decode_experts_per_layer"] * reading[f"{PREFIX}decode_steps_total"]
+
+    stats = generation.stats
+    steps, tokens = moved("decode_steps_total"), moved("decode_tokens_total")
+    experts = (expert_layers(after) - expert_layers(before)) / steps if steps else 0.0
+    traffic = moved("decode_payload_bytes_total") / tokens if tokens else 0.0
+    return (
+        f"{generation.num_output_tokens} tokens, {stats.tokens_per_s:.0f} tokens/s; "
+        f"{stats.accepted_tokens} of {stats.draft_tokens} draft tokens accepted in {stats.steps} steps; "
+        f"{experts:.1f} distinct experts per layer and step; {traffic:.0f} bytes between ranks per token"
+    )

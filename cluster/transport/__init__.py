@@ -1,0 +1,1 @@
+"""The step plane and the processes at its ends."""

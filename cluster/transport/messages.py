@@ -1,0 +1,59 @@
+"""What the coordinator and a rank say to each other on the step plane. Encoded as MessagePack, never pickled."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ...workers.model_info import RankInfo
+from ...workers.plan import RankError, RankPlan, RankResult
+
+
+class Run(msgspec.Struct, tag=True, frozen=True):
+    """Run one step."""
+
+    plan: RankPlan
+
+
+class Regroup(msgspec.Struct, tag=True, frozen=True):
+    """Leave the process group and join a new one; ``epoch`` is never used twice."""
+
+    epoch: int
+
+
+class Close(msgspec.Struct, tag=True, frozen=True):
+    """Stop serving."""
+
+
+class Loaded(msgspec.Struct, tag=True, frozen=True):
+    """The shard is in memory."""
+
+    info: RankInfo
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    """The configuration or checkpoint cannot be served; ``message`` names the field."""
+
+    message: str
+
+
+class Regrouped(msgspec.Struct, tag=True, frozen=True):
+    """The process group of ``epoch`` stands; ``error`` if it does not."""
+
+    epoch: int
+    error: str | None = None
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """One step ran."""
+
+    result: RankResult
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """One step did not."""
+
+    error: RankError
+
+
+Command = Run | Regroup | Close
+Answer = Loaded | Refused | Regrouped | Done | Failed

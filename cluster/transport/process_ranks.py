@@ -1,0 +1,74 @@
+"""Ranks as child processes of this one, on this machine, without Ray. They end when this process does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from ..config import EngineConfig
+from ..engine.backend import EngineDeadError
+from .rank_loop import RankSettings, run_rank
+from .remote_ranks import RemoteRanks
+from .step_plane import LOOPBACK
+
+
+class ProcessRanks(RemoteRanks):
+    """Starts ``expert_parallel_size`` processes on loopback and waits until they have loaded.
+
+    ``command``: the program of a rank; it is given its settings on standard input.
+    """
+
+    def __init__(self, config: EngineConfig, command: Sequence[str] = ()) -> None:
+        super().__init__(config, LOOPBACK, [LOOPBACK] * config.expert_parallel_size, self._check_processes)
+        command = command or [sys.executable, "-m", "penstock.cluster.transport.process_ranks"]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for settings in self.settings:
+                process = subprocess.Popen(command, stdin=subprocess.PIPE)
+                self.processes.append(process)
+                assert process.stdin is not None
+                process.stdin.write(msgspec.json.encode(settings) + b"\n")
+                process.stdin.flush()
+            self.wait_loaded()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_processes(self) -> None:
+        for rank, process in enumerate(self.processes):
+            if process.poll() is not None:
+                raise EngineDeadError(f"the process of rank {rank} ended with exit code {process.returncode}")
+
+    def close(self) -> None:
+        """Stop the processes and wait for them."""
+        super().close()
+        for process in self.processes:
+            if process.stdin is not None:
+                process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def read_settings() -> RankSettings:
+    """Read this rank's settings from standard input, which then stays open as long as the parent lives."""
+    return msgspec.json.decode(sys.stdin.buffer.readline(), type=RankSettings)
+
+
+def parent_is_gone() -> bool:
+    """Tell whether standard input has been closed."""
+    import select
+
+    readable, _, _ = select.select([sys.stdin], [], [], 0)
+    return bool(readable) and not os.read(sys.stdin.fileno(), 1)
+
+
+if __name__ == "__main__":
+    run_rank(read_settings(), parent_is_gone)
