@@ -11,12 +11,13 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.engine.backend import EngineDeadError
 from penstock.cluster.engine.output import ABORT, ERROR, LENGTH, STOP, EngineStats, RequestOutput, RequestStats
 from penstock.workers.model_info import ModelInfo, RankInfo
 from penstock.workers.sampling_params import SamplingParams
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 MAX_MODEL_LEN = 200
 TEMPLATE = (

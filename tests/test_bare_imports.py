@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import penstock
 import pytest
+
+import penstock
 
 ROOT = Path(penstock.__file__).parent
 BELOW = {"workers", "router", "kernels"}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 
 from .scripted_backend import save_tokenizer

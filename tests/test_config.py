@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from penstock.cluster.config import EngineConfig
 from penstock.workers.sampling_params import SamplingParams, TokenSampling
 

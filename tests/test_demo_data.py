@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+
 from penstock.demo import arithmetic, card, corpus, evaluate, prompts, stdlib, train
 from penstock.demo.export import MODEL
 from penstock.demo.net import CONFIG, GroupedLinear, Net

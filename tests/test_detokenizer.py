@@ -2,8 +2,9 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from penstock.cluster.api.detokenizer import Detokenizer
 from tokenizers import Tokenizer, decoders, models
+
+from penstock.cluster.api.detokenizer import Detokenizer
 
 from .scripted_backend import byte_level_tokenizer
 

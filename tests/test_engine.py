@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine import engine as engine_module
 from penstock.cluster.engine.backend import EngineDeadError

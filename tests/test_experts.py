@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from penstock.workers.experts import run_experts
 
 H, F, E, K = 16, 12, 6, 3

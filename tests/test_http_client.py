@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.api.metrics import engine_samples
 from penstock.cluster.api.openai_api import ServingState, create_app

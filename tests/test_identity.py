@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.controller import FixedDraftLen
 from penstock.cluster.engine.engine import Engine

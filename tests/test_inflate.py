@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from penstock.demo.inflate import inflate
 
 IDS = [[5, 17, 60, 33, 8, 71, 11, 44, 19, 83]]

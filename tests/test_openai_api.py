@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
 from penstock import demo
 from penstock.cluster.api import openai_api
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer

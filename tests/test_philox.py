@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from penstock.kernels.philox import gumbel, philox4x32
 
 # kat_vectors of Random123, "philox4x32 10": counter, key, words

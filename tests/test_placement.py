@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from penstock.router.placement import Placement, contiguous
 
 

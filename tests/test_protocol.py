@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import ValidationError
+
 from penstock.cluster.api.api_error import ApiError
 from penstock.cluster.api.protocol import ChatCompletionRequest, CompletionRequest
 from penstock.workers.sampling_params import SamplingParams
-from pydantic import ValidationError
 
 
 def completion(**fields: object) -> CompletionRequest:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from penstock.workers.plan import RankPlan, RequestPlan
 from penstock.workers.rows import WIDE_ROWS, context_slots, depths, pack
 from penstock.workers.runner import ModelRunner

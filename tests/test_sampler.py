@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from penstock.kernels.philox import gumbel, philox4x32
 from penstock.workers.plan import RequestPlan
 from penstock.workers.sampler import accept, filter_logits, sample

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from penstock.cluster.engine.block_pool import BlockPool
 from penstock.cluster.engine.request import Request
 from penstock.cluster.engine.scheduler import Scheduler

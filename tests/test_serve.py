@@ -19,6 +19,7 @@ import httpx
 import openai
 import psutil
 import pytest
+
 from penstock.cluster.client.http_client import HttpClient
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from penstock.router.topk import RouterSeam
 from penstock.workers.loader import _moe_modules
 

@@ -1,0 +1,66 @@
+"""The command line: its options are frozen here, and users' mistakes end with one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from penstock.cluster.cli import EngineFlags, _config
+from penstock.cluster.config import EngineConfig
+
+PENSTOCK = str(Path(sys.executable).with_name("penstock"))
+SERVE_OPTIONS = """
+--address --block-size --config --cpus-per-rank --device --draft-len --drafter --dtype --expert-parallel-size --host
+--kv-cache-bytes --load-timeout-s --max-model-len --max-num-batched-tokens --max-num-seqs --max-step-retries
+--num-threads --port --prompt-lookup-max --prompt-lookup-min --revision --served-model-name --step-timeout-s --tokenizer
+"""
+
+
+def _penstock(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": "", "COLUMNS": "200"}
+    return subprocess.run(
+        [PENSTOCK, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_options_of_serve():
+    """Scripts and manifests of users hold these: a change is a breaking one."""
+    shown = _penstock("serve", "--help").stdout
+    assert sorted({word for word in shown.split() if word.startswith("--")}) == SERVE_OPTIONS.split()
+
+
+def test_every_option_says_what_it_does_and_its_default():
+    shown = " ".join(_penstock("serve", "--help").stdout.split())
+    assert "Tokens drafted per request and step; 0 decodes plainly and calls no drafter. [default: 3]" in shown
+
+
+def test_flags_are_the_configuration_and_nothing_else():
+    assert {f.name for f in fields(EngineFlags)} == {f.name for f in fields(EngineConfig)} - {"model"}
+
+
+def test_flags_win_over_the_file_and_leave_the_rest_of_it_alone(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: somewhere\ndraft_len: 5\nmax_num_seqs: 4\n")
+    config = _config(None, file, EngineFlags(draft_len=0))
+    assert config == EngineConfig(model="somewhere", draft_len=0, max_num_seqs=4)
+    assert _config("elsewhere", file, EngineFlags()).model == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("serve",), "error: model: missing"),
+        (("serve", "m", "--draft-len", "99"), "error: draft_len: 99 is not in [0, 64]"),
+        (("serve", "--config", "nowhere.yaml"), "error: config: cannot read nowhere.yaml"),
+        (("inflate", "nowhere", "there", "--factor", "2"), "error: source: "),
+    ],
+)
+def test_mistakes_end_with_one_line_and_code_2(arguments, message):
+    done = _penstock(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.strip().splitlines()) == 1
