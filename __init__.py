@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cluster.client.client import connect
+    from .cluster.client.connect import connect
     from .cluster.client.llm import LLM, Completion
     from .cluster.config import EngineConfig
     from .cluster.serving.app import build_app
@@ -24,7 +24,7 @@ _HOMES = {
     "EngineConfig": ".cluster.config",
     "SamplingParams": ".workers.sampling_params",
     "build_app": ".cluster.serving.app",
-    "connect": ".cluster.client.client",
+    "connect": ".cluster.client.connect",
 }
 
 

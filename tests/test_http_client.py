@@ -12,7 +12,7 @@ import pytest
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.api.metrics import engine_samples
 from penstock.cluster.api.openai_api import ServingState, create_app
-from penstock.cluster.client.client import connect
+from penstock.cluster.client.connect import connect
 from penstock.cluster.client.http_client import HttpClient
 from penstock.cluster.engine.backend import EngineDeadError
 

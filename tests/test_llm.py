@@ -1,0 +1,99 @@
+"""The engine as a Python object, on the demo model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import penstock
+
+DEMO = str(Path(__file__).parents[1] / "demo" / "model")
+CHAT = [{"role": "user", "content": "851 - 72"}]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[penstock.LLM]:
+    with penstock.LLM(DEMO, dtype="float32", max_model_len=512, num_threads=1, draft_len=3) as made:
+        yield made
+
+
+def test_strings_and_token_ids_are_the_same_prompt(llm, reference):
+    text = "import os\nimport sys\n"
+    token_ids = llm.tokenizer.encode(text)
+    outputs = [
+        *llm.generate([text, token_ids], temperature=0, max_tokens=16),
+        *llm.generate(text, temperature=0, max_tokens=16),
+    ]
+    outputs += llm.generate(token_ids, temperature=0, max_tokens=16)
+    assert len(outputs) == 4
+    for output in outputs:
+        assert output.prompt_token_ids == token_ids
+        assert output.token_ids == reference(Path(DEMO), token_ids, 16)
+        assert output.text == llm.tokenizer.decode(output.token_ids)
+        assert output.finish_reason == "length"
+        assert output.stats.num_output_tokens == 16
+
+
+def test_results_come_in_the_order_of_the_prompts(llm):
+    prompts = ["x = 1\n" * 30, "def f", "class A:\n"]
+    together = llm.generate(prompts, temperature=0, max_tokens=12)
+    assert [output.text for output in together] == [
+        llm.generate(p, temperature=0, max_tokens=12)[0].text for p in prompts
+    ]
+
+
+def test_a_chat_ends_with_eos_which_is_no_text(llm):
+    answer = llm.chat(CHAT, temperature=0, max_tokens=200)
+    assert answer.finish_reason == "stop"
+    assert answer.token_ids[-1] in llm._engine.model.eos_token_ids
+    assert answer.text.splitlines()[-1].startswith("Answer: ")
+    longer = llm.chat(CHAT, temperature=0, max_tokens=200, ignore_eos=True)
+    assert longer.token_ids[: len(answer.token_ids)] == answer.token_ids
+    assert longer.finish_reason == "length"
+
+
+def test_a_stop_string_cuts_the_text_and_frees_the_blocks(llm):
+    whole = llm.chat(CHAT, temperature=0, max_tokens=200)
+    cut = llm.chat(CHAT, temperature=0, max_tokens=200, stop="Answer")
+    assert cut.text == whole.text.partition("Answer")[0]
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    assert cut.stats.num_output_tokens == len(cut.token_ids) < len(whole.token_ids)
+    assert llm.stats().num_kv_blocks_used == 0
+
+
+def test_the_seed_that_was_drawn_repeats_the_output(llm):
+    first = llm.generate("The ", temperature=1.0, max_tokens=20)[0]
+    assert first.seed is not None
+    assert llm.generate("The ", temperature=1.0, max_tokens=20, seed=first.seed)[0].token_ids == first.token_ids
+    others = {tuple(llm.generate("The ", temperature=1.0, max_tokens=20, seed=s)[0].token_ids) for s in range(4)}
+    assert len(others) > 1
+
+
+def test_nothing_runs_if_one_prompt_is_bad(llm):
+    steps = llm.stats().num_steps
+    with pytest.raises(ValueError, match=r"^prompt: 600 tokens leave no room"):
+        llm.generate([[5], [5] * 600], max_tokens=4)
+    with pytest.raises(ValueError, match=r"^unknown sampling parameter max_new_tokens; valid: temperature"):
+        llm.generate("x", max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"^temperature: 3 is not a number in"):
+        llm.generate("x", temperature=3)
+    assert llm.stats().num_steps == steps
+
+
+def test_an_unknown_option_names_the_valid_ones():
+    with pytest.raises(ValueError, match=r"unknown key 'draft_lenn' \(did you mean draft_len\?\); valid keys: model, "):
+        penstock.LLM(DEMO, draft_lenn=3)
+    with pytest.raises(ValueError, match=r"^drafter: 'oracle' is not one of ngram"):
+        penstock.LLM(DEMO, drafter="oracle")
+
+
+@pytest.mark.distributed
+def test_two_ranks_give_the_same_tokens_as_one(llm):
+    alone = llm.generate(["import ", "def main("], temperature=0, max_tokens=16)
+    with penstock.LLM(DEMO, dtype="float32", max_model_len=512, num_threads=1, expert_parallel_size=2) as two:
+        together = two.generate(["import ", "def main("], temperature=0, max_tokens=16)
+        assert two.stats().payload_bytes > 0
+    assert [output.token_ids for output in together] == [output.token_ids for output in alone]
