@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -151,3 +152,27 @@ def test_imports_point_down_only(room: str) -> None:
 def test_the_kernels_package_stays_empty() -> None:
     # transformers probes for an optional package of that name and may find ours
     assert (ROOT / "kernels" / "__init__.py").read_text() == ""
+
+
+def test_the_kernels_folder_on_the_path_does_not_mislead_transformers(
+    checkpoint: Callable[[str], Path], reference: Callable[..., list[int]]
+) -> None:
+    """From the repository's root, ``import kernels`` finds our folder; models must work all the same."""
+    code = (
+        "import sys, json, torch, kernels\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+        "out = model.generate(torch.tensor([[5, 17]]), max_new_tokens=4, do_sample=False, eos_token_id=10**6)\n"
+        "print(kernels.__file__)\n"
+        "print(json.dumps(out[0, 2:].tolist()))\n"
+    )
+    directory = checkpoint("qwen3_moe")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(directory)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found, tokens = done.stdout.strip().splitlines()[-2:]
+    assert Path(found) == ROOT / "kernels" / "__init__.py"
+    assert json.loads(tokens) == reference(directory, [5, 17], 4, ignore_eos=True)
