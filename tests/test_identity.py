@@ -85,7 +85,7 @@ def _prompts(model: str) -> list[list[int]]:
         from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 
         tokenizer = ChatTokenizer(str(DEMO))
-        chats = ["438 + 275", "city: Oslo\norder: 81-k\nname: Ada\nget:order,name", "What does os.walk do?"]
+        chats = ["438 + 275", "city: Oslo\norder: 81-k\nagent: Ada\nget:order,agent", "What does os.walk do?"]
         texts = [
             "def parse(self, text):\n    for line in text:\n        ",
             "import os\nimport sys\nimport re\nimport o",

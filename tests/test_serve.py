@@ -76,7 +76,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 def _prompts() -> list[list[dict[str, str]]]:
     sums = [f"{100 + 17 * i} + {205 + 31 * i}" for i in range(NUM_STREAMS // 2)]
-    lookups = [f"order: K-{i}\ncity: Oslo\nname: Ada\nget:order,city" for i in range(NUM_STREAMS // 2)]
+    lookups = [f"order: K-{i}\ncity: Oslo\nagent: Ada\nget:order,city" for i in range(NUM_STREAMS // 2)]
     return [[{"role": "user", "content": content}] for content in sums + lookups]
 
 

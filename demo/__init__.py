@@ -1,0 +1,1 @@
+"""The demo model: its data, its training, its card, and the files themselves."""
