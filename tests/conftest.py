@@ -21,6 +21,11 @@ def _configs() -> dict[str, object]:
     from transformers import (
         DeepseekV2Config,
         DeepseekV3Config,
+        Ernie4_5_MoeConfig,
+        Glm4MoeConfig,
+        GptOssConfig,
+        GraniteMoeConfig,
+        MiniMaxM2Config,
         MixtralConfig,
         OlmoeConfig,
         Qwen2MoeConfig,
@@ -75,6 +80,42 @@ def _configs() -> dict[str, object]:
             **mla, topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=1.0
         ),
         "deepseek_v3": DeepseekV3Config(**mla, n_group=4, topk_group=2),
+        "ernie4_5_moe": Ernie4_5_MoeConfig(
+            **common,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            moe_num_experts=8,
+            moe_k=2,
+            moe_num_shared_experts=1,
+            moe_layer_start_index=0,
+        ),
+        "glm4_moe": Glm4MoeConfig(
+            **common,
+            head_dim=8,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+        ),
+        "gpt_oss": GptOssConfig(
+            **common,
+            head_dim=8,
+            intermediate_size=24,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        "granitemoe": GraniteMoeConfig(
+            **common, intermediate_size=24, num_local_experts=8, num_experts_per_tok=2, logits_scaling=2.0
+        ),
+        "minimax_m2": MiniMaxM2Config(
+            **common, head_dim=8, intermediate_size=24, num_local_experts=8, num_experts_per_tok=2
+        ),
     }
 
 
@@ -93,6 +134,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):
                     buffer.uniform_(-0.2, 0.2)
+            for name, parameter in model.named_parameters():
+                if name.endswith((".sinks", "_bias")):  # zero or tiny when fresh, and then nothing would be tested
+                    torch.nn.init.normal_(parameter, std=0.5)
             made[model_type] = tmp_path_factory.mktemp(model_type)
             model.save_pretrained(made[model_type], max_shard_size="60KB")
         return made[model_type]

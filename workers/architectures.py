@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-SUPPORTED = ("deepseek_v2", "deepseek_v3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+SUPPORTED = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "ernie4_5_moe",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "minimax_m2",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+)
 """Model types whose output is tested to be token-identical to transformers' own."""
 
 _REFUSED = {
@@ -14,6 +26,8 @@ _REFUSED = {
         ("llama4", "dbrx", "longcat_flash", "step3p7", "nllb_moe", "switch_transformers", "jetmoe"),
         "its experts do not go through transformers' experts interface",
     ),
+    "minimax": "it keeps a cache of its own, which cannot be paged or rolled back",
+    "phimoe": "its router does not select by top-k, so its selection cannot be steered",
     "deepseek_v4": "its hash routers cannot be steered",
 }
 

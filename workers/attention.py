@@ -38,8 +38,9 @@ def paged_attention(
 
     query [1, heads, T, D], key and value [1, kv_heads, slots, D]; returns [1, T, heads, D of value].
     """
-    if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
-        raise ValueError("model: attention sinks and soft caps are not supported")
+    if kwargs.get("softcap") is not None:
+        raise ValueError("model: attention with a soft cap is not supported")
+    sinks = kwargs.get("s_aux")
     cache: Any = module.penstock_cache
     rows = cache.rows
     packed = query[0].transpose(0, 1)
@@ -50,18 +51,41 @@ def paged_attention(
     for group in rows.groups:
         r, n = group.rows.shape
         stop = start + group.num_slots
-        result = scaled_dot_product_attention(
-            packed[group.rows].transpose(1, 2),
-            keys[start:stop].unflatten(0, (r, -1)).transpose(1, 2),
-            values[start:stop].unflatten(0, (r, -1)).transpose(1, 2),
-            attn_mask=group.mask(sliding_window),
-            scale=scaling,
-            enable_gqa=grouped,
-        )
+        queries = packed[group.rows].transpose(1, 2)
+        key_, value_ = (states[start:stop].unflatten(0, (r, -1)).transpose(1, 2) for states in (keys, values))
+        mask = group.mask(sliding_window)
+        if sinks is None:
+            result = scaled_dot_product_attention(
+                queries, key_, value_, attn_mask=mask, scale=scaling, enable_gqa=grouped
+            )
+        else:
+            result = attend_with_sinks(queries, key_, value_, mask, sinks, scaling)
         flat = result.transpose(1, 2).reshape(r * n, *output.shape[1:])
         output[group.packed_rows] = flat[group.scatter]
         start = stop
     return output[None], None
+
+
+def attend_with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    sinks: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention whose softmax has one more place, the head's learned sink, that holds no value (GPT-OSS).
+
+    query [R, heads, N, D], key and value [R, kv_heads, S, D], mask [R, 1, N, S] bool, sinks [heads]. torch's own
+    attention has no such argument.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+    place = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    weights = torch.softmax(torch.cat([scores, place], dim=-1).float(), dim=-1)[..., :-1]
+    return weights.to(value.dtype) @ value
 
 
 AttentionInterface.register(ATTENTION, paged_attention)

@@ -119,8 +119,7 @@ def _moe_modules(model: torch.nn.Module, num_experts: int) -> tuple[list[torch.n
     experts, routers = [], []
     for block in model.modules():
         children = list(block.children())
-        # What transformers' decorator for experts classes sets, in all versions we support
-        mine = [child for child in children if hasattr(child, "has_gate") and hasattr(child, "is_transposed")]
+        mine = [child for child in children if _is_experts(child)]
         if not mine:
             continue
         # A router holds one row of weights per expert; shared experts and their gates do not
@@ -132,6 +131,11 @@ def _moe_modules(model: torch.nn.Module, num_experts: int) -> tuple[list[torch.n
     if not experts:
         raise ValueError("model: it has no Mixture-of-Experts layer")
     return experts, routers
+
+
+def _is_experts(module: torch.nn.Module) -> bool:
+    # What transformers' decorator for experts classes sets, in all versions we support
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
 def _is_router(module: torch.nn.Module, num_experts: int) -> bool:
@@ -156,6 +160,12 @@ def _owned_tensors(
 
     local = {expert: number for number, expert in enumerate(owned)}
     parameters = model.state_dict()
+    expert_parameters = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if _is_experts(module)
+        for name, _ in module.named_parameters(recurse=False)
+    }
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     tensors: dict[str, LazyTensor] = {}
@@ -169,10 +179,9 @@ def _owned_tensors(
                 raise ValueError(f"model: the weights hold {key}, but config.json names {num_experts} experts")
             continue
         experts = None
-        if ".experts." in key and reader.shape(key)[:1] == [num_experts]:
+        if reader.shape(key)[:1] == [num_experts]:
             target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-            if target in parameters and parameters[target].shape[0] == len(owned):
-                experts = owned
+            experts = owned if target in expert_parameters else None
         tensors[key] = LazyTensor(reader, key, experts)
     return tensors
 

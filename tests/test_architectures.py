@@ -1,0 +1,95 @@
+"""Every architecture that is called supported gives transformers' own tokens, whole and in shards."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from penstock.cluster.config import EngineConfig
+from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.ranks import LocalRanks, make_runner
+from penstock.router.placement import contiguous
+from penstock.workers.architectures import SUPPORTED, check_supported
+from penstock.workers.experts import run_experts
+from penstock.workers.loader import inspect, load
+from penstock.workers.sampling_params import SamplingParams
+
+MAX_TOKENS = 24
+
+
+class Oracle:
+    """Drafts the right tokens, but for every third, so that acceptance stops at every place of a draft."""
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self.texts = texts
+
+    def propose(self, token_ids, draft_len):
+        start = len(token_ids)
+        text = next(text for text in self.texts if text[:start] == list(token_ids))
+        return [t if i % 3 else (t + 1) % 96 for i, t in enumerate(text[start : start + draft_len], start)]
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_tokens_are_those_of_transformers(model_type, checkpoint, reference, monkeypatch):
+    directory = checkpoint(model_type)
+    config = EngineConfig(
+        model=str(directory), max_model_len=128, kv_cache_bytes=8 << 20, max_num_batched_tokens=24, max_num_seqs=8
+    )
+    ranks = LocalRanks(make_runner(config, 0))
+    numbers = random.Random(1)
+    prompts = [[numbers.randrange(3, 96) for _ in range(n)] * (1 + n % 2) for n in (1, 6, 20, 33)]
+    wanted = [reference(directory, prompt, MAX_TOKENS, ignore_eos=True) for prompt in prompts]
+    texts = [prompt + output for prompt, output in zip(prompts, wanted, strict=True)]
+    monkeypatch.setattr("penstock.cluster.engine.engine.make_drafter", lambda config: Oracle(texts))
+    for draft_len in (0, 5):
+        engine = Engine(EngineConfig(model="x", draft_len=draft_len, max_num_batched_tokens=24, max_num_seqs=8), ranks)
+        outputs: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+        for key, prompt in zip(outputs, prompts, strict=True):
+            engine.add_request(key, prompt, SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True))
+        while engine.has_requests:
+            for output in engine.step():
+                outputs[output.request_id] += output.token_ids
+        assert list(outputs.values()) == wanted
+        assert engine.stats().num_failed_steps == 0
+        assert (engine.stats().spec_decode_num_accepted_tokens > 20) == (draft_len > 0)
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_two_shards_add_up_to_the_whole(model_type, checkpoint):
+    directory, config = inspect(str(checkpoint(model_type)))
+    num_experts = 8
+
+    def experts_of(num_ranks: int, rank: int) -> torch.nn.Module:
+        placement = contiguous(num_experts, num_ranks)
+        loaded = load(directory, config, torch.float32, torch.device("cpu"), placement, rank)
+        assert loaded.bytes_read < loaded.checkpoint_bytes or num_ranks == 1
+        return loaded.expert_modules[-1]
+
+    torch.manual_seed(3)
+    hidden, weights = torch.randn(11, 32), torch.rand(11, 2)
+    ids = torch.stack([torch.randperm(num_experts)[:2] for _ in range(11)])
+    whole, active = run_experts(experts_of(1, 0), hidden, ids, weights)
+    assert active == len(ids.unique())
+    shards = []
+    for rank in range(2):
+        mine = (ids // 4) == rank
+        local = torch.where(mine, ids % 4, 4)
+        shards.append(run_experts(experts_of(2, rank), hidden, local, weights)[0])
+    torch.testing.assert_close(shards[0] + shards[1], whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("jamba", "recurrent state"),
+        ("llama4", "experts interface"),
+        ("phimoe", "top-k"),
+        ("minimax", "cache of its own"),
+        ("llama", "has not been tested"),
+    ],
+)
+def test_others_are_refused_with_the_reason_and_the_valid_names(model_type, reason):
+    with pytest.raises(ValueError, match=rf"^model: architecture '{model_type}' .*{reason}.*supported: deepseek_v2, "):
+        check_supported(model_type)
