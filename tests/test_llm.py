@@ -97,3 +97,14 @@ def test_two_ranks_give_the_same_tokens_as_one(llm):
         together = two.generate(["import ", "def main("], temperature=0, max_tokens=16)
         assert two.stats().payload_bytes > 0
     assert [output.token_ids for output in together] == [output.token_ids for output in alone]
+
+
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.distributed)])
+def test_bfloat16_holds_half_the_bytes_and_still_does_sums(llm, num_ranks):
+    with penstock.LLM(
+        DEMO, dtype="bfloat16", max_model_len=512, num_threads=1, expert_parallel_size=num_ranks
+    ) as rounded:
+        answer = rounded.chat(CHAT, temperature=0, max_tokens=80)
+        infos = rounded._engine.ranks.infos
+    assert answer.text.splitlines()[-1] == "Answer: 779"
+    assert sum(info.expert_bytes for info in infos) * 2 == llm._engine.ranks.infos[0].expert_bytes
