@@ -90,7 +90,12 @@ def demo(*, port: int = 8000) -> None:
 
     model = Path(demo_package.__file__).parent / "model"
     config = EngineConfig(
-        model=str(model), served_model_name="penstock-demo", expert_parallel_size=2, dtype="float32", num_threads=1
+        model=str(model),
+        served_model_name="penstock-demo",
+        expert_parallel_size=2,
+        dtype="float32",
+        device="cpu",
+        num_threads=1,
     )
     run_server(config, host="127.0.0.1", port=port, sample=True)
 

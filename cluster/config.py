@@ -59,7 +59,7 @@ class EngineConfig:
     prompt_lookup_min: int = _bounded(1, low=1, high=32)
     """Shortest n-gram the `ngram` drafter looks up."""
     step_timeout_s: float = _bounded(60.0, low=0.1, high=86400.0)
-    """Deadline of one step on every rank, collectives included."""
+    """Longest wait of a rank in one collective; a rank that has not answered after twice this is given up."""
     load_timeout_s: float = _bounded(1800.0, low=1.0, high=86400.0)
     """Deadline for all ranks to start and load their shards."""
     max_step_retries: int = _bounded(3, low=0, high=100)
@@ -97,7 +97,8 @@ class EngineConfig:
     @property
     def threads_per_rank(self) -> int:
         """CPU threads of each rank."""
-        return self.num_threads or max(1, (os.cpu_count() or 1) // self.expert_parallel_size)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.num_threads or max(1, cores // self.expert_parallel_size)
 
     @property
     def tokenizer_source(self) -> str:

@@ -67,6 +67,7 @@ def _config(directory: Path, num_ranks: int, **changes) -> EngineConfig:
         model=str(directory),
         expert_parallel_size=num_ranks,
         num_threads=1,
+        device="cpu",
         max_model_len=160,
         kv_cache_bytes=8 << 20,
         # Small, so that prompts are computed in chunks beside decoding requests

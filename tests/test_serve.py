@@ -24,6 +24,7 @@ from penstock.cluster.client.http_client import HttpClient
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 MODEL = "penstock-demo"
+DEMO = Path(__file__).parents[1] / "demo" / "model"
 NUM_STREAMS = 32
 START_S = 300
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
@@ -62,7 +63,11 @@ def server(tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("serve") / "log"
     port = _free_port()
     with log.open("w") as out:
-        process = subprocess.Popen([PENSTOCK, "demo", "--port", str(port)], stdout=out, stderr=out, text=True)
+        # An address left over from another cluster must not matter
+        environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+        process = subprocess.Popen(
+            [PENSTOCK, "demo", "--port", str(port)], stdout=out, stderr=out, text=True, env=environment
+        )
     try:
         _wait("server up", lambda: process.poll() is not None or "Ctrl-C" in log.read_text(), START_S)
         assert process.poll() is None, log.read_text()
@@ -217,6 +222,65 @@ def test_the_handle_inside_the_cluster_gives_what_http_gives(server):
     assert unknown.startswith("prompt: ")
 
 
+def test_a_second_deployment_into_the_cluster_is_refused_and_harms_nothing(server):
+    command = [PENSTOCK, "serve", str(DEMO), "--address", server.ray_environment["RAY_ADDRESS"], "--device", "cpu"]
+    environment = {**os.environ, **server.ray_environment}
+    done = subprocess.run(
+        [*command, "--port", str(_free_port())],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: address: this cluster already serves an application")
+    assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+
+
+def _processes(server: Server, name: str) -> list[psutil.Process]:
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    return [process for process in family if name in " ".join(process.cmdline())]
+
+
+def _answers(server: Server) -> bool:
+    body = {"model": MODEL, "prompt": "import", "max_tokens": 4, "temperature": 0}
+    try:
+        response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+    except httpx.TransportError:
+        return False
+    return response.status_code == 200
+
+
+def _stream_and_kill(server: Server, name: str) -> list[str]:
+    """Kill the process ``name`` while a long stream runs; return the lines that the client got."""
+    body = {"model": MODEL, "prompt": "import", "max_tokens": 2000, "stream": True, "ignore_eos": True}
+    lines = []
+    try:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                if len(lines) == 10:
+                    _processes(server, name)[0].kill()
+    except httpx.TransportError:
+        lines.append("cut off")
+    return [line for line in lines if line]
+
+
+def test_requests_of_an_ingress_that_dies_are_aborted(server):
+    assert _stream_and_kill(server, "Ingress")[-1] == "cut off"
+    _wait("another ingress", lambda: _answers(server), 90)
+    _wait("blocks freed", lambda: _samples(server)["penstock:kv_cache_usage_perc"] == 0)
+    assert _samples(server)['penstock:engine_requests_finished_total{finished_reason="abort"}'] >= 1
+
+
+def test_a_worker_that_dies_ends_its_streams_with_an_error_and_the_gang_comes_back(server):
+    error = json.loads(_stream_and_kill(server, "Worker.run")[-1].removeprefix("data: "))["error"]
+    assert error["code"] == "engine_dead"
+    assert "rank 0 died" in error["message"] or "rank 1 died" in error["message"]
+    _wait("another gang", lambda: _answers(server), 120)
+
+
 def test_ctrl_c_leaves_nothing_behind(server):
     """The last test of this file: it ends the server."""
     family = psutil.Process(server.process.pid).children(recursive=True)
@@ -228,6 +292,18 @@ def test_ctrl_c_leaves_nothing_behind(server):
     # Zombies are the init process's business
     _wait("processes gone", lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family))
     assert not folder.exists()
+
+
+def test_a_port_in_use_is_refused_with_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [PENSTOCK, "serve", str(DEMO), "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: port: cannot listen on 127.0.0.1:{port}")
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("fault", ["cut short", "no weights", "unknown architecture", "no such directory"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -11,6 +12,8 @@ from ..engine.backend import EngineDeadError
 
 _FIELD = re.compile(r"([A-Za-z_][\w.\[\]-]*): ")
 _MAX_MESSAGE_CHARS = 1000
+
+logger = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -66,7 +69,10 @@ class ApiError(Exception):
         """503, which clients retry, if the engine cannot serve; otherwise 500."""
         if isinstance(error, EngineDeadError):
             return cls(503, str(error), code="engine_dead", headers={"Retry-After": "1"})
-        return cls(500, str(error) or type(error).__name__, code="internal_error")
+        logger.error("internal error", exc_info=error)
+        # What comes from another process may be its whole traceback: that is for the log
+        lines = str(error).splitlines()
+        return cls(500, lines[0] if len(lines) == 1 else type(error).__name__, code="internal_error")
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

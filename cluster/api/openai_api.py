@@ -219,11 +219,11 @@ def _fit(
     """Return ``sampling`` with its ``max_tokens`` decided; 400 if the prompt or the two together do not fit."""
     if not token_ids:
         raise ApiError(400, f"{param}: expected at least one token", param=param, code="invalid_value")
-    _check_vocabulary(state, param, token_ids)
     room = state.max_model_len - len(token_ids)
     if room < 1:
         message = f"{param}: {len(token_ids)} tokens leave no room for output; max_model_len is {state.max_model_len}"
         raise ApiError(400, message, param=param, code="context_length_exceeded")
+    _check_vocabulary(state, param, token_ids)
     if sampling.max_tokens is None:
         return replace(sampling, max_tokens=room if default is None else min(default, room))
     if sampling.max_tokens > room:

@@ -24,7 +24,8 @@ class HttpClient:
     """A `Client` of an OpenAI-compatible Penstock server at ``base_url``, with or without the final ``/v1``.
 
     ``model`` defaults to the first that the server lists. ``timeout_s`` is the longest wait for the server's next
-    bytes. Requests that no engine took (503, no connection) are sent again up to ``max_retries`` times.
+    bytes. What the openai package calls transient
+    (no connection, no answer in time, 408, 409, 429, 5xx) is sent again up to ``max_retries`` times.
     """
 
     def __init__(

@@ -48,6 +48,12 @@ def make_ranks(config: EngineConfig) -> Ranks:
     if config.expert_parallel_size > 1:
         from ..transport.process_ranks import ProcessRanks  # needs zmq, which one rank does not
 
+        if config.device != "cpu" and 0 < torch.cuda.device_count() < config.expert_parallel_size:
+            raise ValueError(
+                f"expert_parallel_size: {config.expert_parallel_size} is not in [1, {torch.cuda.device_count()}], the "
+                "GPUs of this machine; device: cpu runs more ranks"
+            )
+
         return ProcessRanks(config)
     torch.set_num_threads(config.threads_per_rank)
     return LocalRanks(make_runner(config, 0))

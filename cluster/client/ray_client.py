@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from ...workers.sampling_params import SamplingParams
 from ..api.generation import Generation
-from ..api.protocol import DEFAULT_MAX_TOKENS
 from ..engine.backend import EngineDeadError
 from .client import Prompt
 
@@ -84,9 +82,6 @@ class RayClient:
 
     def _send(self, prompt: Prompt, sampling: dict[str, Any]) -> Any:
         SamplingParams.from_kwargs(**sampling)  # refuse before anything travels
-        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        if not is_chat:
-            sampling.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
         return self._handle.options(stream=True).stream.remote(prompt, sampling)
 
 
@@ -164,3 +159,5 @@ def _plain_errors() -> Any:
         if isinstance(error.cause, ValueError | EngineDeadError):
             raise error.cause from None
         raise
+    except RayActorError as error:
+        raise EngineDeadError("the ingress is gone; send the request again") from error

@@ -30,7 +30,9 @@ def build_app(args: Mapping[str, Any] | EngineConfig) -> Application:
     make_drafter(config)
     inspect(config.model, config.revision)
     config = _absolute(config)
-    gpu = _on_gpu(config)
+    gpu = on_gpu(config)
+    # Decided here: a worker that Ray gives no GPU may see the machine's all the same
+    config = replace(config, device="cuda" if gpu else "cpu")
     gang: Any = serve.deployment(
         Gang,
         name=GANG,
@@ -64,8 +66,8 @@ def _absolute(config: EngineConfig) -> EngineConfig:
     return replace(config, model=model, tokenizer=spell(config.tokenizer), served_model_name=config.model_name)
 
 
-def _on_gpu(config: EngineConfig) -> bool:
-    """Tell whether ranks need a GPU each: as configured, or if the cluster (or this machine) has any."""
+def on_gpu(config: EngineConfig) -> bool:
+    """Tell whether ranks get a GPU each: as configured, or if there are enough."""
     if config.device != "auto":
         return config.device == "cuda"
     import ray
@@ -73,4 +75,4 @@ def _on_gpu(config: EngineConfig) -> bool:
 
     if ray.is_initialized():
         return ray.cluster_resources().get("GPU", 0) >= config.expert_parallel_size
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() >= config.expert_parallel_size

@@ -19,6 +19,9 @@ from ..engine.output import EngineStats, RequestOutput
 from ..transport.remote_ranks import RemoteRanks
 from ..transport.step_plane import LOOPBACK
 
+RENEW_S = 2.0
+LEASE_S = 10.0
+
 
 class Coordinator:
     """Owns the engine of one gang. Methods run on the actor's event loop, the engine in its own thread.
@@ -38,6 +41,7 @@ class Coordinator:
         self._loop = asyncio.get_event_loop()
         self._readers: dict[str, asyncio.Queue[list[RequestOutput]]] = {}
         self._reader_of: dict[str, str] = {}
+        self._heard_s: dict[str, float] = {}
 
     async def load(self) -> None:
         """Load every rank and start the engine; raises ``ValueError`` for what the user can mend."""
@@ -46,6 +50,7 @@ class Coordinator:
         ]
         await asyncio.to_thread(self._ranks.wait_loaded, self._loaded.append)
         self._thread = EngineThread(Engine(self._config, self._ranks), self._deliver)
+        self._leases = asyncio.create_task(self._end_leases())
 
     async def progress(self) -> tuple[int, int]:
         """Return how many ranks have loaded, of how many."""
@@ -54,19 +59,41 @@ class Coordinator:
     async def attach(self, reader_id: str) -> AsyncIterator[list[RequestOutput]]:
         """Stream the outputs of the requests that ``reader_id`` submits, one list a step, the first one empty."""
         outputs = self._readers[reader_id] = asyncio.Queue()
+        self._heard_s[reader_id] = self._loop.time()
         try:
             yield []
-            while True:
+            while reader_id in self._readers:
                 yield await outputs.get()
         finally:
-            del self._readers[reader_id]
-            for request_id in [r for r, reader in self._reader_of.items() if reader == reader_id]:
-                await self.abort(request_id)
+            await self._detach(reader_id)
+
+    async def renew(self, reader_id: str) -> None:
+        """Say that ``reader_id`` is alive. Ray does not tell us when one dies, so each has a lease of ``LEASE_S``."""
+        if reader_id not in self._readers:
+            raise EngineDeadError("this reader is not attached")
+        self._heard_s[reader_id] = self._loop.time()
+
+    async def _end_leases(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            silent_since = self._loop.time() - LEASE_S
+            for reader_id in [reader for reader, heard in self._heard_s.items() if heard < silent_since]:
+                await self._detach(reader_id)
+
+    async def _detach(self, reader_id: str) -> None:
+        """Forget a reader and abort its requests."""
+        self._heard_s.pop(reader_id, None)
+        if (outputs := self._readers.pop(reader_id, None)) is not None:
+            outputs.put_nowait([])  # wakes its stream, which then ends
+        for request_id in [r for r, reader in self._reader_of.items() if reader == reader_id]:
+            await self.abort(request_id)
 
     async def submit(
         self, reader_id: str, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
     ) -> None:
         """Queue a request; raises ``ValueError`` naming the field, or ``EngineDeadError``."""
+        if reader_id not in self._readers:
+            raise EngineDeadError("this reader is not attached; send the request again")
         if request_id in self._reader_of:
             raise ValueError(f"request_id: {request_id!r} is in use")
         self._running().submit(request_id, prompt_token_ids, sampling)
@@ -90,11 +117,6 @@ class Coordinator:
         self._running().check_health()
         await asyncio.to_thread(self._check_workers)
 
-    async def close(self) -> None:
-        """Stop the engine and tell the ranks to end."""
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.close)
-
     def _running(self) -> EngineThread:
         if self._thread is None:
             raise EngineDeadError("the engine has not loaded yet")
@@ -108,7 +130,8 @@ class Coordinator:
                 try:
                     ray.get(run)
                 except RayError as error:
-                    raise EngineDeadError(f"the worker of rank {rank} died: {type(error).__name__}") from error
+                    reason = (str(error).strip().splitlines() or [""])[0]
+                    raise EngineDeadError(f"the worker of rank {rank} died: {type(error).__name__} {reason}") from error
                 # A rank that refused its configuration has said why before it ended
                 if self._ranks.infos:
                     raise EngineDeadError(f"the worker of rank {rank} ended")

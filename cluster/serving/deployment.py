@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +14,8 @@ from ray import serve
 from ray.exceptions import RayError
 
 from ..config import EngineConfig
-from .app import build_app
-from .resources import COORDINATOR_PREFIX, NAMESPACE
+from .app import build_app, on_gpu
+from .resources import COORDINATOR_PREFIX, NAMESPACE, bundles
 
 _POLL_S = 0.2
 _VALUE_ERROR = re.compile(r"^\S*ValueError\S*: (?P<message>[a-z_\[\]0-9.]+: .*)$", re.MULTILINE)
@@ -53,14 +52,24 @@ def deploy(
     user can mend (also when it shows only while loading), ``DeploymentFailedError`` otherwise.
     """
     app = build_app(config)
-    _check_port(host, port)
+    _check_resources(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     on_progress("starting Ray Serve", 0, config.expert_parallel_size)
     serve.start(
         http_options={"host": host, "port": port, "location": "HeadOnly"},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    serve.run_many([serve.RunTarget(app, name=app_name)], wait_for_applications_running=False)
+    if app_name in serve.status().applications:
+        raise ValueError(f"address: this cluster already serves an application named {app_name!r}; end that first")
+    try:
+        serve.run_many([serve.RunTarget(app, name=app_name)], wait_for_applications_running=False)
+        _wait_running(config, app_name, on_progress)
+    except BaseException:
+        undeploy(app_name)
+        raise
+
+
+def _wait_running(config: EngineConfig, app_name: str, on_progress: Callable[[str, int, int], None]) -> None:
     deadline = time.monotonic() + config.load_timeout_s
     while True:
         status = serve.status().applications.get(app_name)
@@ -75,19 +84,28 @@ def deploy(
         time.sleep(_POLL_S)
 
 
+def application_status(app_name: str = "default") -> str:
+    """Return what Serve says of the application, such as RUNNING or UNHEALTHY."""
+    found = serve.status().applications.get(app_name)
+    return "not there" if found is None else str(found.status.value)
+
+
 def undeploy(app_name: str = "default") -> None:
     """Take the application down; on a cluster of others Serve itself stays."""
     serve.delete(app_name)
 
 
-def _check_port(host: str, port: int) -> None:
-    """Serve's proxy retries a port for minutes before it says anything."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(f"port: cannot listen on {host}:{port}: {error.strerror}") from error
+def _check_resources(config: EngineConfig) -> None:
+    """Serve would wait for ever for what the cluster does not have."""
+    total = ray.cluster_resources()
+    needed = bundles(config, gpu=on_gpu(config))
+    for resource, field in (("CPU", "cpus_per_rank"), ("GPU", "expert_parallel_size")):
+        wanted, there = sum(bundle.get(resource, 0.0) for bundle in needed), total.get(resource, 0.0)
+        if wanted > there:
+            raise ValueError(
+                f"{field}: {config.expert_parallel_size} ranks and their coordinator need {wanted:g} {resource}s, "
+                f"the Ray cluster has {there:g}"
+            )
 
 
 def _loading(app_name: str, num_ranks: int) -> tuple[str, int, int]:

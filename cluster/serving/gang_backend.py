@@ -9,13 +9,14 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ...workers.model_info import RankInfo
 from ...workers.sampling_params import SamplingParams
 from ..engine.backend import EngineDeadError
 from ..engine.output import EngineStats, RequestOutput
 from ..engine.output_router import OutputRouter
+from .coordinator import RENEW_S
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 0.5
@@ -30,7 +31,7 @@ class GangBackend:
     def __init__(self, find: Callable[[], Awaitable[Any]]) -> None:
         self._find = find
         self._router = OutputRouter()
-        self._reader_id = uuid.uuid4().hex
+        self._reader_id = ""
         self._coordinator: Any = None
         self._attached = asyncio.Event()
         self._pump = asyncio.create_task(self._run())
@@ -43,10 +44,10 @@ class GangBackend:
         self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs; see ``Backend.generate``."""
-        coordinator = self._coordinator
+        coordinator, reader_id = self._coordinator, self._reader_id
 
         async def submit() -> None:
-            await _call(coordinator, "submit", self._reader_id, request_id, list(prompt_token_ids), sampling)
+            await _call(coordinator, "submit", reader_id, request_id, list(prompt_token_ids), sampling)
 
         async def abort() -> None:
             await _call(coordinator, "abort", request_id)
@@ -65,21 +66,19 @@ class GangBackend:
         """Raise ``EngineDeadError`` if the engine cannot serve."""
         await _call(self._coordinator, "check_health")
 
-    async def close(self) -> None:
-        """Stop streaming; the gang goes on."""
-        self._pump.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._pump
-
     async def _run(self) -> None:
         while True:
+            renewal: asyncio.Task[None] | None = None
             try:
                 coordinator = await self._find()
+                # A new name each time: the coordinator may still be forgetting the last one
+                self._reader_id = uuid.uuid4().hex
                 async for batch in coordinator.attach.options(num_returns="streaming").remote(self._reader_id):
                     outputs = await batch
                     if not self._attached.is_set():
                         self._coordinator = coordinator
                         self._attached.set()
+                        renewal = asyncio.create_task(self._renew(coordinator, self._reader_id))
                     self._router.deliver(outputs)
                 raise EngineDeadError("the coordinator ended its stream")
             except Exception as error:  # Ray raises many types; whichever it is, this stream is over
@@ -88,6 +87,16 @@ class GangBackend:
                 self._attached.clear()
                 self._router.fail_all("the gang that served this request is gone; send it again")
                 await asyncio.sleep(_RETRY_S)
+            finally:
+                if renewal is not None:
+                    renewal.cancel()
+
+    @staticmethod
+    async def _renew(coordinator: Any, reader_id: str) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            with suppress(RayError):  # a coordinator that is gone ends the stream too
+                await coordinator.renew.remote(reader_id)
 
 
 async def _call(coordinator: Any, method: str, *args: Any) -> Any:

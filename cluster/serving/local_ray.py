@@ -1,4 +1,4 @@
-"""A Ray of our own on this machine: own folder, own ports, loopback only, gone when we go."""
+"""A Ray of our own on this machine: own folder, own ports, own token (on Linux on loopback), gone when we go."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from .resources import bundles
 # Ray replaces 127.0.0.1 by the machine's outward address; Linux has all of 127.0.0.0/8 on loopback
 _NODE_ADDRESS = "127.0.0.2" if sys.platform == "linux" else None
 _OBJECT_STORE_BYTES = 100 << 20
+_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
 _OTHER_CPUS = 1.0
 """Ingress, proxy and Serve's controller."""
 
@@ -35,8 +37,17 @@ class LocalRay:
         self.address = ""
 
     def __enter__(self) -> LocalRay:
-        # Ray's socket paths have at most 107 characters, so the folder's name is short
-        self.folder = Path(tempfile.mkdtemp(prefix="penstock-"))
+        # Ray's socket paths have at most 107 characters (103 on macOS): no place for a long TMPDIR
+        self.folder = Path(tempfile.mkdtemp(prefix="penstock-", dir="/tmp" if os.name == "posix" else None))
+        self._environment_before = {name: os.environ.get(name) for name in _VARIABLES}
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
         token = self.folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
@@ -46,6 +57,7 @@ class LocalRay:
         import ray  # reads its environment when it is imported
 
         context: Any = ray.init(
+            "local",  # whatever RAY_ADDRESS says
             num_cpus=self._num_cpus,
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
@@ -55,7 +67,6 @@ class LocalRay:
             logging_level=logging.WARNING,
         )
         self.address = context.address_info["address"]
-        return self
 
     @property
     def environment(self) -> dict[str, str]:
@@ -71,3 +82,18 @@ class LocalRay:
 
         ray.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
+        for name, value in self._environment_before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ``ValueError`` if nothing can listen there; Serve's proxy would retry for minutes before it says so."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"port: cannot listen on {host}:{port}: {error}") from error

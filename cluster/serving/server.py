@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from rich.console import Console
@@ -13,11 +14,13 @@ from ..api.generation import Generation
 from ..api.metrics import PREFIX
 from ..client.http_client import HttpClient
 from ..config import EngineConfig
+from ..engine.drafter import make_drafter
 from .interrupts import interruptible, uninterruptible
-from .local_ray import LocalRay
+from .local_ray import LocalRay, check_port
 
 console = Console(soft_wrap=True, highlight=False)
 SAMPLE_QUESTION = "438 + 275"
+_WATCH_S = 2.0
 
 
 def run_server(config: EngineConfig, *, host: str, port: int, address: str | None = None, sample: bool = False) -> None:
@@ -26,19 +29,22 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
     ``address``: a running Ray cluster to join; one is started on this machine when None. ``sample``: show one answer.
     Raises ``ValueError`` naming the field for what the user can mend.
     """
-    inspect(config.model, config.revision)  # refuse before Ray starts
+    # Refuse before Ray starts what can be refused
+    make_drafter(config)
+    inspect(config.model, config.revision)
+    if address is None:
+        check_port(host, port)
     with ExitStack() as stack:
         try:
             with _progress() as progress:
                 task = progress.add_task("starting Ray", total=config.expert_parallel_size)
                 local = stack.enter_context(LocalRay(config)) if address is None else None
                 # Only now: Ray reads its environment when it is imported
-                from .deployment import attach, deploy, undeploy
+                from .deployment import application_status, attach, deploy, undeploy
 
                 if address is not None:
                     stack.enter_context(attach(address))
                 interruptible()
-                stack.callback(undeploy)
                 deploy(
                     config,
                     host=host,
@@ -47,15 +53,27 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
                         task, description=what, completed=done, total=total
                     ),
                 )
-            url = f"http://{host}:{port}"
+                stack.callback(undeploy)
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             _announce(config, url, local)
             if sample:
                 show_sample(url)
             console.print("Ctrl-C ends the server.")
-            threading.Event().wait()
+            _watch(application_status)
         except KeyboardInterrupt:
             uninterruptible()
             console.print("\nshutting down")
+
+
+def _watch(status_of: Callable[[], str]) -> None:
+    """Say what becomes of the application until interrupted: a gang that is lost, one that is back."""
+    last = status_of()
+    while True:
+        time.sleep(_WATCH_S)
+        status = status_of()
+        if status != last:
+            console.print(f"the application is {status.lower().replace('_', ' ')}")
+            last = status
 
 
 def _progress() -> Progress:

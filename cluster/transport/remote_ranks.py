@@ -15,8 +15,9 @@ from .messages import Close, Done, Failed, Loaded, Refused, Regroup, Regrouped, 
 from .rank_loop import RankSettings
 from .step_plane import CoordinatorPlane
 
-_GRACE_S = 2.0
-"""Ranks leave a hung collective by themselves at the step's deadline; their errors get this long to arrive."""
+_DEADLINES = 2.0
+"""Ranks leave a hung collective by themselves, at most one deadline after they entered it, which may be as late as the
+deadline itself. So a rank that has not answered after two is stuck or gone."""
 
 
 class RemoteRanks:
@@ -61,7 +62,7 @@ class RemoteRanks:
                 self._plane.send(rank, Run(part))
         except ConnectionError as error:
             raise StepFailedError(str(error)) from error
-        deadline = time.monotonic() + self._config.step_timeout_s + _GRACE_S
+        deadline = time.monotonic() + _DEADLINES * self._config.step_timeout_s
         results: dict[int, RankResult] = {}
         errors: dict[int, str] = {}
         while len(results) + len(errors) < len(plan.ranks):
@@ -89,7 +90,7 @@ class RemoteRanks:
                 self._plane.send(rank, Regroup(self._epoch))
         except ConnectionError as error:
             raise EngineDeadError(str(error)) from error
-        deadline = time.monotonic() + self._config.step_timeout_s + _GRACE_S
+        deadline = time.monotonic() + _DEADLINES * self._config.step_timeout_s
         waiting = set(range(len(self.settings)))
         while waiting:
             rank, answer = self._receive(deadline, "regroup")

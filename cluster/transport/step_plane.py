@@ -58,10 +58,14 @@ class CoordinatorPlane:
         self._socket.router_mandatory = True
         self._socket.curve_server = True
         self._socket.curve_publickey, self._socket.curve_secretkey = server_public, server_secret
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        # A rank that comes back under its name takes the place of its old, perhaps half-open, connection
+        self._socket.router_handover = True
+        self._socket.ipv6 = ":" in host
+        where = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
+        port = self._socket.bind_to_random_port(where)
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Answer)
         self.tickets = [
-            PlaneTicket(rank, f"tcp://{host}:{port}", server_public.decode(), public.decode(), secret.decode())
+            PlaneTicket(rank, f"{where}:{port}", server_public.decode(), public.decode(), secret.decode())
             for rank, (public, secret) in enumerate(pairs)
         ]
 
@@ -104,6 +108,7 @@ class RankPlane:
         self._socket.curve_serverkey = ticket.server_key.encode()
         self._socket.curve_publickey = ticket.public_key.encode()
         self._socket.curve_secretkey = ticket.secret_key.encode()
+        self._socket.ipv6 = "[" in ticket.address
         self._socket.connect(ticket.address)
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Command)
 
