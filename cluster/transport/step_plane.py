@@ -1,7 +1,8 @@
 """The step plane: a direct, authenticated socket between the coordinator and every rank.
 
 One ROUTER socket at the coordinator, one DEALER per rank, under CURVE: only keys that the coordinator made and handed
-out may connect, and everything is encrypted. An actor call takes ten times as long (benchmarks/step_overhead).
+out may connect, and everything is encrypted. Actor calls take several times as long
+(benchmarks/step_overhead).
 """
 
 from __future__ import annotations
