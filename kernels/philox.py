@@ -32,7 +32,8 @@ def philox4x32(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return four 32-bit words per counter, as int64 tensors in [0, 2**32).
 
-    ``key``: two 32-bit integers, or int64 tensors of them. ``counter``: four int64 tensors in [0, 2**32). All broadcast.
+    ``key``: two 32-bit integers, or int64 tensors of them. ``counter``: four int64 tensors in [0, 2**32). They
+    broadcast.
     """
     key_a, key_b = key
     c0, c1, c2, c3 = counter
