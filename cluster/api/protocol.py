@@ -121,7 +121,7 @@ _AllowedTokenIds = Annotated[
 _NumLogprobs = Annotated[int | None, _schema("integer", minimum=0, maximum=MAX_LOGPROBS)]
 _Penalty = Annotated[float | None, _schema("number", minimum=-2, maximum=2)]
 _Share = Annotated[float | None, _schema("number", minimum=0, maximum=1)]
-_MaxTokens = Annotated[int | None, _schema("integer", minimum=1)]
+_MaxTokens = Annotated[int | None, _schema("integer", minimum=1, maximum=2**31 - 1)]
 
 
 class StreamOptions(BaseModel):
@@ -167,10 +167,10 @@ class GenerationRequest(BaseModel):
     stream_options: Annotated[StreamOptions | None, _INLINE_STREAM_OPTIONS] = None
     n: Annotated[int | None, _schema("integer", minimum=1, maximum=MAX_CHOICES)] = None
     max_tokens: _MaxTokens = None
-    min_tokens: Annotated[int | None, _schema("integer", minimum=0)] = None
+    min_tokens: Annotated[int | None, _schema("integer", minimum=0, maximum=2**31 - 1)] = None
     temperature: Annotated[float | None, _schema("number", minimum=0, maximum=2)] = None
     top_p: Annotated[float | None, _schema("number", exclusiveMinimum=0, maximum=1)] = None
-    top_k: Annotated[int | None, _schema("integer", minimum=-1)] = None
+    top_k: Annotated[int | None, _schema("integer", minimum=-1, maximum=2**31 - 1)] = None
     min_p: _Share = None
     repetition_penalty: Annotated[float | None, _schema("number", minimum=0.01, maximum=100)] = None
     presence_penalty: _Penalty = None
@@ -252,7 +252,7 @@ class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
     prompt: Annotated[str | list[Any], BeforeValidator(_prompt), _PROMPT_SCHEMA]
-    max_tokens: Annotated[int | None, _schema("integer", minimum=0)] = Field(
+    max_tokens: Annotated[int | None, _schema("integer", minimum=0, maximum=2**31 - 1)] = Field(
         None, description="0 only with echo or prompt_logprobs."
     )
     echo: bool | None = None
