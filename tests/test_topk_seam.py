@@ -19,7 +19,7 @@ def router_of(directory: Path) -> tuple[torch.nn.Module, int]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    _, routers = _moe_modules(model, 8)
+    _, routers = _moe_modules(model)
     return routers[-1], model.config.num_experts_per_tok
 
 
