@@ -124,7 +124,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "glm4_moe_lite": {**_MLA, **_GROUPS, **_DENSE_FIRST},
-    "gpt_oss": {**_LOCAL, **_WINDOWS, "head_dim": 8, "intermediate_size": 24},
+    "gpt_oss": {**_LOCAL, **_WINDOWS, "head_dim": 8, "intermediate_size": 32},
     "granitemoe": {**_LOCAL, "intermediate_size": 24, "logits_scaling": 2.0},
     "granitemoe_swa": {**_LOCAL, **_WINDOWS, "intermediate_size": 24, "shared_intermediate_size": 40},
     "granitemoeshared": {**_LOCAL, "intermediate_size": 24, "shared_intermediate_size": 40},
@@ -179,8 +179,8 @@ def _settings(model_type: str) -> dict[str, Any]:
             "text_config": _settings("gemma4_text"),
             "vision_config": {"hidden_size": 32, "intermediate_size": 32, **vision},
             "audio_config": None,
-            **{name: 1 for name in ("image_token_id", "video_token_id", "audio_token_id")},
-            **{name: 0 for name in ("boi_token_id", "eoi_token_id")},
+            **dict.fromkeys(("image_token_id", "video_token_id", "audio_token_id"), 1),
+            **dict.fromkeys(("boi_token_id", "eoi_token_id"), 0),
             "eos_token_id": EOS,
         }
     return {**_COMMON, **CONFIGS[model_type]}

@@ -17,10 +17,16 @@ from .kv_cache import PagedKVCache
 ATTENTION = "penstock"
 
 # What layers pass on and what changes nothing here: positions and visibility follow from the plan
-_IGNORED = frozenset(
-    ("dropout", "position_ids", "cache_position", "use_cache", "logits_to_keep")
-    + ("output_attentions", "output_hidden_states", "output_router_logits")
-)
+_IGNORED = {
+    "cache_position",
+    "dropout",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "use_cache",
+}
 
 
 def bind(model: torch.nn.Module, cache: PagedKVCache) -> None:

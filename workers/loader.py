@@ -48,8 +48,9 @@ def inspect(model: str, revision: str | None = None) -> tuple[Path, PreTrainedCo
     config = load_config(directory)
     check_supported(config.model_type)
     check_quantization(config)
-    with CheckpointReader(directory):
-        return directory, config
+    with CheckpointReader(directory) as reader:
+        open_weights(reader, config, torch.float32)
+    return directory, config
 
 
 def resolve_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
