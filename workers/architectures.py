@@ -50,6 +50,9 @@ SUPPORTED = (
 UNSTEERABLE = {"phimoe": "its router (sparsemixer) does not select by top-k"}
 """Served model types whose choice of experts cannot be steered, and why."""
 
+ROUTER_CLASS = re.compile(r"(Router|Gate)$")
+"""What transformers calls the class of every router; gates of shared experts are plain linears."""
+
 _NOT_CAUSAL = "transformers has no causal language model of that type"
 _DENSE = "it has no Mixture-of-Experts layer"
 # What gives an architecture away in transformers' source of it; a test names a type for each
@@ -103,6 +106,7 @@ def has_experts(source: str) -> bool:
     return bool(_EXPERTS_INTERFACE.search(source) or (_ANY_EXPERTS.search(source) and "topk(" in source))
 
 
+@cache
 def modeling_source(model_type: str) -> str:
     """Return transformers' modelling source of ``model_type``; empty when it has none."""
     from transformers import CONFIG_MAPPING

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..router.placement import Placement
-from .architectures import check_supported
+from .architectures import ROUTER_CLASS, check_supported
 from .attention import ATTENTION
 from .checkpoint import CheckpointReader, load_config, resolve
 from .expert_parallel import EXPERTS
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# What transformers calls the class of every router; shared experts' gates are plain linears
-_ROUTER_CLASS = re.compile(r"(Router|Gate)$")
 _EXPERT_KEY = re.compile(r"^(?P<head>.*\.experts\.)(?P<number>\d+)(?P<tail>\..*)$")
 
 
@@ -126,7 +124,7 @@ def _moe_modules(model: torch.nn.Module) -> tuple[list[torch.nn.Module], list[to
         mine = [child for child in children if _is_experts(child)]
         if not mine:
             continue
-        theirs = [child for child in children if _ROUTER_CLASS.search(type(child).__name__)]
+        theirs = [child for child in children if ROUTER_CLASS.search(type(child).__name__)]
         if len(mine) != 1 or len(theirs) != 1:
             raise ValueError(f"model: {type(block).__name__} has {len(mine)} experts and {len(theirs)} routers")
         experts += mine

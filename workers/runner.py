@@ -172,7 +172,9 @@ class ModelRunner:
         plan = RankPlan(generation=-1, step_id=-1, row_bucket=1)
         try:
             self._forward(pack(plan, {}, self.cache.block_size, 0))
-        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError) as error:
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            if str(error).startswith("model: "):
+                raise
             raise ValueError(f"model: {type(self.model).__name__} does not run over a paged cache: {error}") from error
         for router in self.routers:
             router.audit = False
