@@ -172,6 +172,49 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Types that are refused, for the test that shows why
+_SPARSE_ATTENTION: dict[str, Any] = {**_MLA, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16}
+REFUSED_CONFIGS: dict[str, dict[str, Any]] = {
+    "deepseek_v32": _SPARSE_ATTENTION,
+    "glm_moe_dsa": _SPARSE_ATTENTION,
+    "jamba": {
+        **_EXPERTS,
+        "intermediate_size": 24,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "jetmoe": {**_LOCAL, "intermediate_size": 24, "kv_channels": 8},
+    "lfm2_moe": {**_EXPERTS, **_WIDTHS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
+    "llama4_text": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 24,
+        "intermediate_size_mlp": 48,
+        "head_dim": 8,
+    },
+    "minimax": {
+        **_LOCAL,
+        "intermediate_size": 24,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "qwen3_next": {
+        **_EXPERTS,
+        **_WIDTHS,
+        "head_dim": 8,
+        "shared_expert_intermediate_size": 24,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
+
+
 def _settings(model_type: str) -> dict[str, Any]:
     if model_type == "gemma4":  # images are not served, but their tower is part of the checkpoint
         vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
@@ -183,33 +226,43 @@ def _settings(model_type: str) -> dict[str, Any]:
             **dict.fromkeys(("boi_token_id", "eoi_token_id"), 0),
             "eos_token_id": EOS,
         }
-    return {**_COMMON, **CONFIGS[model_type]}
+    return {**_COMMON, **(CONFIGS.get(model_type) or REFUSED_CONFIGS[model_type])}
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tiny_model() -> Callable[[str], Any]:
+    """Return transformers' model of a type, tiny, with random f32 weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(model_type: str) -> Any:
+        torch.manual_seed(7)
+        config = AutoConfig.for_model(model_type, **_settings(model_type))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_model: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return the directory of a tiny random f32 checkpoint of a model type, made on first use."""
     made: dict[str, Path] = {}
 
     def make(model_type: str) -> Path:
         if model_type not in made:
             import torch
-            from transformers import AutoConfig, AutoModelForCausalLM
 
             from penstock.workers.architectures import objection
 
             if reason := objection(model_type):
                 pytest.skip(f"{model_type}: {reason}")
-            torch.manual_seed(7)
-            config = AutoConfig.for_model(model_type, **_settings(model_type))
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = tiny_model(model_type)
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):  # zero when fresh
                     buffer.uniform_(-0.2, 0.2)
             for name, parameter in model.named_parameters():
-                if (
-                    name.endswith((".sinks", "_bias")) and "vision" not in name
-                ):  # zero or tiny when fresh, and then nothing would be tested
+                # Zero or tiny when fresh, and then nothing would be tested
+                if name.endswith((".sinks", "_bias")) and "vision" not in name:
                     torch.nn.init.normal_(parameter, std=0.5)
             made[model_type] = tmp_path_factory.mktemp(model_type)
             model.save_pretrained(made[model_type], max_shard_size="60KB")

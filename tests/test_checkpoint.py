@@ -146,7 +146,7 @@ class Broken:
     @staticmethod
     def dense_architecture(directory: Path) -> str:
         (directory / "config.json").write_text('{"model_type": "llama"}')
-        return "'llama' is not supported.*supported: .*qwen3_moe"
+        return "'llama' is not supported: it has no Mixture-of-Experts layer; supported: .*qwen3_moe"
 
     @staticmethod
     def recurrent_architecture(directory: Path) -> str:

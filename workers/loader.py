@@ -130,7 +130,7 @@ def _moe_modules(model: torch.nn.Module) -> tuple[list[torch.nn.Module], list[to
         experts += mine
         routers += theirs
     if not experts:
-        raise ValueError("model: it has no Mixture-of-Experts layer")
+        raise ValueError("model: it has no layer of experts behind transformers' experts interface")
     return experts, routers
 
 

@@ -51,13 +51,13 @@ def block() -> str:
 
     made = rows()
     num_types = len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    name = f"transformers {transformers.__version__}"
     counts = ", ".join(
         f"{sum(row.status == status for row in made)} {status}" for status in ("tested", "loads", "refused")
     )
     return "\n".join(
         [
-            f"transformers {transformers.__version__} lists {num_types} types of causal language models, {len(made)} of "
-            f"them with experts: {counts}.",
+            f"{name} lists {num_types} types of causal language models, {len(made)} with experts: {counts}.",
             "",
             "| model type | status | attention | router | besides routed experts, or why it is refused |",
             "|---|---|---|---|---|",
@@ -101,9 +101,7 @@ def _router(model_type: str, source: str) -> str:
     if model_type in UNSTEERABLE:
         return f"cannot be steered: {UNSTEERABLE[model_type]}"
     routers = [
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and ROUTER_CLASS.search(node.name)
+        node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and ROUTER_CLASS.search(node.name)
     ]
     code = "\n".join(_code(router) for router in routers)
     kinds = [" or ".join(kind for kind in ("softmax", "sigmoid") if kind in code)]
