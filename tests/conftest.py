@@ -67,7 +67,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None},
     },
-    "cohere2_moe": {**_EXPERTS, **_WINDOWS, "head_dim": 8, "intermediate_size": 24, "num_shared_experts": 1},
+    "cohere2_moe": {
+        **_EXPERTS,
+        **_WINDOWS,
+        **_DENSE_FIRST,
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "num_shared_experts": 1,
+        "expert_selection_fn": "sigmoid",
+    },
     "deepseek_v2": {**_MLA, **_GROUPS, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.0},
     "deepseek_v3": {**_MLA, **_GROUPS},
     "dots1": {
@@ -146,7 +154,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 40,
         "num_attention_heads_per_layer": [4, 2],
     },
-    "mellum": {**_LOCAL, **_WIDTHS, **_WINDOWS, "head_dim": 8, "mlp_layer_types": ["sparse", "sparse"]},
+    "mellum": {**_LOCAL, **_WIDTHS, **_WINDOWS, **_DENSE_FIRST, "head_dim": 8},
     "mimo_v2_flash": {
         **_ROUTED,
         **_WIDTHS,
@@ -165,9 +173,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_WIDTHS,
         **_WINDOWS,
         "use_sliding_window": True,
+        "mlp_only_layers": [0],
         "shared_expert_intermediate_size": 40,
     },
-    "qwen3_moe": {**_EXPERTS, **_WIDTHS, "head_dim": 8},
+    "qwen3_moe": {**_EXPERTS, **_WIDTHS, "head_dim": 8, "use_sliding_window": True, "sliding_window": 12},
     "solar_open": {**_ROUTED, **_GROUPS, "head_dim": 8, "moe_intermediate_size": 24, "n_shared_experts": 1},
 }
 

@@ -9,6 +9,7 @@ import transformers
 
 from penstock.workers import model_table
 from penstock.workers.architectures import SUPPORTED, objection
+from penstock.workers.loader import _moe_modules
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 # Types that an older transformers has, but in another form
@@ -51,6 +52,29 @@ def test_the_program_rewrites_only_its_part(tmp_path):
     page.write_text("no markers\n")
     with pytest.raises(ValueError, match="lacks the markers"):
         model_table.write(page)
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_the_tested_models_have_what_the_table_names(model_type, tiny_model, checkpoint):
+    checkpoint(model_type)  # skips what the installed transformers lacks
+    row = next(row for row in model_table.rows() if row.model_type == model_type)
+    model = tiny_model(model_type)
+    config = model.config.get_text_config()
+    tensors, modules = [*dict(model.named_parameters()), *dict(model.named_buffers())], [*dict(model.named_modules())]
+    experts, _ = _moe_modules(model)
+    has = {
+        "MLA": any("kv_a_proj" in name for name in modules),
+        "sliding windows": 0 < (getattr(config, "sliding_window", None) or 0) <= 12,
+        "sinks": any(name.endswith(".sinks") for name in tensors),
+        "biased": any(name.endswith(("e_score_correction_bias", "expert_bias")) for name in tensors),
+        "group-limited": (getattr(config, "n_group", None) or 1) > 1,
+        "shared experts": any("shared" in name for name in modules),
+        "dense layers": len(experts) < config.num_hidden_layers,
+    }
+    named = {*row.attention.split(", "), *row.router.split(", "), *row.notes.split(", ")}
+    lacking = {feature for feature in named & has.keys() if not has[feature]}
+    assert lacking == ({"dense layers"} if model_type == "qwen3_moe" else set())
+    assert not {feature for feature, present in has.items() if present} - named
 
 
 @pytest.mark.parametrize(
