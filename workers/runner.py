@@ -12,6 +12,7 @@ from ..router.placement import Placement, contiguous
 from ..router.topk import RouterSeam
 from . import attention
 from .adjustments import Texts, adjust
+from .architectures import UNSTEERABLE
 from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
 from .expert_parallel import ExpertParallel
 from .kv_cache import PagedKVCache
@@ -49,7 +50,7 @@ class ModelRunner:
         text_config = config.get_text_config()
         self.dtype = resolve_dtype(config, dtype)
         num_experts = _num_experts(text_config)
-        self.top_k = int(text_config.num_experts_per_tok)
+        self.top_k = _num_experts_per_tok(text_config)
         self.placement: Placement = contiguous(num_experts, num_ranks)
         limit = int(text_config.max_position_embeddings)
         if max_model_len is not None and max_model_len > limit:
@@ -59,7 +60,8 @@ class ModelRunner:
         self.hidden_size = int(text_config.hidden_size)
         self.log = CollectiveLog()
         self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
-        self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers]
+        steerable = config.model_type not in UNSTEERABLE
+        self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
@@ -91,6 +93,7 @@ class ModelRunner:
                 num_experts_per_tok=self.top_k,
                 max_model_len=self.max_model_len,
                 eos_token_ids=_eos_token_ids(directory, text_config),
+                steerable=steerable,
             ),
             num_local_experts=len(self.placement.experts_of(rank)),
             expert_bytes=expert_bytes,
@@ -179,7 +182,12 @@ class ModelRunner:
         for router in self.routers:
             router.audit = True
         plan = RankPlan(generation=-1, step_id=-1, row_bucket=1)
-        self._forward(pack(plan, {}, self.cache.block_size, 0))
+        try:
+            self._forward(pack(plan, {}, self.cache.block_size, 0))
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            if str(error).startswith("model: "):
+                raise
+            raise ValueError(f"model: {type(self.model).__name__} does not run over a paged cache: {error}") from error
         for router in self.routers:
             router.audit = False
 
@@ -193,11 +201,19 @@ def _resolve_device(device: str, rank: int) -> torch.device:
 
 
 def _num_experts(config: object) -> int:
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         value = getattr(config, name, None)
         if value:
             return int(value)
     raise ValueError("model: config.json names no number of experts")
+
+
+def _num_experts_per_tok(config: object) -> int:
+    for name in ("num_experts_per_tok", "moe_topk", "top_k_experts"):
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    raise ValueError("model: config.json names no number of experts per token")
 
 
 def _eos_token_ids(directory: Path, config: object) -> tuple[int, ...]:
