@@ -86,7 +86,11 @@ def test_pack_against_brute_force(case: tuple[list[RequestPlan], dict[int, np.nd
         slots = rows.gather_slots[start : start + group.num_slots].reshape(r, -1)
         start += group.num_slots
         mask = group.mask(window)
+        if mask is None:
+            mask = torch.ones(r, 1, n, slots.shape[1], dtype=torch.bool)
         assert mask.shape == (r, 1, n, slots.shape[1])
+        if group.is_whole:
+            assert group.rows.flatten().tolist() == list(range(total))
         assert mask.any(dim=-1).all(), "a query that sees nothing makes NaN"
         for place, packed in zip(group.scatter.tolist(), group.packed_rows.tolist(), strict=True):
             i, j = divmod(place, n)
@@ -122,8 +126,9 @@ def test_an_idle_rank_runs_one_padding_row_in_scratch() -> None:
     assert rows.sampled_rows.tolist() == []
     assert rows.token_ids.shape == rows.positions.shape == (1,)
     (group,) = rows.groups
-    assert group.mask(None).all()
-    assert group.mask(5).all()
+    assert group.mask(None) is None
+    assert group.mask(5) is None
+    assert group.visible.all()
 
 
 def test_depths_follow_the_parents() -> None:

@@ -37,10 +37,16 @@ class AttentionGroup:
     """[R, S]"""
     visible: torch.Tensor
     """[R, 1, N, S] bool: what each query may attend to without a sliding window."""
+    is_whole: bool
+    """The [R, N] queries are the step's rows in order, none padded."""
+    sees_all: bool
+    """Every query may attend to all S slots, as one row of one request may."""
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> torch.Tensor:
-        """Return the visibility under a sliding window of ``window`` tokens; layers share it."""
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """Return the visibility under a sliding window of ``window`` tokens, None for all; layers share it."""
+        if self.sees_all and (window is None or self.visible.shape[-1] <= window):
+            return None
         if window not in self.masks:
             if window is None:
                 self.masks[window] = self.visible
@@ -137,7 +143,7 @@ def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch
     gathered: list[np.ndarray] = []
     groups = [
         _group([plan.requests[i] for i in members], [starts[i] for i in members], [positions[i] for i in members],
-               [slots[i] for i in members], gathered)
+               [slots[i] for i in members], gathered, len(token_ids))
         for members in ([narrow] if narrow else []) + [[i] for i in wide]
     ]  # fmt: skip
     write = [s[request.committed_len :] for s, request in zip(slots, plan.requests, strict=True)]
@@ -158,6 +164,7 @@ def _group(
     positions: list[np.ndarray],
     slots: list[np.ndarray],
     gathered: list[np.ndarray],
+    num_rows_of_step: int,
 ) -> AttentionGroup:
     r, n, s = len(requests), max(len(p) for p in positions), max(len(x) for x in slots)
     rows = np.zeros((r, n), dtype=np.int64)
@@ -190,6 +197,8 @@ def _group(
         query_positions=torch.from_numpy(query_positions),
         key_positions=torch.from_numpy(key_positions),
         visible=torch.from_numpy(visible)[:, None],
+        is_whole=r * n == sum(map(len, positions)) == num_rows_of_step,
+        sees_all=bool(visible.all()),
     )
 
 
@@ -203,6 +212,8 @@ def _padding_row(scratch_slot: int) -> PackedRows:
         query_positions=zero[None],
         key_positions=zero[None],
         visible=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        is_whole=True,
+        sees_all=True,
     )
     return PackedRows(
         token_ids=zero,
