@@ -101,6 +101,9 @@ def test_pack_against_brute_force(case: tuple[list[RequestPlan], dict[int, np.nd
             attended[packed] = set(visible)
     assert start == len(rows.gather_slots)
     assert [attended[row] for row in range(total)] == wanted
+    span = rows.gather_span
+    assert span is None or list(range(span.start, span.stop)) == rows.gather_slots.tolist()
+    assert (span is not None) == bool((rows.gather_slots.diff() == 1).all())
 
 
 def test_wide_requests_attend_alone_and_narrow_ones_together() -> None:

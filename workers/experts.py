@@ -52,24 +52,21 @@ class ExpertShard:
         num_pairs = sum(counts)
         if not num_pairs:
             return torch.zeros_like(hidden), 0
-        order = np.argsort(flat_ids, kind="stable")  # "none" comes last
-        index = torch.from_numpy(order).to(hidden.device)
-        rows = hidden.to(self._dtype).index_select(0, torch.from_numpy(order[:num_pairs] // k).to(hidden.device))
-        results, start = [], 0
-        for expert, count in enumerate(counts):
-            if count:
-                results.append(self._run_expert(expert, rows[start : start + count]))
-                start += count
-        num_active = len(results)
-        results.append(rows.new_zeros(n * k - num_pairs, hidden.shape[-1]))
-        computed = torch.empty(n * k, hidden.shape[-1], device=hidden.device)
-        computed.index_copy_(0, index, torch.cat(results).float())
+        order = np.argsort(flat_ids, kind="stable")[:num_pairs]  # "none" comes last
+        index, row_of = (torch.from_numpy(places).to(hidden.device) for places in (order, order // k))
+        rows = hidden.to(self._dtype).index_select(0, row_of)
+        active = [expert for expert, count in enumerate(counts) if count]
+        sizes = [counts[expert] for expert in active]
+        # One gate for all experts: at few rows its calls would cost as much as its arithmetic
+        inner = torch.cat([self._up[e](part) for e, part in zip(active, rows.split(sizes), strict=True)])
+        parts = self._activate(inner).split(sizes)
+        results = torch.cat([self._down[e](part) for e, part in zip(active, parts, strict=True)])
+        if self._finish is not None:
+            results = self._finish(results)
+        computed = torch.zeros(n * k, hidden.shape[-1], device=hidden.device)
+        computed.index_copy_(0, index, results.float())
         weighted = computed.view(n, k, -1) * weights.float().unsqueeze(-1)
-        return weighted.sum(dim=1).to(hidden.dtype), num_active
-
-    def _run_expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
-        result = self._down[expert](self._activate(self._up[expert](rows)))
-        return result if self._finish is None else self._finish(result)
+        return weighted.sum(dim=1).to(hidden.dtype), len(active)
 
 
 def _projections(module: Any, name: str, *, packed: bool) -> list[Callable[[torch.Tensor], torch.Tensor]]:

@@ -70,6 +70,8 @@ class PackedRows:
     """[T] KV slot of each row."""
     gather_slots: torch.Tensor
     """[sum of R x S] KV slots that the groups read, in group order."""
+    gather_span: slice | None
+    """The same slots where they follow one another, and so need not be copied."""
     groups: list[AttentionGroup]
     sampled_rows: torch.Tensor
     """[sum over requests of N - first_sampled_row] packed rows that yield a token."""
@@ -146,16 +148,25 @@ def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch
                [slots[i] for i in members], gathered, len(token_ids))
         for members in ([narrow] if narrow else []) + [[i] for i in wide]
     ]  # fmt: skip
+    slots_read = np.concatenate(gathered)
     write = [s[request.committed_len :] for s, request in zip(slots, plan.requests, strict=True)]
     return PackedRows(
         token_ids=torch.tensor(token_ids),
         positions=torch.from_numpy(np.concatenate(positions)),
         valid=None,
         write_slots=torch.from_numpy(np.concatenate(write)),
-        gather_slots=torch.from_numpy(np.concatenate(gathered)),
+        gather_slots=torch.from_numpy(slots_read),
+        gather_span=_span(slots_read),
         groups=groups,
         sampled_rows=torch.tensor(sampled, dtype=torch.int64),
     )
+
+
+def _span(slots: np.ndarray) -> slice | None:
+    """Return ``slots`` as a slice if each follows the one before."""
+    first, last = int(slots[0]), int(slots[-1])
+    is_span = last - first + 1 == len(slots) and bool((np.diff(slots) == 1).all())
+    return slice(first, last + 1) if is_span else None
 
 
 def _group(
@@ -221,6 +232,7 @@ def _padding_row(scratch_slot: int) -> PackedRows:
         valid=torch.zeros(1, dtype=torch.bool),
         write_slots=zero + scratch_slot,
         gather_slots=zero + scratch_slot,
+        gather_span=slice(scratch_slot, scratch_slot + 1),
         groups=[group],
         sampled_rows=torch.zeros(0, dtype=torch.int64),
     )
