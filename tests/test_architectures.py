@@ -13,7 +13,7 @@ from penstock.cluster.engine.ranks import LocalRanks, make_runner
 from penstock.router.placement import contiguous
 from penstock.workers.architectures import SUPPORTED, check_supported
 from penstock.workers.attention import ATTENTION, paged_attention
-from penstock.workers.experts import run_experts
+from penstock.workers.experts import ExpertShard
 from penstock.workers.kv_cache import PagedKVCache
 from penstock.workers.loader import inspect, load
 from penstock.workers.sampling_params import SamplingParams
@@ -72,13 +72,13 @@ def test_two_shards_add_up_to_the_whole(model_type, checkpoint):
     torch.manual_seed(3)
     hidden, weights = torch.randn(11, 32), torch.rand(11, 2)
     ids = torch.stack([torch.randperm(num_experts)[:2] for _ in range(11)])
-    whole, active = run_experts(experts_of(1, 0), hidden, ids, weights)
+    whole, active = ExpertShard(experts_of(1, 0)).run(hidden, ids, weights)
     assert active == len(ids.unique())
     shards = []
     for rank in range(2):
         mine = (ids // 4) == rank
         local = torch.where(mine, ids % 4, 4)
-        shards.append(run_experts(experts_of(2, rank), hidden, local, weights)[0])
+        shards.append(ExpertShard(experts_of(2, rank)).run(hidden, local, weights)[0])
     torch.testing.assert_close(shards[0] + shards[1], whole, rtol=1e-5, atol=1e-5)
 
 

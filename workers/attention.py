@@ -79,7 +79,7 @@ def paged_attention(
     for group in rows.groups:
         r, n = group.rows.shape
         stop = start + group.num_slots
-        queries = packed[group.rows].transpose(1, 2)
+        queries = (packed.unflatten(0, (r, n)) if group.is_whole else packed[group.rows]).transpose(1, 2)
         key_, value_ = (states[start:stop].unflatten(0, (r, -1)).transpose(1, 2) for states in (keys, values))
         mask = group.mask(window)
         if s_aux is None:
@@ -89,6 +89,8 @@ def paged_attention(
         else:
             result = attend_with_sinks(queries, key_, value_, mask, s_aux, scaling)
         flat = result.transpose(1, 2).reshape(r * n, *output.shape[1:])
+        if group.is_whole:
+            return flat[None], None
         output[group.packed_rows] = flat[group.scatter]
         start = stop
     return output[None], None
@@ -98,19 +100,21 @@ def attend_with_sinks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     sinks: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
     """Attention whose softmax has one more place, the head's learned sink, that holds no value (GPT-OSS).
 
-    query [R, heads, N, D], key and value [R, kv_heads, S, D], mask [R, 1, N, S] bool, sinks [heads]. torch's own
-    attention has no such argument.
+    query [R, heads, N, D], key and value [R, kv_heads, S, D], mask [R, 1, N, S] bool or None for all, sinks
+    [heads]. torch's own attention has no such argument.
     """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+    scores = query @ key.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     place = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
     weights = torch.softmax(torch.cat([scores, place], dim=-1).float(), dim=-1)[..., :-1]
     return weights.to(value.dtype) @ value

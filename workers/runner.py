@@ -19,6 +19,7 @@ from .kv_cache import PagedKVCache
 from .loader import inspect, load, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
 from .model_info import ModelInfo, RankInfo
+from .packed_weights import pack_dense, packs_weights
 from .plan import Logprobs, RankPlan, RankResult
 from .rows import PackedRows, pack
 from .sampler import accept, sample
@@ -57,8 +58,13 @@ class ModelRunner:
             raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
         loaded = load(directory, config, self.dtype, self.device, self.placement, rank)
         self.model = loaded.model
+        all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
         self.hidden_size = int(text_config.hidden_size)
         self.log = CollectiveLog()
+        packed = packs_weights(self.dtype, self.device)
+        if packed:
+            pack_dense(self.model, loaded.expert_modules)
+        self.activation_dtype = torch.float32 if packed else self.dtype
         self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
         steerable = config.model_type not in UNSTEERABLE
         self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
@@ -77,8 +83,7 @@ class ModelRunner:
                 f"kv_cache_bytes: {kv_cache_bytes} holds {fits} tokens; max_model_len {self.max_model_len} needs "
                 f"at least {needed}"
             )
-        expert_bytes = sum(p.nbytes for module in loaded.expert_modules for p in module.parameters())
-        all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
+        expert_bytes = sum(shard.num_bytes for shard in self.experts.shards)
         self.info = RankInfo(
             rank=rank,
             model=ModelInfo(
@@ -108,7 +113,7 @@ class ModelRunner:
     def connect(self, group: dist.ProcessGroup | None) -> None:
         """Dispatch over ``group`` (the default group when None) from the next step on."""
         assert self.num_ranks > 1, "one rank needs no process group"
-        hidden_bytes = self.hidden_size * torch.empty((), dtype=self.dtype).element_size()
+        hidden_bytes = self.hidden_size * self.activation_dtype.itemsize
         self.experts.dispatcher = AllToAllDispatcher(
             self.placement, self.rank, group, self.log, self.device, hidden_bytes, self.top_k
         )
