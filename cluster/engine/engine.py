@@ -103,7 +103,8 @@ class Engine:
         Raises ``EngineDeadError`` after ``max_step_retries`` failures in a row.
         """
         for request in self.scheduler.admit():
-            request.admitted_s = self._clock()
+            if request.admitted_s is None:
+                request.admitted_s = self._clock()
         drafts = self._propose()
         plan = self.scheduler.schedule(self._generation, self._step_id, drafts)
         if plan is None:

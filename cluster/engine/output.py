@@ -26,6 +26,8 @@ class RequestStats:
     """From arrival to the first token."""
     total_s: float
     """From arrival to the last token."""
+    num_preemptions: int = 0
+    """Times it lost its KV to older requests and was computed again."""
 
     @property
     def acceptance(self) -> float:
@@ -68,6 +70,8 @@ class EngineStats:
     """By finish reason."""
     num_requests_running: int
     num_requests_waiting: int
+    num_preemptions: int
+    """Times a running request lost its KV to older ones and waited again."""
     num_kv_blocks: int
     num_kv_blocks_used: int
     spec_decode_num_drafts: int

@@ -14,7 +14,7 @@ class Request:
 
     request_id: str
     key: int
-    """The engine's own number for it, unique for the engine's life; what plans carry."""
+    """The engine's own number for it, in order of arrival, unique for the engine's life; what plans carry."""
     sampling: SamplingParams
     token_sampling: TokenSampling
     token_ids: list[int]
@@ -35,6 +35,8 @@ class Request:
     num_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_preemptions: int = 0
+    """Times it lost its KV to older requests and was replayed."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -43,7 +45,7 @@ class Request:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Known tokens without KV: 1 while decoding, more while the prompt is being computed."""
+        """Known tokens without KV: 1 while decoding, more while the prompt is computed or the request replayed."""
         return len(self.token_ids) - self.committed_len
 
     @property
@@ -69,4 +71,5 @@ class Request:
             queue_s=admitted - self.arrival_s,
             ttft_s=first_token - self.arrival_s,
             total_s=now - self.arrival_s,
+            num_preemptions=self.num_preemptions,
         )

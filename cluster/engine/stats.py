@@ -74,6 +74,7 @@ class Counters:
             num_requests_finished=dict(self.num_finished),
             num_requests_running=scheduler.num_running,
             num_requests_waiting=len(scheduler.waiting),
+            num_preemptions=scheduler.num_preemptions,
             num_kv_blocks=sum(pool.num_blocks for pool in scheduler.pools),
             num_kv_blocks_used=sum(pool.num_used for pool in scheduler.pools),
             spec_decode_num_drafts=self.num_drafts,
