@@ -44,6 +44,10 @@ class EngineConfig:
     """Longest prompt plus output, in tokens; the model's own limit when absent."""
     max_num_seqs: int = _bounded(32, low=1, high=4096)
     """Most requests running at once, per rank."""
+    max_queued_requests: int = _bounded(1024, low=1, high=1 << 20)
+    """Most requests waiting to run, over all ranks; more are refused with 429 (Ray Serve's name, at the engine)."""
+    request_timeout_s: float | None = _bounded(None, low=0.001, high=604800.0)
+    """Longest a request may take, waiting included; over it, it ends with 408. No limit when absent."""
     max_num_batched_tokens: int = _bounded(512, low=1, high=1 << 20)
     """Most rows in one step, per rank; longer prompts are computed in chunks."""
     block_size: int = _bounded(16, low=1, high=1024)

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from penstock.workers.model_info import ModelInfo, RankInfo
 from penstock.workers.plan import LayerCounts, RankPlan, RankResult, RequestPlan, StepPlan, StepResult
 from penstock.workers.sampler import accept
 
-VOCAB = 5
-"""Few tokens, so that n-gram drafts are accepted now and then."""
+FIRST, VOCAB = 4, 9
+"""Few tokens, so that n-gram drafts are accepted now and then; the ids below are special in the tests' tokenizer."""
 
 
-def next_token(context: Sequence[int]) -> int:
-    """Return what the ranks answer to ``context``."""
-    return (sum(context) * 31 + context[-1] * 7 + len(context)) % VOCAB
+WINDOW = 200
+"""How far back a token looks; contexts of the tests about KV are shorter."""
+
+
+def next_token(context: Sequence[int], length: int) -> int:
+    """Return what the ranks answer to a context of ``length`` tokens, the last of which are ``context``."""
+    return FIRST + (sum(context[-WINDOW:]) * 31 + context[-1] * 7 + length) % (VOCAB - FIRST)
 
 
 def continuation(prompt: Sequence[int], num_tokens: int) -> list[int]:
     """Return the output that a prompt must get."""
     context = list(prompt)
     for _ in range(num_tokens):
-        context.append(next_token(context))
+        context.append(next_token(context[-WINDOW:], len(context)))
     return context[len(prompt) :]
 
 
 class ScriptedRanks:
     """Obeys plans as a rank does: block tables per generation, tokens written to slots and read back from them."""
 
-    def __init__(self, num_kv_blocks: Sequence[int], block_size: int, max_model_len: int) -> None:
+    def __init__(
+        self, num_kv_blocks: Sequence[int], block_size: int, max_model_len: int, *, step_s: float = 0.0
+    ) -> None:
         zeros = dict.fromkeys(ModelInfo.__dataclass_fields__, 0)
         limits = {"vocab_size": VOCAB, "max_model_len": max_model_len, "eos_token_ids": ()}
         model = ModelInfo(**{**zeros, **limits})  # type: ignore[arg-type]
@@ -37,13 +44,14 @@ class ScriptedRanks:
             RankInfo(**{**facts, "rank": rank, "model": model, "num_kv_blocks": blocks})  # type: ignore[arg-type]
             for rank, blocks in enumerate(num_kv_blocks)
         ]
-        self._block_size = block_size
+        self._block_size, self._step_s = block_size, step_s
         self._tables: list[dict[int, list[int]]] = [{} for _ in num_kv_blocks]
         self._slots: list[dict[int, int]] = [{} for _ in num_kv_blocks]
         self._generations = [-1] * len(num_kv_blocks)
 
     def step(self, plan: StepPlan) -> StepResult:
-        return StepResult([self._run(rank, part) for rank, part in enumerate(plan.ranks)], 0.0)
+        time.sleep(self._step_s)
+        return StepResult([self._run(rank, part) for rank, part in enumerate(plan.ranks)], self._step_s)
 
     def recover(self, generation: int) -> None:
         pass
@@ -81,9 +89,10 @@ class ScriptedRanks:
     def _sample(self, rank: int, request: RequestPlan) -> list[int]:
         table = self._tables[rank][request.request_id]
         end = request.committed_len + len(request.token_ids)
-        context = [self._slots[rank][self._slot(table, place)] for place in range(end)]
         first = request.committed_len + request.first_sampled_row
-        return [next_token(context[: place + 1]) for place in range(first, end)]
+        start = max(0, first + 1 - WINDOW)
+        context = [self._slots[rank][self._slot(table, place)] for place in range(start, end)]
+        return [next_token(context[: place + 1 - start], place + 1) for place in range(first, end)]
 
     def _slot(self, table: Sequence[int], place: int) -> int:
         return table[place // self._block_size] * self._block_size + place % self._block_size

@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from .api_error import ApiError
 from .chat_tokenizer import ChatTokenizer
 from .event_stream import EventStream, while_connected
 from .generation import Generation
-from .metrics import CONTENT_TYPE, ServerMetrics
+from .metrics import CONTENT_TYPE, render
 from .protocol import DEFAULT_MAX_TOKENS, ChatCompletionRequest, CompletionRequest, GenerationRequest
 from .response_format import ChatFormat, CompletionFormat, ResponseFormat, model_card
 from .text_stream import TextDelta, stream_text
@@ -66,7 +66,6 @@ def create_app(state: ServingState | None = None) -> FastAPI:
     """
     app = FastAPI(title="Penstock", docs_url=None, redoc_url=None)
     app.state.serving = state
-    app.state.metrics = ServerMetrics()
     app.add_middleware(RequestIdMiddleware)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -90,11 +89,8 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Answer Prometheus text."""
     state: ServingState | None = request.app.state.serving
-    stats = None
-    if state is not None:
-        with suppress(EngineDeadError):  # engine_up says so
-            stats = await state.backend.stats()
-    return Response(request.app.state.metrics.render(stats), headers={"Content-Type": CONTENT_TYPE})
+    stats = await state.backend.stats() if state is not None else {}
+    return Response(render(stats), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def list_models(request: Request) -> Response:
@@ -112,7 +108,6 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
 
 async def create_completion(request: Request) -> Response:
     """Continue a prompt."""
-    arrived = time.perf_counter()
     state = _serving(request)
     body = await _read(request, CompletionRequest)
     sampling = _admit(request, state, body)
@@ -123,12 +118,11 @@ async def create_completion(request: Request) -> Response:
     sampling = _fit(state, "prompt", token_ids, body, sampling, default=DEFAULT_MAX_TOKENS)
     request_id = f"cmpl-{uuid.uuid4().hex}"
     answer = CompletionFormat(request_id, state.model_name, include_usage=body.include_usage)
-    return await _respond(request, state, body, request_id, token_ids, sampling, answer, arrived)
+    return await _respond(request, state, body, request_id, token_ids, sampling, answer)
 
 
 async def create_chat_completion(request: Request) -> Response:
     """Write the assistant's next turn."""
-    arrived = time.perf_counter()
     state = _serving(request)
     body = await _read(request, ChatCompletionRequest)
     sampling = _admit(request, state, body)
@@ -136,7 +130,7 @@ async def create_chat_completion(request: Request) -> Response:
     sampling = _fit(state, "messages", token_ids, body, sampling, default=None)
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     answer = ChatFormat(request_id, state.model_name, include_usage=body.include_usage)
-    return await _respond(request, state, body, request_id, token_ids, sampling, answer, arrived)
+    return await _respond(request, state, body, request_id, token_ids, sampling, answer)
 
 
 def _serving(request: Request) -> ServingState:
@@ -186,7 +180,7 @@ def _admit(request: Request, state: ServingState, body: GenerationRequest) -> Sa
     _check_vocabulary(state, "stop_token_ids", sampling.stop_token_ids)
     unknown = body.num_unknown_fields
     if unknown:
-        request.app.state.metrics.unknown_fields.labels(request.url.path).inc(unknown)
+        state.backend.count_unknown_fields(request.url.path, unknown)
     return sampling
 
 
@@ -251,10 +245,8 @@ async def _respond(
     token_ids: list[int],
     sampling: SamplingParams,
     answer: ResponseFormat,
-    arrived: float,
 ) -> Response:
     deltas = stream_text(state.backend, state.tokenizer, request_id, token_ids, sampling)
-    deltas = request.app.state.metrics.observe(deltas, arrived)
     try:
         # the status is decided by the first token: until then a failure is not yet the middle of a stream
         first = await while_connected(anext(deltas), request.receive)

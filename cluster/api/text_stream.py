@@ -58,7 +58,7 @@ async def stream_text(
             if token_ids:
                 last = time.perf_counter()
                 first = first if num_steps else last
-                num_steps += 1
+                num_steps += output.num_steps
             if output.finish_reason not in (None, STOP, LENGTH):
                 raise RequestFailedError(output.error or f"the request ended with {output.finish_reason}")
             if output.stop_token_id is not None:
@@ -66,6 +66,7 @@ async def stream_text(
             text = detokenizer.feed(token_ids, finished=output.finish_reason is not None)
             if detokenizer.stopped:
                 finish_reason, num_tokens = STOP, detokenizer.num_tokens
+                backend.stopped(request_id)
             elif output.finish_reason is not None:
                 finish_reason, num_tokens = output.finish_reason, num_received
             else:

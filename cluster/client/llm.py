@@ -12,6 +12,7 @@ import torch
 from ...workers.sampling_params import SamplingParams
 from ..api.chat_tokenizer import ChatTokenizer
 from ..config import EngineConfig
+from ..engine.backend import RequestTimeoutError
 from ..engine.drafter import make_drafter
 from ..engine.engine import Engine, check_prompt
 from ..engine.output import ABORT, STOP, EngineStats, RequestStats
@@ -93,7 +94,8 @@ class LLM:
         """Continue each prompt (text, or token ids) and return the results in order.
 
         ``params`` are fields of `SamplingParams`, unless ``sampling`` is given. All prompts are checked before any is
-        run; ``ValueError`` names the field at fault.
+        run; ``ValueError`` names the field at fault. Raises ``RequestTimeoutError`` if one takes longer than
+        ``request_timeout_s``.
         """
         if sampling is not None and params:
             raise ValueError(f"sampling: given together with {', '.join(sorted(params))}; give one or the other")
@@ -132,6 +134,8 @@ class LLM:
             while len(done) < len(live):
                 for output in self._engine.step():
                     state = live[output.request_id]
+                    if output.error is not None:
+                        raise RequestTimeoutError(output.error)
                     state.token_ids += output.token_ids
                     # EOS and stop tokens end the output and are no part of its text
                     text = output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids

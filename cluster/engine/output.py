@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .histogram import HistogramSnapshot
 
 STOP = "stop"
 LENGTH = "length"
 ABORT = "abort"
 ERROR = "error"
+TIMEOUT = "timeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +54,20 @@ class RequestOutput:
     """Index in the output of the first of ``token_ids``: a reader drops what it has and treats a gap as an error."""
     token_ids: list[int]
     finish_reason: str | None = None
-    """stop, length, abort or error once the request has ended."""
+    """stop, length, abort, timeout or error once the request has ended."""
     stop_token_id: int | None = None
     """The EOS or stop token that ended it; it is the last of ``token_ids`` and not part of the text."""
     stats: RequestStats | None = None
     error: str | None = None
+    num_steps: int = 1
+    """Steps whose tokens these are: more than one if its reader lagged."""
+
+    def followed_by(self, later: RequestOutput) -> RequestOutput:
+        """Return this and the request's next output as one; this one's list of tokens goes over to it."""
+        assert later.offset == self.offset + len(self.token_ids), "outputs of a request follow one another"
+        # In place: a reader may lag by thousands of steps
+        self.token_ids.extend(later.token_ids)
+        return replace(later, offset=self.offset, token_ids=self.token_ids, num_steps=self.num_steps + later.num_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +77,14 @@ class EngineStats:
     num_steps: int
     num_failed_steps: int
     num_prompt_tokens: int
+    """Prompt tokens computed, each once: a replay adds nothing."""
     num_generation_tokens: int
     num_requests_finished: dict[str, int]
     """By finish reason."""
+    num_requests_refused: int
+    """Requests refused because the queue was full."""
+    unknown_request_fields: dict[str, int]
+    """Fields of request bodies that no API we know has, by endpoint."""
     num_requests_running: int
     num_requests_waiting: int
     num_preemptions: int
@@ -90,3 +107,5 @@ class EngineStats:
     wire_bytes: int
     step_wall_s: float
     """Time spent in steps."""
+    latencies: dict[str, HistogramSnapshot]
+    """Seconds, by the name of what was measured (`Latencies`)."""

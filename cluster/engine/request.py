@@ -32,6 +32,9 @@ class Request:
     """Blocks of ``blocks`` its rank has been told of in this generation."""
     admitted_s: float | None = None
     first_token_s: float | None = None
+    last_token_s: float | None = None
+    num_prompt_computed: int = 0
+    """Prompt tokens whose KV has been valid at some time."""
     num_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0

@@ -31,6 +31,7 @@ class Scheduler:
         self.pools = list(pools)
         self.running: list[list[Request]] = [[] for _ in pools]
         self.waiting: deque[Request] = deque()
+        self.num_admissions = 0
         self.num_preemptions = 0
         self._released: list[list[int]] = [[] for _ in pools]
         self._max_num_seqs, self._max_rows = max_num_seqs, max_num_batched_tokens
@@ -39,6 +40,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests that hold KV."""
         return sum(map(len, self.running))
+
+    @property
+    def num_open(self) -> int:
+        """Requests that could start besides those that run, right after ``admit``; none while others wait."""
+        return 0 if self.waiting else sum(self._max_num_seqs - len(requests) for requests in self.running)
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -71,6 +77,7 @@ class Scheduler:
             self.pools[rank].grow(request.blocks, len(request.token_ids))
             self.running[rank].append(request)
             admitted.append(request)
+        self.num_admissions += len(admitted)
         return admitted
 
     def _fits(self, request: Request, rank: int) -> bool:

@@ -15,7 +15,8 @@ from ray.exceptions import RayError
 
 from ..config import EngineConfig
 from .app import build_app, on_gpu
-from .resources import COORDINATOR_PREFIX, NAMESPACE, bundles
+from .gang_directory import GangDirectory
+from .resources import bundles
 
 _POLL_S = 0.2
 _VALUE_ERROR = re.compile(r"^\S*ValueError\S*: (?P<message>[a-z_\[\]0-9.]+: .*)$", re.MULTILINE)
@@ -110,16 +111,13 @@ def _check_resources(config: EngineConfig) -> None:
 
 def _loading(app_name: str, num_ranks: int) -> tuple[str, int, int]:
     """Ask the coordinator, once it exists, how many ranks have loaded."""
-    prefix = f"{COORDINATOR_PREFIX}{app_name}:"
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix):
-            try:
-                handle = ray.get_actor(actor["name"], namespace=NAMESPACE)
-                progress: Any = ray.get(handle.progress.remote(), timeout=5)
-            except (ValueError, RayError):  # just gone, or busy: the next poll tells
-                break
-            done, total = progress
-            return ("loading experts" if done < total else "starting the ingress"), done, total
+    for coordinator in GangDirectory(app_name).coordinators().values():
+        try:
+            progress: Any = ray.get(coordinator.progress.remote(), timeout=5)
+        except RayError:  # just gone, or busy: the next poll tells
+            break
+        done, total = progress
+        return ("loading experts" if done < total else "starting the ingress"), done, total
     return "starting workers", 0, num_ranks
 
 
