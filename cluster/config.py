@@ -52,8 +52,10 @@ class EngineConfig:
     """Most rows in one step, per rank; longer prompts are computed in chunks."""
     block_size: int = _bounded(16, low=1, high=1024)
     """Tokens per KV block."""
-    kv_cache_bytes: int = _bounded(256 << 20, low=1)
-    """Bytes of the KV pool, per rank."""
+    kv_cache_bytes: int | None = _bounded(None, low=1)
+    """Bytes of the KV pool, per rank; when absent 256 MiB on a CPU, on a GPU what `gpu_memory_utilization` leaves."""
+    gpu_memory_utilization: float = _bounded(0.9, low=0.01, high=1.0)
+    """Share of each GPU's memory for weights, activations and KV together; without effect beside `kv_cache_bytes`."""
     drafter: str = _bounded("ngram")
     """Where drafts come from, by name (`ngram`: prompt lookup)."""
     draft_len: int = _bounded(3, low=0, high=64)
