@@ -105,6 +105,12 @@ async def _stream(client: openai.AsyncOpenAI, i: int) -> tuple[str, dict]:
 
 def test_the_demo_shows_a_sample_and_its_statistics(server):
     log = server.log.read_text()
+    assert "Qwen3MoeForCausalLM, float32, max_model_len 2048; 32 experts, 4 per token, in 4 of 4 layers" in log
+    assert re.search(
+        r"ranks 0-1, each: 16 experts a layer, [\d.]+ MB; all else [\d.]+ MB; KV (\d+) blocks x 16 = \d+ tokens, "
+        r"[\d.]+ MB; loaded in [\d.]+ s",
+        log,
+    )
     assert re.search(r"Answer: \d+", log)
     assert re.search(
         r"\d+ tokens, \d+ tokens/s; \d+ of \d+ draft tokens accepted in \d+ steps; "

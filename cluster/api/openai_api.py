@@ -35,6 +35,8 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 MAX_BODY_BYTES = 32 << 20
 """Longer request bodies are refused unread."""
+_INLINE_BYTES = 1 << 16
+"""Bodies up to this long are parsed on the event loop."""
 _INLINE_CHARS = 4096
 """Prompts up to this long are tokenized on the event loop: a thread costs more."""
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -164,7 +166,9 @@ async def _read(request: Request, model: type[RequestT]) -> RequestT:
         if len(body) > MAX_BODY_BYTES:
             raise ApiError(413, f"body: longer than {MAX_BODY_BYTES} bytes", param="body", code="body_too_large")
     try:
-        return model.model_validate_json(bytes(body))
+        if len(body) <= _INLINE_BYTES:
+            return model.model_validate_json(bytes(body))
+        return await anyio.to_thread.run_sync(model.model_validate_json, bytes(body))
     except ValidationError as error:
         raise ApiError.from_validation(error) from error
 

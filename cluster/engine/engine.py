@@ -247,7 +247,7 @@ class Engine:
 
     def _finish(self, request: Request, reason: str) -> None:
         self.scheduler.remove(request)
-        self.counters.finished(request, reason)
+        self.counters.finished(request, reason, self.clock())
         self._drafters.pop(request.key, None)
         self.controller.forget(request)
         del self._requests[request.request_id], self._by_key[request.key]

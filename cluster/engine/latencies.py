@@ -35,13 +35,13 @@ class Latencies:
         self.time_to_first_token.observe(now - request.arrival_s)
         self.request_prefill_time.observe(now - request.admitted_s)
 
-    def finished(self, request: Request) -> None:
-        """Count a request that has got all it wanted."""
-        assert request.first_token_s is not None
-        assert request.last_token_s is not None
+    def finished(self, request: Request, now: float) -> None:
+        """Count a request that has got all it wanted, which may be no token at all."""
+        self.e2e_request_latency.observe(now - request.arrival_s)
+        if request.first_token_s is None or request.last_token_s is None:
+            return
         decode_s = request.last_token_s - request.first_token_s
         self.request_decode_time.observe(decode_s)
-        self.e2e_request_latency.observe(request.last_token_s - request.arrival_s)
         if request.num_output_tokens > 1:
             self.time_per_output_token.observe(decode_s / (request.num_output_tokens - 1))
 

@@ -68,11 +68,11 @@ class Counters:
         self.num_prompt_tokens += max(0, computed - request.num_prompt_computed)
         request.num_prompt_computed = max(computed, request.num_prompt_computed)
 
-    def finished(self, request: Request, reason: str) -> None:
+    def finished(self, request: Request, reason: str, now: float) -> None:
         """Count one request that ended."""
         self.num_finished[reason] += 1
         if reason in (STOP, LENGTH):
-            self.latencies.finished(request)
+            self.latencies.finished(request, now)
 
     def snapshot(self, scheduler: Scheduler) -> EngineStats:
         """Return the totals beside the scheduler's present state."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ from ..engine.mailbox import Mailbox
 from ..engine.output import ABORT, EngineStats, RequestOutput
 from ..transport.remote_ranks import RemoteRanks
 from ..transport.step_plane import LOOPBACK
+from .load_summary import load_summary
 
+logger = logging.getLogger(__name__)
 RENEW_S = 2.0
 LEASE_S = 10.0
 
@@ -31,6 +34,9 @@ class Coordinator:
     """
 
     def __init__(self, config: EngineConfig, workers: Sequence[Any], nodes: Sequence[str]) -> None:
+        # The process is the actor's own: its log has what we say, and the warnings of others
+        logging.basicConfig()
+        logging.getLogger(__name__.split(".")[0]).setLevel(logging.INFO)
         self._config, self._workers = config, list(workers)
         host = ray.util.get_node_ip_address()
         if set(nodes) == {host}:  # one machine: nothing need be heard outside it
@@ -50,6 +56,7 @@ class Coordinator:
             worker.run.remote(settings) for worker, settings in zip(self._workers, self._ranks.settings, strict=True)
         ]
         await asyncio.to_thread(self._ranks.wait_loaded, self._loaded.append)
+        logger.info("loaded\n%s", load_summary(self._ranks.infos, self._config.block_size))
         self._thread = EngineThread(Engine(self._config, self._ranks), self._deliver)
         self._leases = asyncio.create_task(self._end_leases())
 

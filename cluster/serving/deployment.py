@@ -6,24 +6,23 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 
+from ...workers.model_info import RankInfo
 from ..config import EngineConfig
+from ..engine.backend import EngineDeadError
 from .app import build_app, on_gpu
+from .deployment_error import DeploymentFailedError
 from .gang_directory import GangDirectory
 from .resources import bundles
 
 _POLL_S = 0.2
 _VALUE_ERROR = re.compile(r"^\S*ValueError\S*: (?P<message>[a-z_\[\]0-9.]+: .*)$", re.MULTILINE)
-
-
-class DeploymentFailedError(RuntimeError):
-    """The application did not come up; the message says why."""
 
 
 @contextmanager
@@ -89,6 +88,14 @@ def application_status(app_name: str = "default") -> str:
     """Return what Serve says of the application, such as RUNNING or UNHEALTHY."""
     found = serve.status().applications.get(app_name)
     return "not there" if found is None else str(found.status.value)
+
+
+def loaded_ranks(app_name: str = "default") -> list[RankInfo]:
+    """Return what the ranks of a gang of the application loaded; nothing if it has just gone."""
+    for coordinator in GangDirectory(app_name).coordinators().values():
+        with suppress(RayError, EngineDeadError):
+            return ray.get(coordinator.ranks.remote(), timeout=5)
+    return []
 
 
 def undeploy(app_name: str = "default") -> None:
