@@ -44,10 +44,14 @@ with LocalRay(replace(config, expert_parallel_size=4)) as local:  # CPUs for two
 
     with ThreadPoolExecutor(8) as pool:
         tokens = sum(pool.map(generate, range(num_requests)))
+    from penstock.cluster.serving.gang_directory import GangDirectory
+
+    gangs = GangDirectory("default").coordinators().values()
+    # The ingresses may have attached to the same gang; this makes the other one count too
+    ray.get([gang.count_unknown_fields.remote("/v1/completions", 3) for gang in gangs])
     readings = [handle.stats.remote().result() for _ in range(12)]
     running = {name: d.replica_states for name, d in serve.status().applications["default"].deployments.items()}
-    from penstock.cluster.serving.gang_directory import GangDirectory
-    own = [ray.get(gang.stats.remote()).num_generation_tokens for gang in GangDirectory("default").coordinators().values()]
+    own = [stats.num_generation_tokens for stats in ray.get([gang.stats.remote() for gang in gangs])]
     serve.shutdown()
 print(json.dumps({"tokens": tokens, "readings": readings, "running": running, "own": own}))
 """
@@ -65,6 +69,7 @@ def test_metrics_do_not_depend_on_the_replica_that_is_asked() -> None:
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.strip().splitlines()[-1])
     assert said["running"] == {"Gang": {"RUNNING": 2}, "Ingress": {"RUNNING": 2}}
+    assert len(said["own"]) == 2
     first = said["readings"][0]
     assert all(reading == first for reading in said["readings"])
     assert said["tokens"] == 7 * NUM_REQUESTS == sum(said["own"])
@@ -72,4 +77,5 @@ def test_metrics_do_not_depend_on_the_replica_that_is_asked() -> None:
     assert first["penstock:prompt_tokens_total"] == 3 * NUM_REQUESTS
     assert first['penstock:request_success_total{finished_reason="length"}'] == NUM_REQUESTS
     assert first["penstock:time_to_first_token_seconds_count"] == NUM_REQUESTS
+    assert first['penstock:unknown_request_fields_total{endpoint="/v1/completions"}'] == 2 * 3
     assert first["penstock:num_requests_running"] == 0
