@@ -37,10 +37,16 @@ class AttentionGroup:
     """[R, S]"""
     visible: torch.Tensor
     """[R, 1, N, S] bool: what each query may attend to without a sliding window."""
+    is_whole: bool
+    """The [R, N] queries are the step's rows in order, none padded."""
+    sees_all: bool
+    """Every query may attend to all S slots, as one row of one request may."""
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> torch.Tensor:
-        """Return the visibility under a sliding window of ``window`` tokens; layers share it."""
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """Return the visibility under a sliding window of ``window`` tokens, None for all; layers share it."""
+        if self.sees_all and (window is None or self.visible.shape[-1] <= window):
+            return None
         if window not in self.masks:
             if window is None:
                 self.masks[window] = self.visible
@@ -64,9 +70,18 @@ class PackedRows:
     """[T] KV slot of each row."""
     gather_slots: torch.Tensor
     """[sum of R x S] KV slots that the groups read, in group order."""
+    gather_span: slice | None
+    """The same slots where they follow one another, and so need not be copied."""
     groups: list[AttentionGroup]
     sampled_rows: torch.Tensor
     """[sum over requests of N - first_sampled_row] packed rows that yield a token."""
+    scored_rows: torch.Tensor
+    """[sum of targets] packed rows whose targets' log-probabilities are wanted."""
+
+    @property
+    def logit_rows(self) -> torch.Tensor:
+        """Rows that need logits: the sampled ones, then the scored ones."""
+        return torch.cat([self.sampled_rows, self.scored_rows]) if len(self.scored_rows) else self.sampled_rows
 
     def to(self, device: torch.device) -> PackedRows:
         """Return the same layout on ``device``."""
@@ -122,6 +137,7 @@ def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch
         return _padding_row(scratch_slot)
     token_ids: list[int] = []
     sampled: list[int] = []
+    scored: list[int] = []
     positions: list[np.ndarray] = []
     slots: list[np.ndarray] = []
     starts: list[int] = []
@@ -130,6 +146,7 @@ def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch
         starts.append(start)
         token_ids += request.token_ids
         sampled += range(start + request.first_sampled_row, start + n)
+        scored += range(start, start + len(request.targets))
         positions.append(request.committed_len - 1 + np.asarray(depths(request.parents)))
         slots.append(context_slots(tables[request.request_id], block_size, request.committed_len + n))
     wide = [i for i, request in enumerate(plan.requests) if len(request.token_ids) > WIDE_ROWS]
@@ -137,19 +154,29 @@ def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch
     gathered: list[np.ndarray] = []
     groups = [
         _group([plan.requests[i] for i in members], [starts[i] for i in members], [positions[i] for i in members],
-               [slots[i] for i in members], gathered)
+               [slots[i] for i in members], gathered, len(token_ids))
         for members in ([narrow] if narrow else []) + [[i] for i in wide]
     ]  # fmt: skip
+    slots_read = np.concatenate(gathered)
     write = [s[request.committed_len :] for s, request in zip(slots, plan.requests, strict=True)]
     return PackedRows(
         token_ids=torch.tensor(token_ids),
         positions=torch.from_numpy(np.concatenate(positions)),
         valid=None,
         write_slots=torch.from_numpy(np.concatenate(write)),
-        gather_slots=torch.from_numpy(np.concatenate(gathered)),
+        gather_slots=torch.from_numpy(slots_read),
+        gather_span=_span(slots_read),
         groups=groups,
         sampled_rows=torch.tensor(sampled, dtype=torch.int64),
+        scored_rows=torch.tensor(scored, dtype=torch.int64),
     )
+
+
+def _span(slots: np.ndarray) -> slice | None:
+    """Return ``slots`` as a slice if each follows the one before."""
+    first, last = int(slots[0]), int(slots[-1])
+    is_span = last - first + 1 == len(slots) and bool((np.diff(slots) == 1).all())
+    return slice(first, last + 1) if is_span else None
 
 
 def _group(
@@ -158,6 +185,7 @@ def _group(
     positions: list[np.ndarray],
     slots: list[np.ndarray],
     gathered: list[np.ndarray],
+    num_rows_of_step: int,
 ) -> AttentionGroup:
     r, n, s = len(requests), max(len(p) for p in positions), max(len(x) for x in slots)
     rows = np.zeros((r, n), dtype=np.int64)
@@ -190,6 +218,8 @@ def _group(
         query_positions=torch.from_numpy(query_positions),
         key_positions=torch.from_numpy(key_positions),
         visible=torch.from_numpy(visible)[:, None],
+        is_whole=r * n == sum(map(len, positions)) == num_rows_of_step,
+        sees_all=bool(visible.all()),
     )
 
 
@@ -203,6 +233,8 @@ def _padding_row(scratch_slot: int) -> PackedRows:
         query_positions=zero[None],
         key_positions=zero[None],
         visible=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        is_whole=True,
+        sees_all=True,
     )
     return PackedRows(
         token_ids=zero,
@@ -210,6 +242,8 @@ def _padding_row(scratch_slot: int) -> PackedRows:
         valid=torch.zeros(1, dtype=torch.bool),
         write_slots=zero + scratch_slot,
         gather_slots=zero + scratch_slot,
+        gather_span=slice(scratch_slot, scratch_slot + 1),
         groups=[group],
         sampled_rows=torch.zeros(0, dtype=torch.int64),
+        scored_rows=torch.zeros(0, dtype=torch.int64),
     )

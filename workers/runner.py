@@ -14,13 +14,17 @@ import torch.distributed as dist
 from ..router.placement import Placement, contiguous
 from ..router.topk import RouterSeam
 from . import attention
+from .adjustments import Texts, adjust
+from .architectures import UNSTEERABLE
 from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
 from .expert_parallel import ExpertParallel
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
 from .loader import inspect, load, resolve_dtype
+from .logprobs import target_logprobs, token_logprobs
 from .model_info import ModelInfo, RankInfo
-from .plan import RankPlan, RankResult, RequestPlan
+from .packed_weights import pack_dense, packs_weights
+from .plan import Logprobs, RankPlan, RankResult, RequestPlan
 from .rows import PackedRows, pack
 from .sampler import accept, sample
 from .sampling_params import TokenSampling
@@ -54,22 +58,29 @@ class ModelRunner:
         text_config = config.get_text_config()
         self.dtype = resolve_dtype(config, dtype)
         num_experts = _num_experts(text_config)
-        self.top_k = int(text_config.num_experts_per_tok)
+        self.top_k = _num_experts_per_tok(text_config)
         self.placement: Placement = contiguous(num_experts, num_ranks)
         limit = int(text_config.max_position_embeddings)
         if max_model_len is not None and max_model_len > limit:
             raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
         loaded = load(directory, config, self.dtype, self.device, self.placement, rank)
         self.model = loaded.model
+        all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
         self.hidden_size = int(text_config.hidden_size)
         self.log = CollectiveLog()
+        packed = packs_weights(self.dtype, self.device)
+        if packed:
+            pack_dense(self.model, loaded.expert_modules)
+        self.activation_dtype = torch.float32 if packed else self.dtype
         self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
-        self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers]
+        steerable = config.model_type not in UNSTEERABLE
+        self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
         pool_bytes = self._pool_bytes(kv_cache_bytes, gpu_memory_utilization, max_num_batched_tokens)
         self.cache.allocate(pool_bytes, self.device)
+        self.texts = Texts()
         self.generation = -1
         self.max_model_len = max_model_len or limit
         # One block is scratch for padding rows
@@ -83,8 +94,7 @@ class ModelRunner:
                 f"{field}: {pool_bytes} bytes of KV hold {fits} tokens; max_model_len {self.max_model_len} needs "
                 f"at least {needed}"
             )
-        expert_bytes = sum(p.nbytes for module in loaded.expert_modules for p in module.parameters())
-        all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
+        expert_bytes = sum(shard.num_bytes for shard in self.experts.shards)
         self.info = RankInfo(
             rank=rank,
             model=ModelInfo(
@@ -99,6 +109,7 @@ class ModelRunner:
                 num_experts_per_tok=self.top_k,
                 max_model_len=self.max_model_len,
                 eos_token_ids=_eos_token_ids(directory, text_config),
+                steerable=steerable,
             ),
             num_local_experts=len(self.placement.experts_of(rank)),
             expert_bytes=expert_bytes,
@@ -113,7 +124,7 @@ class ModelRunner:
     def connect(self, group: dist.ProcessGroup | None) -> None:
         """Dispatch over ``group`` (the default group when None) from the next step on."""
         assert self.num_ranks > 1, "one rank needs no process group"
-        hidden_bytes = self.hidden_size * torch.empty((), dtype=self.dtype).element_size()
+        hidden_bytes = self.hidden_size * self.activation_dtype.itemsize
         self.experts.dispatcher = AllToAllDispatcher(
             self.placement, self.rank, group, self.log, self.device, hidden_bytes, self.top_k
         )
@@ -126,17 +137,22 @@ class ModelRunner:
         rows = pack(plan, self.cache.tables, self.cache.block_size, self.cache.scratch_slot)
         self.log.reset()
         logits = self._forward(rows)
-        samplings = []
-        for request in plan.requests:
-            samplings += [request.sampling] * (len(request.token_ids) - request.first_sampled_row)
+        num_sampled = len(rows.sampled_rows)
+        samplings = [request.sampling for request in plan.requests for _ in range(request.num_sampled_rows)]
         positions = (rows.positions[rows.sampled_rows] + 1).tolist()
-        sampled = sample(logits, samplings, positions)
+        sampled = sample(adjust(logits[:num_sampled], plan.requests, positions, self.texts), samplings, positions)
         token_ids, start = [], 0
+        logprobs: dict[int, Logprobs] = {}
         for request in plan.requests:
-            stop = start + len(request.token_ids) - request.first_sampled_row
+            stop = start + request.num_sampled_rows
             tokens, path = accept(request, sampled[start:stop])
             self.cache.compact(request.request_id, request.committed_len, path)
             token_ids.append(tokens)
+            if tokens and request.sampling.logprobs is not None:
+                emitted = torch.tensor(path[request.first_sampled_row :]) - request.first_sampled_row
+                logprobs[request.request_id] = token_logprobs(
+                    logits[start:stop][emitted.to(self.device)], tokens, request.sampling.logprobs
+                )
             start = stop
         return RankResult(
             generation=plan.generation,
@@ -146,10 +162,13 @@ class ModelRunner:
             counts=self.experts.counts,
             num_collectives=self.log.num_collectives,
             collectives_crc=self.log.crc,
+            logprobs=logprobs,
+            prompt_logprobs=target_logprobs(plan.requests, logits[num_sampled:]),
             thread_time_s=time.thread_time() - started,
         )
 
     def _apply_tables(self, plan: RankPlan) -> None:
+        self.texts.update(plan, new_generation=plan.generation != self.generation)
         if plan.generation != self.generation:
             self.cache.tables.clear()
             self.generation = plan.generation
@@ -159,10 +178,11 @@ class ModelRunner:
             self.cache.set_blocks(request.request_id, request.first_block, request.new_blocks)
 
     def _forward(self, rows: PackedRows) -> torch.Tensor:
-        """Return logits [S, V] of the sampled rows; of one padding row when none is sampled."""
+        """Return logits [S, V] of the sampled rows and, behind them, of the scored ones."""
         self.cache.rows = rows = rows.to(self.device)
         self.experts.begin(rows.valid)
-        keep = rows.sampled_rows if len(rows.sampled_rows) else torch.zeros_like(rows.token_ids[:1])
+        wanted = rows.logit_rows
+        keep = wanted if len(wanted) else torch.zeros_like(rows.token_ids[:1])
         output = self.model(
             input_ids=rows.token_ids[None],
             position_ids=rows.positions[None],
@@ -170,7 +190,7 @@ class ModelRunner:
             use_cache=True,
             logits_to_keep=keep,
         )
-        return output.logits[0][: len(rows.sampled_rows)]
+        return output.logits[0][: len(wanted)]
 
     @torch.inference_mode()
     def _probe(self) -> None:
@@ -178,7 +198,12 @@ class ModelRunner:
         for router in self.routers:
             router.audit = True
         plan = RankPlan(generation=-1, step_id=-1, row_bucket=1)
-        self._forward(pack(plan, {}, self.cache.block_size, 0))
+        try:
+            self._forward(pack(plan, {}, self.cache.block_size, 0))
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            if str(error).startswith("model: "):
+                raise
+            raise ValueError(f"model: {type(self.model).__name__} does not run over a paged cache: {error}") from error
         for router in self.routers:
             router.audit = False
 
@@ -230,11 +255,19 @@ def _resolve_device(device: str, rank: int) -> torch.device:
 
 
 def _num_experts(config: object) -> int:
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         value = getattr(config, name, None)
         if value:
             return int(value)
     raise ValueError("model: config.json names no number of experts")
+
+
+def _num_experts_per_tok(config: object) -> int:
+    for name in ("num_experts_per_tok", "moe_topk", "top_k_experts"):
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    raise ValueError("model: config.json names no number of experts per token")
 
 
 def _eos_token_ids(directory: Path, config: object) -> tuple[int, ...]:

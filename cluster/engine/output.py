@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...workers.plan import Logprobs
 from .histogram import HistogramSnapshot
 
 STOP = "stop"
@@ -59,15 +60,28 @@ class RequestOutput:
     """The EOS or stop token that ended it; it is the last of ``token_ids`` and not part of the text."""
     stats: RequestStats | None = None
     error: str | None = None
+    logprobs: Logprobs | None = None
+    """Of ``token_ids``, if the request asks for them."""
+    prompt_logprobs: Logprobs | None = None
+    """Of the prompt's tokens from the second on: with the first output, if the request asks for them."""
     num_steps: int = 1
     """Steps whose tokens these are: more than one if its reader lagged."""
 
     def followed_by(self, later: RequestOutput) -> RequestOutput:
-        """Return this and the request's next output as one; this one's list of tokens goes over to it."""
+        """Return this and the request's next output as one; this one's lists go over to it."""
         assert later.offset == self.offset + len(self.token_ids), "outputs of a request follow one another"
         # In place: a reader may lag by thousands of steps
         self.token_ids.extend(later.token_ids)
-        return replace(later, offset=self.offset, token_ids=self.token_ids, num_steps=self.num_steps + later.num_steps)
+        if self.logprobs is not None and later.logprobs is not None:
+            self.logprobs.extend(later.logprobs)
+        return replace(
+            later,
+            offset=self.offset,
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            num_steps=self.num_steps + later.num_steps,
+        )
 
 
 @dataclass(frozen=True, slots=True)

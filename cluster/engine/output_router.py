@@ -92,10 +92,12 @@ def _deliver(reader: _Reader, output: RequestOutput) -> None:
         lost = f"output tokens {reader.num_received} to {output.offset - 1} were lost"
         _fail(reader, lost)
         return
-    fresh = output.token_ids[reader.num_received - output.offset :]
+    known = reader.num_received - output.offset
+    fresh = output.token_ids[known:]
     if not fresh and output.finish_reason is None:
         return
-    reader.mailbox.put([replace(output, offset=reader.num_received, token_ids=fresh)])
+    logprobs = output.logprobs.cut(known) if output.logprobs is not None else None
+    reader.mailbox.put([replace(output, offset=reader.num_received, token_ids=fresh, logprobs=logprobs)])
     reader.num_received += len(fresh)
 
 

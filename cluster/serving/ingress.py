@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...workers.sampling_params import SamplingParams
 from ..api.chat_tokenizer import ChatTokenizer
-from ..api.openai_api import ServingState, create_app
+from ..api.openai_api import create_app
 from ..api.protocol import DEFAULT_MAX_TOKENS
+from ..api.serving_state import ServingState
 from ..api.text_stream import TextDelta, stream_text
 from ..client.client import Prompt
 from ..config import EngineConfig
@@ -25,18 +26,19 @@ if TYPE_CHECKING:
 # Serve asks for the application by calling a function without arguments, after the replica's constructor; a replica
 # has its process to itself, so the constructor leaves its state here.
 _state: ServingState | None = None
+_api_key: str | None = None
 
 
 def build_asgi_app() -> FastAPI:
     """Return this replica's application."""
-    return create_app(_state)
+    return create_app(_state, api_key=_api_key)
 
 
 class Ingress:
     """Serves HTTP through ``build_asgi_app`` and Python callers through ``stream``."""
 
     async def __init__(self, gang: Any, config: EngineConfig) -> None:  # type: ignore[misc]
-        global _state
+        global _state, _api_key
         from ray import serve
 
         tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
@@ -45,7 +47,8 @@ class Ingress:
             lambda: gang.coordinator.remote(), lambda: asyncio.to_thread(directory.coordinators)
         )
         await self._backend.attached()
-        self._state = _state = await ServingState.create(self._backend, tokenizer, config.model_name)
+        _api_key = config.api_key
+        self._state = _state = await ServingState.create(self._backend, tokenizer, config.model_names, config.model)
 
     async def stream(self, prompt: Prompt, params: dict[str, Any]) -> AsyncGenerator[TextDelta, None]:
         """Generate one output piece by piece; ``params`` are fields of `SamplingParams`.
@@ -77,7 +80,7 @@ class Ingress:
 
     async def models(self) -> list[str]:
         """Return the names of the models served."""
-        return [self._state.model_name]
+        return list(self._state.model_names)
 
     async def check_health(self) -> None:
         """Called by Serve: an ingress without a gang is well, and waits for one."""
