@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.output import LENGTH, RequestOutput
 from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
 from penstock.cluster.transport.process_ranks import ProcessRanks
-from penstock.workers.plan import StepFailedError, StepPlan, StepResult
+from penstock.workers.plan import Logprobs, StepFailedError, StepPlan, StepResult
 from penstock.workers.sampling_params import SamplingParams
 
 from .scripted_ranks import VOCAB, ScriptedRanks, continuation
@@ -195,3 +196,40 @@ def test_replayed_requests_get_the_tokens_of_transformers_on_two_ranks(
     assert num_preemptions > 0
     expected = [reference(directory, prompt, NUM_TOKENS, ignore_eos=True) for prompt in PROMPTS] * 2
     assert [readers[str(index)] for index in range(2 * len(PROMPTS))] == expected
+
+
+def test_penalties_and_log_probabilities_survive_a_replay(checkpoint: Callable[[str], Path]) -> None:
+    directory = checkpoint("qwen3_moe")
+    sampling = SamplingParams(
+        temperature=0.9, seed=5, max_tokens=NUM_TOKENS, ignore_eos=True, repetition_penalty=1.3, frequency_penalty=0.4,
+        logprobs=2, prompt_logprobs=1,
+    )  # fmt: skip
+
+    def serve(kv_cache_bytes: int) -> tuple[list[RequestOutput], int]:
+        config = replace(_config(directory, draft_len=2), kv_cache_bytes=kv_cache_bytes)
+        engine = Engine(config, LocalRanks(make_runner(config, 0)))
+        for index, prompt in enumerate(PROMPTS):
+            engine.add_request(str(index), prompt, sampling)
+        merged: dict[str, RequestOutput] = {}
+        while engine.has_requests:
+            for output in engine.step():
+                earlier = merged.get(output.request_id)
+                merged[output.request_id] = output if earlier is None else earlier.followed_by(output)
+        return [merged[str(index)] for index in range(len(PROMPTS))], engine.stats().num_preemptions
+
+    (roomy, none), (tight, some) = serve(1 << 20), serve(25 * 1024)
+    assert (none, some > 0) == (0, True)
+    for prompt, one, other in zip(PROMPTS, roomy, tight, strict=True):
+        assert one.token_ids == other.token_ids
+        _assert_alike(one.logprobs, other.logprobs, NUM_TOKENS)
+        if len(prompt) > 1:
+            _assert_alike(one.prompt_logprobs, other.prompt_logprobs, len(prompt) - 1)
+
+
+def _assert_alike(one: Logprobs | None, other: Logprobs | None, length: int) -> None:
+    assert one is not None
+    assert other is not None
+    assert len(one) == len(other) == length
+    assert one.token_ids == other.token_ids
+    for mine, theirs in zip(one.values, other.values, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
