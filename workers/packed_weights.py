@@ -56,15 +56,18 @@ class PackedLinear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(rows, self._packed)
 
 
-def pack_dense(model: nn.Module, expert_modules: Collection[nn.Module]) -> None:
+def pack_dense(model: nn.Module, expert_modules: Collection[nn.Module], routers: Collection[nn.Module]) -> None:
     """Rearrange all of ``model`` but the weights of ``expert_modules``; it then computes in float32.
 
-    Embeddings stay as they are, since a step reads few of their rows.
+    Embeddings stay as they are, since a step reads few of their rows. ``routers`` are only widened: they are small, and
+    their code reads their weights in ways of its own.
     """
-    for module in list(model.modules()):
+    kept = {part for module in (*expert_modules, *routers) for part in module.modules()}
+    for module in [module for module in model.modules() if module not in kept]:
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and child.weight.numel() >= _SMALLEST_PACKED and child not in kept:
                 setattr(module, name, PackedLinear(child.weight, child.bias))
+    for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(_widen)
         elif module not in expert_modules:

@@ -70,7 +70,7 @@ class ModelRunner:
         self.log = CollectiveLog()
         packed = packs_weights(self.dtype, self.device)
         if packed:
-            pack_dense(self.model, loaded.expert_modules)
+            pack_dense(self.model, loaded.expert_modules, loaded.routers)
         self.activation_dtype = torch.float32 if packed else self.dtype
         self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
         steerable = config.model_type not in UNSTEERABLE
