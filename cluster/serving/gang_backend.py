@@ -20,6 +20,8 @@ from .coordinator import RENEW_S
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 0.5
+_MAX_BATCHES = 64
+"""Batches on their way at most: while this process lags further, the coordinator merges steps instead."""
 _STATS_S = 5.0
 """Longest wait for a gang's totals: one that hangs must not hide the others'."""
 
@@ -94,7 +96,10 @@ class GangBackend:
                 coordinator = await self._find()
                 # A new name each time: the coordinator may still be forgetting the last one
                 self._reader_id = uuid.uuid4().hex
-                async for batch in coordinator.attach.options(num_returns="streaming").remote(self._reader_id):
+                attach = coordinator.attach.options(
+                    num_returns="streaming", _generator_backpressure_num_objects=_MAX_BATCHES
+                )
+                async for batch in attach.remote(self._reader_id):
                     outputs = await batch
                     if not self._attached.is_set():
                         self._coordinator = coordinator
