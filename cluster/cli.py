@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from dataclasses import MISSING, asdict, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -10,8 +11,10 @@ from typing import Annotated, Any, get_type_hints
 from cyclopts import App, Parameter
 from docstring_parser import parse_from_object
 from rich.console import Console
+from rich.markup import escape
 
 from .config import EngineConfig
+from .serving.deployment_error import DeploymentFailedError
 from .serving.interrupts import interruptible
 
 app = App(name="penstock", help="Serve Mixture-of-Experts language models, expert-parallel and speculative.")
@@ -120,12 +123,17 @@ def inflate(source: Path, target: Path, /, *, factor: int) -> None:
 
 
 def main() -> None:
-    """Run the command; users' mistakes end with one line and exit code 2."""
+    """Run the command; users' mistakes end with one line and exit code 2, a failed deployment with 1."""
     interruptible()
     try:
         app()
     except ValueError as error:
         errors.print(f"[bold red]error:[/] {error}", markup=True)
         sys.exit(2)
+    except DeploymentFailedError as error:
+        with tempfile.NamedTemporaryFile("w", prefix="penstock-", suffix=".log", delete=False) as log:
+            log.write(f"{error}\n")
+        errors.print(f"[bold red]error:[/] {escape(error.reason)} (in full: {log.name})")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -18,6 +18,7 @@ from ..api.text_stream import TextDelta, stream_text
 from ..client.client import Prompt
 from ..config import EngineConfig
 from .gang_backend import GangBackend
+from .gang_directory import GangDirectory
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -38,8 +39,13 @@ class Ingress:
 
     async def __init__(self, gang: Any, config: EngineConfig) -> None:  # type: ignore[misc]
         global _state, _api_key
+        from ray import serve
+
         tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
-        self._backend = GangBackend(lambda: gang.coordinator.remote())
+        directory = GangDirectory(serve.get_replica_context().app_name)
+        self._backend = GangBackend(
+            lambda: gang.coordinator.remote(), lambda: asyncio.to_thread(directory.coordinators)
+        )
         await self._backend.attached()
         _api_key = config.api_key
         self._state = _state = await ServingState.create(self._backend, tokenizer, config.model_names, config.model)
@@ -47,7 +53,7 @@ class Ingress:
     async def stream(self, prompt: Prompt, params: dict[str, Any]) -> AsyncGenerator[TextDelta, None]:
         """Generate one output piece by piece; ``params`` are fields of `SamplingParams`.
 
-        Raises ``ValueError`` naming the field, ``EngineDeadError``.
+        Raises ``ValueError`` naming the field, ``EngineDeadError``, ``QueueFullError``, ``RequestTimeoutError``.
         """
         tokenizer = self._state.tokenizer
         sampling = SamplingParams.from_kwargs(**params)
@@ -67,7 +73,7 @@ class Ingress:
                 yield delta
 
     async def stats(self) -> dict[str, float]:
-        """Return the engine's metrics by name."""
+        """Return the engines' metrics by name, all gangs together."""
         from ..api.metrics import engine_samples
 
         return engine_samples(await self._backend.stats())
