@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ...workers.sampling_params import SamplingParams
 from ..api.chat_tokenizer import ChatTokenizer
 from ..api.openai_api import ServingState, create_app
-from ..api.protocol import DEFAULT_MAX_TOKENS
-from ..api.text_stream import TextDelta, stream_text
+from ..api.text_stream import TextDelta
 from ..client.client import Prompt
+from ..client.prompt_stream import stream_prompt
 from ..config import EngineConfig
 from .gang_backend import GangBackend
 
@@ -46,19 +42,8 @@ class Ingress:
 
         Raises ``ValueError`` naming the field, ``EngineDeadError``.
         """
-        tokenizer = self._state.tokenizer
-        sampling = SamplingParams.from_kwargs(**params)
-        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        if is_chat:
-            token_ids = await asyncio.to_thread(tokenizer.encode_chat, prompt)  # type: ignore[arg-type]
-        elif isinstance(prompt, str):
-            token_ids = await asyncio.to_thread(tokenizer.encode, prompt)
-        else:
-            token_ids = list(prompt)  # type: ignore[arg-type]
-        if sampling.max_tokens is None and not is_chat:
-            room = max(1, self._state.max_model_len - len(token_ids))
-            sampling = replace(sampling, max_tokens=min(DEFAULT_MAX_TOKENS, room))
-        deltas = stream_text(self._backend, tokenizer, f"handle-{uuid.uuid4().hex}", token_ids, sampling)
+        state = self._state
+        deltas = stream_prompt(self._backend, state.tokenizer, state.max_model_len, prompt, params)
         async with aclosing(deltas):
             async for delta in deltas:
                 yield delta
