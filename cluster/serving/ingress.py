@@ -13,6 +13,7 @@ from ..client.client import Prompt
 from ..client.prompt_stream import stream_prompt
 from ..config import EngineConfig
 from .gang_backend import GangBackend
+from .http_server import Address, listen
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -28,14 +29,21 @@ def build_asgi_app() -> FastAPI:
 
 
 class Ingress:
-    """Serves HTTP through ``build_asgi_app`` and Python callers through ``stream``."""
+    """Serves HTTP and, through ``stream``, Python callers.
 
-    async def __init__(self, gang: Any, config: EngineConfig) -> None:  # type: ignore[misc]
+    With an ``address`` it listens there itself; Serve's own proxy, where there is one, gets to ``build_asgi_app``.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self, gang: Any, config: EngineConfig, address: Address | None = None
+    ) -> None:
         global _state
         tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
         self._backend = GangBackend(lambda: gang.coordinator.remote())
         await self._backend.attached()
         self._state = _state = await ServingState.create(self._backend, tokenizer, config.model_name)
+        if address is not None:
+            self._http = await listen(create_app(self._state), address)
 
     async def stream(self, prompt: Prompt, params: dict[str, Any]) -> AsyncGenerator[TextDelta, None]:
         """Generate one output piece by piece; ``params`` are fields of `SamplingParams`.
