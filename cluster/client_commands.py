@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from .. import demo
-from .config import EngineConfig
+from .config import API_KEY_VARIABLE, EngineConfig
 from .flags import LocalEngineFlags, SamplingFlags, given
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ PROMPTS = Path(demo.__file__).parent / "model" / "prompts.jsonl"
 """Held-out prompts of the demo model; any chat model has an answer to them."""
 DEFAULT_STREAMS = (1, 8, 32)
 Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
-ApiKey = Annotated[str | None, Parameter(env_var="PENSTOCK_API_KEY", show_env_var=True)]
+ApiKey = Annotated[str | None, Parameter(env_var=API_KEY_VARIABLE, show_env_var=True)]
 
 bench = App(name="bench", help="Measure a running server.")
 
@@ -119,7 +119,8 @@ def _answer(
 
     generation = write_answer(client, prompt, params, io.StringIO() if as_json else sys.stdout)
     if as_json:
-        print(json.dumps(asdict(generation), ensure_ascii=False))
+        record = {name: value for name, value in asdict(generation).items() if value is not None}
+        print(json.dumps(record, ensure_ascii=False))
     if stats:
         print(account(generation), file=sys.stderr)
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
+
+API_KEY_VARIABLE = "PENSTOCK_API_KEY"
+_API_KEY = re.compile(r"[\x21-\x7e]+")
 
 
 def _bounded(default: Any, *, low: float | None = None, high: float | None = None, of: tuple[Any, ...] = ()) -> Any:
@@ -28,8 +32,10 @@ class EngineConfig:
     """Directory or hub id of the tokenizer; the model's own when absent."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    served_model_name: str | None = None
-    """The name clients use; the value of `model` when absent."""
+    served_model_name: tuple[str, ...] | str | None = None
+    """Names clients may use, one or several, the first being the model's own; the value of `model` when absent."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key that HTTP clients must bring (`Authorization: Bearer ...`); that of PENSTOCK_API_KEY when absent."""
     dtype: str = _bounded("auto", of=("auto", "bfloat16", "float32"))
     """Type of weights, activations and KV: auto (the checkpoint's), bfloat16 or float32."""
     device: str = _bounded("auto", of=("auto", "cpu", "cuda"))
@@ -66,19 +72,28 @@ class EngineConfig:
     """Times in a row that a failed step is planned again before the engine gives up."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.served_model_name, list):
+            object.__setattr__(self, "served_model_name", tuple(self.served_model_name))
         hints = get_type_hints(type(self))
         for spec in fields(self):
             value = getattr(self, spec.name)
-            allowed = get_args(hints[spec.name]) or (hints[spec.name],)
+            hint = hints[spec.name]
+            allowed = tuple(get_origin(t) or t for t in get_args(hint) or (hint,))
             if float in allowed and isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(self, spec.name, float(value))
             elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
                 wanted = " or ".join("null" if t is NoneType else t.__name__ for t in allowed)
-                raise ValueError(f"{spec.name}: expected {wanted}, got {value!r}")
+                raise ValueError(
+                    f"{spec.name}: expected {wanted}, got {repr(value) if spec.repr else 'something else'}"
+                )
             if value is not None:
                 _check_range(spec.name, value, **spec.metadata)
         if not self.model:
             raise ValueError("model: expected a directory or a hub id, got an empty string")
+        if not all(isinstance(name, str) and name for name in self.model_names):
+            raise ValueError(f"served_model_name: expected names, none of them empty, got {self.served_model_name!r}")
+        if self.api_key is not None and not _API_KEY.fullmatch(self.api_key):
+            raise ValueError("api_key: expected visible ASCII characters without spaces")  # and do not show it
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is not in [max_num_seqs={self.max_num_seqs}, "
@@ -90,9 +105,15 @@ class EngineConfig:
             )
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names clients may use."""
+        names = self.served_model_name
+        return (names,) if isinstance(names, str) else names or (self.model,)
+
+    @property
     def model_name(self) -> str:
-        """The name clients use."""
-        return self.served_model_name or self.model
+        """The model's own name."""
+        return self.model_names[0]
 
     @property
     def threads_per_rank(self) -> int:

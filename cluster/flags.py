@@ -34,10 +34,16 @@ EngineFlags = _flags("EngineFlags", EngineConfig)
 LocalEngineFlags = _flags(
     "LocalEngineFlags",
     EngineConfig,
-    without=("served_model_name", "cpus_per_rank"),  # nobody asks for the model by name, and there is no Ray
+    without=("served_model_name", "api_key", "cpus_per_rank"),  # nobody else asks, and there is no Ray
     group="Engine, with --local",
 )
-SamplingFlags = _flags("SamplingFlags", SamplingParams, group="Sampling")
+SamplingFlags = _flags(
+    "SamplingFlags",
+    SamplingParams,
+    # what one text on a terminal cannot show, and what is no flag
+    without=("n", "choice", "logprobs", "prompt_logprobs", "logit_bias"),
+    group="Sampling",
+)
 
 
 def given(flags: Any) -> dict[str, Any]:

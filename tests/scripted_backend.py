@@ -17,6 +17,7 @@ from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.engine.backend import EngineDeadError
 from penstock.cluster.engine.output import ABORT, ERROR, LENGTH, STOP, EngineStats, RequestOutput, RequestStats
 from penstock.workers.model_info import ModelInfo, RankInfo
+from penstock.workers.plan import Logprobs
 from penstock.workers.sampling_params import SamplingParams
 
 MAX_MODEL_LEN = 200
@@ -54,6 +55,18 @@ def save_tokenizer(directory: Path, chat_template: str | None = TEMPLATE) -> Cha
     return ChatTokenizer(str(directory))
 
 
+def scripted_logprobs(token_ids: Sequence[int], num_top: int | None) -> Logprobs | None:
+    """Return log-probabilities that follow from the token: it is its own second choice, after token 5."""
+    if num_top is None:
+        return None
+    top = [5, *range(10, 30)][:num_top]
+    return Logprobs(
+        [[token, *top] for token in token_ids],
+        [[-1.0 - token / 1024, *(-0.5 - i for i in range(num_top))] for token in token_ids],
+        [2 for _ in token_ids],
+    )
+
+
 @dataclass
 class ScriptedBackend:
     """Writes ``script`` (token ids), or ids that follow from prompt, seed and position; 1, 2, 3, 1, ... a step."""
@@ -75,7 +88,8 @@ class ScriptedBackend:
     """Requests whose iterator was closed before its end."""
 
     def token(self, prompt: Sequence[int], sampling: SamplingParams, position: int) -> int:
-        key = f"{list(prompt)} {sampling.seed if sampling.temperature else None} {position}"
+        noise = (sampling.seed, sampling.choice) if sampling.temperature else None
+        key = f"{list(prompt)} {noise} {position}"
         return 4 + int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % (self.vocab_size - 4)
 
     async def generate(
@@ -106,7 +120,7 @@ class ScriptedBackend:
                 steps += 1
                 finished = sent + len(ids) == count
                 stats = RequestStats(len(prompt_token_ids), count, steps, 2 * steps, steps, 0.25, 0.5, 1.5)
-                stopped = self.stop_token_id is not None and ids[-1] == self.stop_token_id
+                stopped = self.stop_token_id is not None and ids[-1:] == [self.stop_token_id]
                 yield RequestOutput(
                     request_id,
                     sent,
@@ -114,6 +128,10 @@ class ScriptedBackend:
                     finish_reason=None if not finished else STOP if stopped else LENGTH,
                     stop_token_id=self.stop_token_id if stopped else None,
                     stats=stats if finished else None,
+                    logprobs=scripted_logprobs(ids, sampling.logprobs),
+                    prompt_logprobs=scripted_logprobs(prompt_token_ids[1:], sampling.prompt_logprobs)
+                    if sent == 0
+                    else None,
                 )
                 sent += len(ids)
         finally:

@@ -178,11 +178,13 @@ def test_bad_sampling_is_refused_by_field(field: str, value: Any) -> None:
 
 
 def test_sampling_params_say_what_a_rank_needs() -> None:
-    params = SamplingParams.from_kwargs(temperature=1, top_k=-1, seed=5, stop="end", stop_token_ids=[4])
+    params = SamplingParams.from_kwargs(temperature=1, top_k=-1, seed=5, choice=2, stop="end", stop_token_ids=[4])
     assert (params.stop, params.stop_token_ids) == (("end",), (4,))
-    assert params.token_sampling(choice=2) == TokenSampling(temperature=1.0, top_k=0, seed=5, choice=2)
+    assert params.token_sampling() == TokenSampling(temperature=1.0, top_k=0, seed=5, choice=2)
     assert SamplingParams(temperature=0).token_sampling() == TokenSampling()
     with pytest.raises(AssertionError):
         SamplingParams(temperature=1.0).token_sampling()
-    with pytest.raises(ValueError, match=r"^unknown sampling parameter beams, best_of; valid: temperature, "):
+    with pytest.raises(
+        ValueError, match=r"^unknown sampling parameter beams, best_of; valid: n, choice, temperature, "
+    ):
         SamplingParams.from_kwargs(best_of=3, beams=4)

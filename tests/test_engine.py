@@ -393,7 +393,7 @@ def test_sampled_tokens_are_the_argmax_with_the_noise_of_their_position(
             logits = model(text).logits[0]
         for position in range(len(prompt), text.shape[1]):
             noise = gumbel(2**40 + 5, 0, position, torch.arange(96))
-            scores = filter_logits(logits[position - 1], sampling.token_sampling()) + noise
+            scores = filter_logits(logits[position - 1 : position], [sampling.token_sampling()])[0] + noise
             assert int(scores.argmax()) == int(text[0, position])
 
 

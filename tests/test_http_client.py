@@ -11,7 +11,8 @@ import pytest
 
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.api.metrics import engine_samples
-from penstock.cluster.api.openai_api import ServingState, create_app
+from penstock.cluster.api.openai_api import create_app
+from penstock.cluster.api.serving_state import ServingState
 from penstock.cluster.client.connect import connect
 from penstock.cluster.client.http_client import HttpClient
 from penstock.cluster.engine.backend import EngineDeadError

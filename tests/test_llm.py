@@ -76,7 +76,7 @@ def test_nothing_runs_if_one_prompt_is_bad(llm):
     steps = llm.stats().num_steps
     with pytest.raises(ValueError, match=r"^prompt: 600 tokens leave no room"):
         llm.generate([[5], [5] * 600], max_tokens=4)
-    with pytest.raises(ValueError, match=r"^unknown sampling parameter max_new_tokens; valid: temperature"):
+    with pytest.raises(ValueError, match=r"^unknown sampling parameter max_new_tokens; valid: n, choice, temperature"):
         llm.generate("x", max_new_tokens=4)
     with pytest.raises(ValueError, match=r"^temperature: 3 is not a number in"):
         llm.generate("x", temperature=3)

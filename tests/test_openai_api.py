@@ -12,9 +12,10 @@ import openai
 import pytest
 
 from penstock import demo
-from penstock.cluster.api import openai_api
+from penstock.cluster.api import prompts, request_body
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
-from penstock.cluster.api.openai_api import ServingState, create_app
+from penstock.cluster.api.openai_api import create_app
+from penstock.cluster.api.serving_state import ServingState
 from penstock.cluster.client.llm import make_ranks
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.async_engine import AsyncEngine
@@ -190,7 +191,7 @@ async def test_long_prompts_are_tokenized_alike(
     http: httpx.AsyncClient, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inline = (await chat(http, temperature=0)).json()
-    monkeypatch.setattr(openai_api, "_INLINE_CHARS", 0)
+    monkeypatch.setattr(prompts, "_INLINE_CHARS", 0)
     assert (await chat(http, temperature=0)).json()["choices"] == inline["choices"]
 
 
@@ -514,8 +515,6 @@ BAD: list[tuple[str, Any, int, str]] = [
     (COMPLETION, with_fields(prompt=""), 400, "prompt"),
     (COMPLETION, with_fields(prompt=[]), 400, "prompt"),
     (COMPLETION, with_fields(prompt=[[]]), 400, "prompt"),
-    (COMPLETION, with_fields(prompt=["a", "b"]), 400, "prompt"),
-    (COMPLETION, with_fields(prompt=[[1], [2]]), 400, "prompt"),
     (COMPLETION, with_fields(prompt={"a": 1}), 400, "prompt"),
     (COMPLETION, with_fields(prompt=[1, "a"]), 400, "prompt"),
     (COMPLETION, with_fields(prompt=[-1]), 400, "prompt"),
@@ -559,17 +558,9 @@ BAD: list[tuple[str, Any, int, str]] = [
     (COMPLETION, with_fields(stream_options={"include_usage": True}), 400, "stream_options"),
     (COMPLETION, with_fields(stream=True, stream_options=5), 400, "stream_options"),
     (COMPLETION, with_fields(stream=True, stream_options={"include_usage": 5}), 400, "stream_options.include_usage"),
-    (COMPLETION, with_fields(n=2), 400, "n"),
     (COMPLETION, with_fields(n="x"), 400, "n"),
     (COMPLETION, with_fields(best_of=2), 400, "best_of"),
-    (COMPLETION, with_fields(echo=True), 400, "echo"),
     (COMPLETION, with_fields(suffix="end"), 400, "suffix"),
-    (COMPLETION, with_fields(logprobs=0), 400, "logprobs"),
-    (COMPLETION, with_fields(logit_bias={"5": 1}), 400, "logit_bias"),
-    (COMPLETION, with_fields(presence_penalty=0.5), 400, "presence_penalty"),
-    (COMPLETION, with_fields(frequency_penalty=0.5), 400, "frequency_penalty"),
-    (COMPLETION, with_fields(repetition_penalty=1.1), 400, "repetition_penalty"),
-    (COMPLETION, with_fields(min_tokens=1), 400, "min_tokens"),
     (COMPLETION, with_fields(guided_json={}), 400, "guided_json"),
     (COMPLETION, with_fields(guided_regex="x" * 100_000), 400, "guided_regex"),
     (COMPLETION, with_fields(structured_outputs={"regex": "a"}), 400, "structured_outputs"),
@@ -603,7 +594,6 @@ BAD: list[tuple[str, Any, int, str]] = [
     (CHAT_COMPLETION, {**with_message(), "tool_choice": "auto"}, 400, "tool_choice"),
     (CHAT_COMPLETION, {**with_message(), "functions": [{}]}, 400, "functions"),
     (CHAT_COMPLETION, {**with_message(), "response_format": {"type": "json_object"}}, 400, "response_format"),
-    (CHAT_COMPLETION, {**with_message(), "logprobs": True}, 400, "logprobs"),
     (CHAT_COMPLETION, {**with_message(), "top_logprobs": 3}, 400, "top_logprobs"),
 ]
 
@@ -661,7 +651,7 @@ async def test_unknown_routes_and_methods_get_the_same_shape(http: httpx.AsyncCl
 
 
 async def test_a_body_without_end_is_refused(http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_api, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(request_body, "MAX_BODY_BYTES", 1000)
     read = 0
 
     async def endless() -> AsyncIterator[bytes]:

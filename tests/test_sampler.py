@@ -46,7 +46,10 @@ def test_filter_keeps_what_its_options_say(temperature: float, top_k: int, top_p
     for draw in range(3):
         logits = torch.randn(50, generator=torch.Generator().manual_seed(draw)) * 2
         torch.testing.assert_close(
-            filter_logits(logits, sampling).double().numpy(), expected_filter(logits, sampling), rtol=1e-5, atol=1e-6
+            filter_logits(logits[None], [sampling])[0].double().numpy(),
+            expected_filter(logits, sampling),
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 
@@ -65,8 +68,7 @@ def test_filter_agrees_with_transformers(top_k: int, top_p: float, min_p: float)
     for warper in warpers:
         scores = warper(None, scores)
     sampling = TokenSampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
-    for row in range(len(logits)):
-        torch.testing.assert_close(filter_logits(logits[row], sampling), scores[row])
+    torch.testing.assert_close(filter_logits(logits, [sampling] * len(logits)), scores)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_filter_agrees_with_transformers(top_k: int, top_p: float, min_p: float)
 )
 def test_ties_at_a_boundary_keep_the_lower_ids(sampling: TokenSampling, kept: list[int]) -> None:
     logits = torch.tensor([-20.0, 5.0, 5.0, -20.0, 5.0, 5.0])
-    assert torch.isfinite(filter_logits(logits, sampling)).nonzero().flatten().tolist() == kept
+    assert torch.isfinite(filter_logits(logits[None], [sampling])[0]).nonzero().flatten().tolist() == kept
 
 
 def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
@@ -133,7 +135,7 @@ def test_tokens_have_exactly_the_filtered_distribution(sampling: TokenSampling, 
     from scipy import stats
 
     sampling = TokenSampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, seed=77)
-    tokens = (filter_logits(LOGITS, sampling) + noise).argmax(dim=-1)
+    tokens = (filter_logits(LOGITS[None], [sampling]) + noise).argmax(dim=-1)
     # `sample` goes one row at a time; the vectorised draws above are its own
     positions = list(range(0, NUM_DRAWS, NUM_DRAWS // 60))
     assert torch.equal(gumbel(77, 0, positions[-1], torch.arange(len(LOGITS))), noise[positions[-1]])

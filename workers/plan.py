@@ -15,6 +15,16 @@ EAGER = "eager"
 
 
 @dataclass(frozen=True, slots=True)
+class TextUpdate:
+    """What a rank has not yet been told of a request's text, prompt and output; only penalties need it."""
+
+    num_prompt_tokens: int
+    first_token: int
+    """Where ``new_tokens`` start in the text; the rank's copy is cut there first."""
+    new_tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class RequestPlan:
     """One request's N rows in one step.
 
@@ -33,8 +43,17 @@ class RequestPlan:
     token_ids: list[int]
     parents: list[int]
     first_sampled_row: int
-    """N when the rows are a prompt chunk that is not the last."""
+    """N when the rows yield no token, as those of a prompt chunk that is not the last."""
     sampling: TokenSampling
+    targets: list[int] = field(default_factory=list)
+    """Prompt tokens whose log-probabilities are wanted: ``targets[j]`` follows row j."""
+    text: TextUpdate | None = None
+    """Only for requests with penalties."""
+
+    @property
+    def num_sampled_rows(self) -> int:
+        """Rows that yield a token."""
+        return len(self.token_ids) - self.first_sampled_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +61,14 @@ class RankPlan:
     """What one rank does in one step. All ranks get the same header, so they run the same collectives."""
 
     generation: int
-    """Raised whenever steps are discarded; a rank drops its block tables when it changes."""
+    """Raised whenever steps are discarded; a rank drops its block tables and texts when it changes."""
     step_id: int
     row_bucket: int
     """Most rows any rank runs in this step; at least 1: an idle rank runs one padding row."""
     mode: str = EAGER
     requests: list[RequestPlan] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
-    """Requests whose block tables may be forgotten."""
+    """Requests whose block tables and texts may be forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +97,31 @@ class LayerCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities at P positions, under the model's own distribution: no bias, penalty, temperature or filter."""
+
+    token_ids: list[list[int]]
+    """Per position: the token there, then the likeliest ones, best first."""
+    values: list[list[float]]
+    """Per position: natural logarithms, of the same tokens."""
+    ranks: list[int]
+    """Per position: place of the token there among all; 1 is the likeliest."""
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def cut(self, start: int, stop: int | None = None) -> Logprobs:
+        """Return those of positions ``start`` to ``stop``."""
+        return Logprobs(self.token_ids[start:stop], self.values[start:stop], self.ranks[start:stop])
+
+    def extend(self, more: Logprobs) -> None:
+        """Append ``more``."""
+        self.token_ids.extend(more.token_ids)
+        self.values.extend(more.values)
+        self.ranks.extend(more.ranks)
+
+
+@dataclass(frozen=True, slots=True)
 class RankResult:
     """One rank's answer to one step."""
 
@@ -92,6 +136,10 @@ class RankResult:
     """Checksum of the sequence of collectives; equal on all ranks, or the step has failed."""
     thread_time_s: float
     """CPU time of the rank's thread in this step."""
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    """By request, for those that ask: of the tokens in ``token_ids``."""
+    prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    """By request: of the plan's ``targets``."""
 
 
 @dataclass(frozen=True, slots=True)

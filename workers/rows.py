@@ -67,6 +67,13 @@ class PackedRows:
     groups: list[AttentionGroup]
     sampled_rows: torch.Tensor
     """[sum over requests of N - first_sampled_row] packed rows that yield a token."""
+    scored_rows: torch.Tensor
+    """[sum of targets] packed rows whose targets' log-probabilities are wanted."""
+
+    @property
+    def logit_rows(self) -> torch.Tensor:
+        """Rows that need logits: the sampled ones, then the scored ones."""
+        return torch.cat([self.sampled_rows, self.scored_rows]) if len(self.scored_rows) else self.sampled_rows
 
     def to(self, device: torch.device) -> PackedRows:
         """Return the same layout on ``device``."""
@@ -122,6 +129,7 @@ def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch
         return _padding_row(scratch_slot)
     token_ids: list[int] = []
     sampled: list[int] = []
+    scored: list[int] = []
     positions: list[np.ndarray] = []
     slots: list[np.ndarray] = []
     starts: list[int] = []
@@ -130,6 +138,7 @@ def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch
         starts.append(start)
         token_ids += request.token_ids
         sampled += range(start + request.first_sampled_row, start + n)
+        scored += range(start, start + len(request.targets))
         positions.append(request.committed_len - 1 + np.asarray(depths(request.parents)))
         slots.append(context_slots(tables[request.request_id], block_size, request.committed_len + n))
     wide = [i for i, request in enumerate(plan.requests) if len(request.token_ids) > WIDE_ROWS]
@@ -149,6 +158,7 @@ def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch
         gather_slots=torch.from_numpy(np.concatenate(gathered)),
         groups=groups,
         sampled_rows=torch.tensor(sampled, dtype=torch.int64),
+        scored_rows=torch.tensor(scored, dtype=torch.int64),
     )
 
 
@@ -212,4 +222,5 @@ def _padding_row(scratch_slot: int) -> PackedRows:
         gather_slots=zero + scratch_slot,
         groups=[group],
         sampled_rows=torch.zeros(0, dtype=torch.int64),
+        scored_rows=torch.zeros(0, dtype=torch.int64),
     )

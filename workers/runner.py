@@ -11,12 +11,14 @@ import torch.distributed as dist
 from ..router.placement import Placement, contiguous
 from ..router.topk import RouterSeam
 from . import attention
+from .adjustments import Texts, adjust
 from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
 from .expert_parallel import ExpertParallel
 from .kv_cache import PagedKVCache
 from .loader import inspect, load, resolve_dtype
+from .logprobs import target_logprobs, token_logprobs
 from .model_info import ModelInfo, RankInfo
-from .plan import RankPlan, RankResult
+from .plan import Logprobs, RankPlan, RankResult
 from .rows import PackedRows, pack
 from .sampler import accept, sample
 
@@ -62,6 +64,7 @@ class ModelRunner:
         attention.bind(self.model, self.cache)
         self._probe()
         self.cache.allocate(kv_cache_bytes, self.device)
+        self.texts = Texts()
         self.generation = -1
         self.max_model_len = max_model_len or limit
         # One block is scratch for padding rows
@@ -115,17 +118,22 @@ class ModelRunner:
         rows = pack(plan, self.cache.tables, self.cache.block_size, self.cache.scratch_slot)
         self.log.reset()
         logits = self._forward(rows)
-        samplings = []
-        for request in plan.requests:
-            samplings += [request.sampling] * (len(request.token_ids) - request.first_sampled_row)
+        num_sampled = len(rows.sampled_rows)
+        samplings = [request.sampling for request in plan.requests for _ in range(request.num_sampled_rows)]
         positions = (rows.positions[rows.sampled_rows] + 1).tolist()
-        sampled = sample(logits, samplings, positions)
+        sampled = sample(adjust(logits[:num_sampled], plan.requests, positions, self.texts), samplings, positions)
         token_ids, start = [], 0
+        logprobs: dict[int, Logprobs] = {}
         for request in plan.requests:
-            stop = start + len(request.token_ids) - request.first_sampled_row
+            stop = start + request.num_sampled_rows
             tokens, path = accept(request, sampled[start:stop])
             self.cache.compact(request.request_id, request.committed_len, path)
             token_ids.append(tokens)
+            if tokens and request.sampling.logprobs is not None:
+                emitted = torch.tensor(path[request.first_sampled_row :]) - request.first_sampled_row
+                logprobs[request.request_id] = token_logprobs(
+                    logits[start:stop][emitted.to(self.device)], tokens, request.sampling.logprobs
+                )
             start = stop
         return RankResult(
             generation=plan.generation,
@@ -135,10 +143,13 @@ class ModelRunner:
             counts=self.experts.counts,
             num_collectives=self.log.num_collectives,
             collectives_crc=self.log.crc,
+            logprobs=logprobs,
+            prompt_logprobs=target_logprobs(plan.requests, logits[num_sampled:]),
             thread_time_s=time.thread_time() - started,
         )
 
     def _apply_tables(self, plan: RankPlan) -> None:
+        self.texts.update(plan, new_generation=plan.generation != self.generation)
         if plan.generation != self.generation:
             self.cache.tables.clear()
             self.generation = plan.generation
@@ -148,10 +159,11 @@ class ModelRunner:
             self.cache.set_blocks(request.request_id, request.first_block, request.new_blocks)
 
     def _forward(self, rows: PackedRows) -> torch.Tensor:
-        """Return logits [S, V] of the sampled rows; of one padding row when none is sampled."""
+        """Return logits [S, V] of the sampled rows and, behind them, of the scored ones."""
         self.cache.rows = rows = rows.to(self.device)
         self.experts.begin(rows.valid)
-        keep = rows.sampled_rows if len(rows.sampled_rows) else torch.zeros_like(rows.token_ids[:1])
+        wanted = rows.logit_rows
+        keep = wanted if len(wanted) else torch.zeros_like(rows.token_ids[:1])
         output = self.model(
             input_ids=rows.token_ids[None],
             position_ids=rows.positions[None],
@@ -159,7 +171,7 @@ class ModelRunner:
             use_cache=True,
             logits_to_keep=keep,
         )
-        return output.logits[0][: len(rows.sampled_rows)]
+        return output.logits[0][: len(wanted)]
 
     @torch.inference_mode()
     def _probe(self) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...workers.sampling_params import SamplingParams
 from .detokenizer import Detokenizer
+from .token_text import TokenTexts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,12 +47,24 @@ class ChatTokenizer:
         """Whether `encode_chat` can work."""
         return bool(self._transformers.chat_template)
 
-    def encode(self, prompt: str) -> list[int]:
-        """Return the ids of ``prompt``, with the special tokens that the tokenizer itself puts around a text."""
-        return self._encode(prompt, "prompt", add_special_tokens=True)
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """What single tokens stand for."""
+        return TokenTexts(self.backend)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return the ids of a conversation, ready for the assistant's next turn.
+    def encode(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of ``prompt``, with the special tokens that the tokenizer itself puts around a text."""
+        return self._encode(prompt, "prompt", add_special_tokens=add_special_tokens)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """Return the ids of a conversation, ready for the assistant's next turn, or to go on with its last message.
 
         ``messages`` are as in the OpenAI API: ``role`` (system, user or assistant) and ``content``, a string or a list
         of ``{"type": "text", "text": ...}``. Raises ``ValueError`` naming the offending part, such as
@@ -61,19 +76,31 @@ class ChatTokenizer:
             raise ValueError(f"messages: the tokenizer of {self.source} has no chat template; send a prompt instead")
         conversation = _normalise(messages)
         try:
-            text = self._transformers.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+            text = self._transformers.apply_chat_template(
+                conversation,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        # a template that rewrites the last message cannot be told to go on with it: a ValueError
+        except (TemplateError, ValueError) as error:
             raise ValueError(f"messages: refused by the model's chat template: {error}") from error
         # the template writes the special tokens out
-        return self._encode(text, "messages", add_special_tokens=False)
+        return self._encode(text, "messages", add_special_tokens=add_special_tokens)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ``token_ids``, special tokens left out."""
-        return self.backend.decode(list(token_ids), skip_special_tokens=True)
+        return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
+    def detokenizer(self, sampling: SamplingParams) -> Detokenizer:
         """Return an incremental detokenizer for one request."""
-        return Detokenizer(self.backend, stop)
+        return Detokenizer(
+            self.backend,
+            sampling.stop,
+            include_stop=sampling.include_stop_str_in_output,
+            min_tokens=sampling.min_tokens,
+            skip_special_tokens=sampling.skip_special_tokens,
+        )
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         try:

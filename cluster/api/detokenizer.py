@@ -12,16 +12,27 @@ if TYPE_CHECKING:
 class Detokenizer:
     """The text of one request's output.
 
-    The pieces that `feed` returns add up to ``tokenizer.decode(all ids, skip_special_tokens=True)``, cut where the
-    first stop string begins. First is the one that is complete first, and of those that end together the longest: so
-    the text depends on the ids alone, not on how many of them came at a time.
+    The pieces that `feed` returns add up to ``tokenizer.decode(all ids)``, cut where the first stop string begins, or
+    with ``include_stop`` where it ends. First is the one that is complete first, and of those that end together the
+    longest: so the text depends on the ids alone, not on how many of them came at a time. A stop string that is
+    complete within the first ``min_tokens`` tokens is text like any other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._include_stop, self._min_tokens = include_stop, min_tokens
+        self._skip_special_tokens = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._stops = [_StopString(stop_string) for stop_string in stop]
         self._ids: list[int] = []
         self._safe: list[str] = []
@@ -73,12 +84,12 @@ class Detokenizer:
         """Go on where a later token changed the text of an earlier one: a decoder with byte fallback may do that."""
         from tokenizers.decoders import DecodeStream
 
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
         return self._rest()
 
     def _rest(self) -> str:
         """Return the text still inside the stream, half characters as U+FFFD."""
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
         return text[self._num_decoded :]
 
     def _take(self, text: str) -> None:
@@ -92,8 +103,8 @@ class Detokenizer:
         for end, char in enumerate(text, start=len(self._held) + 1):
             matches = [(stop.advance(char), stop.is_complete) for stop in self._stops]
             complete = max((length for length, is_complete in matches if is_complete), default=0)
-            if complete:
-                self._safe.append(pending[: end - complete])
+            if complete and len(self._ids) > self._min_tokens:
+                self._safe.append(pending[: end if self._include_stop else end - complete])
                 self._held = ""
                 self.stopped = True
                 return
@@ -124,6 +135,7 @@ class _StopString:
         return self._matched
 
     def _extend(self, matched: int, char: str) -> int:
-        while matched and self.text[matched] != char:
+        # a complete match may go on if it came too early to count
+        while matched and (matched == len(self.text) or self.text[matched] != char):
             matched = self._border[matched - 1]
         return matched + 1 if self.text[matched] == char else 0

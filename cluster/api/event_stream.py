@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
+from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -35,15 +36,17 @@ async def while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T:
 
 
 class EventStream(Response):
-    """Server-sent events, one per string of ``events``, which is closed when the client goes away."""
+    """Server-sent events, one per string of ``events``; it and then ``held`` are closed when the answer ends."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, events: AsyncGenerator[str, None], held: AsyncExitStack, headers: dict[str, str] | None = None
+    ) -> None:
         # without the last, proxies may gather events before passing them on
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._held = events, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; the first of them to fail ends the answer."""
@@ -52,7 +55,9 @@ class EventStream(Response):
         except (ClientDisconnect, OSError):
             pass
         finally:
-            await self._events.aclose()
+            # a generator that was never started closes nothing itself
+            async with self._held:
+                await self._events.aclose()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from ..engine.output import RequestStats
 
@@ -40,6 +41,47 @@ class GenerationStats:
             queue_s=stats.queue_s,
         )
 
+    @classmethod
+    def together(cls, parts: Sequence[GenerationStats]) -> GenerationStats:
+        """Return what several generations that ran side by side come to; ``seed`` is None where they differ."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def total(counts: list[int | None]) -> int | None:
+            return None if None in counts else sum(count or 0 for count in counts)
+
+        drafted, accepted = total([p.draft_tokens for p in parts]), total([p.accepted_tokens for p in parts])
+        waits = [p.queue_s for p in parts if p.queue_s is not None]
+        return cls(
+            seed=parts[0].seed if len({p.seed for p in parts}) == 1 else None,
+            steps=sum(p.steps for p in parts),
+            draft_tokens=drafted,
+            accepted_tokens=accepted,
+            acceptance=None if drafted is None or accepted is None else accepted / drafted if drafted else 0.0,
+            tokens_per_s=sum(p.tokens_per_s for p in parts),
+            ttft_s=min(p.ttft_s for p in parts),
+            queue_s=min(waits, default=None),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token and how likely the model thought it, under its own distribution."""
+
+    token: str
+    r"""Its text, or ``bytes:\xe6\xb0`` where that is not whole characters."""
+    bytes: list[int] | None
+    logprob: float | None
+    """Natural logarithm; None for the first token of a prompt."""
+    token_id: int | None = None
+    """None from a server that does not say."""
+    rank: int | None = None
+    """1 for the likeliest token; None from a server that does not say."""
+    text_offset: int = 0
+    """Characters before it in the output, or in the prompt."""
+    top_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """The likeliest tokens in its place, best first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -52,3 +94,11 @@ class Generation:
     finish_reason: str
     """stop or length."""
     stats: GenerationStats
+    choice: int = 0
+    """Which of the prompt's outputs this is."""
+    token_ids: list[int] | None = None
+    """The tokens generated; None from a server that does not say."""
+    logprobs: list[TokenLogprob] | None = None
+    """Of the tokens generated, if they were asked for."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Of the prompt's tokens, if they were asked for."""

@@ -6,32 +6,22 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from ...workers.sampling_params import SamplingParams
+from ...workers.sampling_params import MAX_CHOICES, MAX_LISTED_TOKENS, MAX_LOGPROBS, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 """Of /v1/completions; a chat runs to the end of its turn or of the context."""
+MAX_OUTPUTS = 1024
+"""Most outputs of one request: prompts times n."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
     "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_tokens": (0,),
     "bad_words": ([],),
-    "allowed_token_ids": (),
     "logits_processors": ([],),
     "use_beam_search": (False,),
-    "truncate_prompt_tokens": (),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "prompt_embeds": (),
     "tools": ([],),
     "tool_choice": ("none",),
@@ -42,14 +32,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "documents": ([],),
-    "return_token_ids": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "return_tokens_as_token_ids": (False,),
 }
-"""Fields that would change the output and are not supported, with the values that ask for nothing (as null does)."""
+"""Fields that would change the output and are not supported, with the values that ask for nothing (as null does).
+
+A field that one endpoint supports is refused by the other.
+"""
 
 _HARMLESS = {
     "metadata",
@@ -61,6 +54,7 @@ _HARMLESS = {
     "prompt_cache_retention",
     "safety_identifier",
     "service_tier",
+    "spaces_between_special_tokens",
     "store",
     "user",
 }
@@ -81,11 +75,53 @@ def _is_token_ids(value: Any) -> bool:
 def _prompt(value: Any) -> Any:
     if isinstance(value, str) or _is_token_ids(value):
         return value
-    if isinstance(value, list) and value and all(isinstance(item, str) or _is_token_ids(item) for item in value):
-        if len(value) > 1:
-            raise ValueError(f"{len(value)} prompts in one request are not supported; send one request for each")
-        return value[0]
-    raise ValueError("expected a string or a list of token ids")
+    if isinstance(value, list) and all(isinstance(item, str) or _is_token_ids(item) for item in value):
+        if len(value) > MAX_OUTPUTS:
+            raise ValueError(f"expected at most {MAX_OUTPUTS} prompts, got {len(value)}")
+        return value
+    raise ValueError("expected a string, a list of token ids, or a list of those")
+
+
+def _schema(kind: str, **bounds: Any) -> WithJsonSchema:
+    """Describe a field whose range `SamplingParams` checks: its words name both ends."""
+    return WithJsonSchema({"anyOf": [{"type": kind, **bounds}, {"type": "null"}]})
+
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_PROMPT_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "string"},
+            {**_TOKEN_IDS, "minItems": 1},
+            {**_TEXTS, "maxItems": MAX_OUTPUTS},
+            {"type": "array", "items": {**_TOKEN_IDS, "minItems": 1}, "minItems": 1, "maxItems": MAX_OUTPUTS},
+        ]
+    }
+)
+_STOP_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16},
+            {"type": "null"},
+        ]
+    }
+)
+_BIAS_SCHEMA = _schema(
+    "object",
+    propertyNames={"pattern": "^[0-9]{1,10}$"},
+    additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+    maxProperties=MAX_LISTED_TOKENS,
+)
+_TokenIds = Annotated[list[int] | None, _schema("array", **{**_TOKEN_IDS, "maxItems": MAX_LISTED_TOKENS})]
+_AllowedTokenIds = Annotated[
+    list[int] | None, _schema("array", items=_TOKEN_IDS["items"], minItems=1, maxItems=MAX_LISTED_TOKENS)
+]
+_NumLogprobs = Annotated[int | None, _schema("integer", minimum=0, maximum=MAX_LOGPROBS)]
+_Penalty = Annotated[float | None, _schema("number", minimum=-2, maximum=2)]
+_Share = Annotated[float | None, _schema("number", minimum=0, maximum=1)]
+_MaxTokens = Annotated[int | None, _schema("integer", minimum=1, maximum=2**31 - 1)]
 
 
 class StreamOptions(BaseModel):
@@ -97,7 +133,28 @@ class StreamOptions(BaseModel):
 
 
 # a reference would point nowhere once the schema is part of the API's
-_INLINE_STREAM_OPTIONS = WithJsonSchema({"type": "object", "properties": {"include_usage": {"type": "boolean"}}})
+_INLINE_STREAM_OPTIONS = _schema("object", properties={"include_usage": {"type": ["boolean", "null"]}})
+
+_SAMPLING = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "seed",
+    "min_tokens",
+    "stop",
+    "include_stop_str_in_output",
+    "stop_token_ids",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+"""Fields that are those of `SamplingParams`."""
 
 
 class GenerationRequest(BaseModel):
@@ -108,15 +165,28 @@ class GenerationRequest(BaseModel):
     model: str
     stream: bool | None = None
     stream_options: Annotated[StreamOptions | None, _INLINE_STREAM_OPTIONS] = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: Annotated[str | list[str] | None, BeforeValidator(_stop)] = None
-    stop_token_ids: list[int] | None = None
+    n: Annotated[int | None, _schema("integer", minimum=1, maximum=MAX_CHOICES)] = None
+    max_tokens: _MaxTokens = None
+    min_tokens: Annotated[int | None, _schema("integer", minimum=0, maximum=2**31 - 1)] = None
+    temperature: Annotated[float | None, _schema("number", minimum=0, maximum=2)] = None
+    top_p: Annotated[float | None, _schema("number", exclusiveMinimum=0, maximum=1)] = None
+    top_k: Annotated[int | None, _schema("integer", minimum=-1, maximum=2**31 - 1)] = None
+    min_p: _Share = None
+    repetition_penalty: Annotated[float | None, _schema("number", minimum=0.01, maximum=100)] = None
+    presence_penalty: _Penalty = None
+    frequency_penalty: _Penalty = None
+    logit_bias: Annotated[dict[str, float] | None, _BIAS_SCHEMA] = None
+    allowed_token_ids: _AllowedTokenIds = None
+    seed: Annotated[int | None, _schema("integer", minimum=0, maximum=2**63 - 1)] = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(_stop), _STOP_SCHEMA] = None
+    include_stop_str_in_output: bool | None = None
+    stop_token_ids: _TokenIds = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: _NumLogprobs = None
+    truncate_prompt_tokens: Annotated[int | None, _schema("integer", minimum=-1)] = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -127,6 +197,16 @@ class GenerationRequest(BaseModel):
     def max_tokens_field(self) -> str:
         """The name under which the request limits its output."""
         return "max_tokens"
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """The limit of a request that names none; None is all the room there is."""
+        return None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to show beside each output token; None shows nothing."""
+        raise NotImplementedError
 
     @property
     def num_unknown_fields(self) -> int:
@@ -148,20 +228,13 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"{name}: {value!r} is not supported; valid: {valid}")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed when stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs: only allowed when stream is not true")
 
     def sampling_params(self) -> SamplingParams:
         """Return what the request asks of sampling; raises ``ValueError`` naming the field and its valid range."""
-        given = {
-            "max_tokens": self.limit,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "seed": self.seed,
-            "stop": self.stop,
-            "stop_token_ids": self.stop_token_ids,
-            "ignore_eos": self.ignore_eos,
-        }
+        given = {name: getattr(self, name) for name in _SAMPLING}
+        given |= {"max_tokens": self.limit, "logprobs": self.num_logprobs, "prompt_logprobs": self.num_prompt_logprobs}
         return SamplingParams.from_kwargs(**{name: value for name, value in given.items() if value is not None})
 
     @property
@@ -169,11 +242,49 @@ class GenerationRequest(BaseModel):
         """Most output tokens, if the request says so."""
         return self.max_tokens
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to find for each prompt token; None finds nothing."""
+        return self.prompt_logprobs
+
 
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_prompt)]
+    prompt: Annotated[str | list[Any], BeforeValidator(_prompt), _PROMPT_SCHEMA]
+    max_tokens: Annotated[int | None, _schema("integer", minimum=0, maximum=2**31 - 1)] = Field(
+        None, description="0 only with echo or prompt_logprobs."
+    )
+    echo: bool | None = None
+    logprobs: _NumLogprobs = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or several."""
+        return [self.prompt] if isinstance(self.prompt, str) or _is_token_ids(self.prompt) else self.prompt
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """The limit of a request that names none."""
+        return DEFAULT_MAX_TOKENS
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to show beside each token; None shows nothing."""
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to find for each prompt token; None finds nothing."""
+        if self.echo and (self.logprobs is not None or self.max_tokens == 0):
+            return max(self.logprobs or 0, self.prompt_logprobs or 0)
+        return self.prompt_logprobs
+
+    def check_supported(self) -> None:
+        """Raise ``ValueError`` naming the field if the request asks for something that is not supported."""
+        super().check_supported()
+        if len(self.prompts) * (self.n or 1) > MAX_OUTPUTS:
+            raise ValueError(f"n: {len(self.prompts)} prompts x {self.n} are more than {MAX_OUTPUTS} outputs")
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -182,13 +293,29 @@ class ChatCompletionRequest(GenerationRequest):
     messages: list[Any] = Field(
         description="Each with role (system, user, assistant) and content (string or text parts)."
     )
-    max_completion_tokens: int | None = None
+    max_completion_tokens: _MaxTokens = None
+    logprobs: bool | None = None
+    top_logprobs: _NumLogprobs = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to show beside each output token; None shows nothing."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def check_supported(self) -> None:
         """Raise ``ValueError`` naming the field if the request asks for something that is not supported."""
         super().check_supported()
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_completion_tokens: differs from max_tokens; send one of them")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"top_logprobs: {self.top_logprobs} is not an integer in [0, {MAX_LOGPROBS}]")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: only allowed when logprobs is true")
+        if self.limit == 0:
+            raise ValueError(f"{self.max_tokens_field}: expected at least 1")
+        check_turn(self.add_generation_prompt, self.continue_final_message)
 
     @property
     def max_tokens_field(self) -> str:
@@ -199,3 +326,9 @@ class ChatCompletionRequest(GenerationRequest):
     def limit(self) -> int | None:
         """Most output tokens, if the request says so."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+def check_turn(add_generation_prompt: bool | None, continue_final_message: bool | None) -> None:
+    """Raise ``ValueError`` if a conversation is both to go on with its last message and to begin a new one."""
+    if continue_final_message and add_generation_prompt is not False:
+        raise ValueError("continue_final_message: only allowed when add_generation_prompt is false")

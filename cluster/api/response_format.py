@@ -1,26 +1,58 @@
-"""The response bodies of the OpenAI API, built from the openai package's own types."""
+"""How requests are answered in the OpenAI API's words; the two formats are in modules of their own."""
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from openai.types import Completion, CompletionChoice, CompletionUsage, Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
-from openai.types.chat.chat_completion import Choice as ChatChoice
-from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
-from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types import CompletionUsage
 from pydantic import BaseModel
 
-from .generation import Generation
+from .generation import Generation, GenerationStats, TokenLogprob
+from .prompts import EncodedPrompt
+from .text_stream import TextDelta
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerOptions:
+    """What one HTTP request's answer is to hold."""
+
+    request_id: str
+    model: str
+    """The name that the request used."""
+    system_fingerprint: str
+    prompts: Sequence[EncodedPrompt]
+    n: int = 1
+    """Choices of each prompt; choice j is the prompt j // n's."""
+    include_usage: bool = False
+    """Whether a stream ends with a chunk of usage."""
+    echo: bool = False
+    """Whether choices begin with their prompt."""
+    num_logprobs: int | None = None
+    """How many of the likeliest tokens to show in each place; None shows no log-probabilities."""
+    num_prompt_logprobs: int | None = None
+    """The same for prompts, in vLLM's form."""
+    return_token_ids: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of all prompts."""
+        return self.n * len(self.prompts)
+
+    def prompt(self, index: int) -> EncodedPrompt:
+        """Return the prompt of choice ``index``."""
+        return self.prompts[index // self.n]
 
 
 class ResponseFormat(Protocol):
     """How one request is answered: all methods return JSON."""
 
-    def whole(self, generation: Generation) -> str:
+    options: AnswerOptions
+
+    def whole(self, generations: Sequence[Generation]) -> str:
         """Return the body of an answer that is not streamed."""
         ...
 
@@ -28,130 +60,52 @@ class ResponseFormat(Protocol):
         """Return the chunks that precede the text."""
         ...
 
-    def delta(self, text: str) -> str:
-        """Return a chunk of text."""
+    def delta(self, index: int, delta: TextDelta) -> str | None:
+        """Return a chunk of choice ``index``; None if there is nothing to say."""
         ...
 
-    def final(self, generation: Generation) -> str:
-        """Return the chunk with the finish reason and the statistics."""
+    def final(self, index: int, generation: Generation) -> str:
+        """Return the chunk with a choice's finish reason and statistics."""
         ...
 
-    def usage(self, generation: Generation) -> str:
+    def usage(self, generations: Sequence[Generation]) -> str:
         """Return the chunk that ``stream_options.include_usage`` asks for."""
         ...
 
 
-class CompletionFormat:
-    """Answers of /v1/completions."""
-
-    def __init__(self, request_id: str, model: str, *, include_usage: bool) -> None:
-        self._head: dict[str, Any] = {
-            "id": request_id,
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._pending_usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        chunk = Completion.construct(**self._head, choices=[_choice("", None)], **self._pending_usage)
-        self._delta = chunk.model_dump(exclude_unset=True, warnings=False)
-
-    def whole(self, generation: Generation) -> str:
-        """Return the body of an answer that is not streamed."""
-        choice = _choice(generation.text, generation.finish_reason)
-        return _json(Completion.construct(**self._head, choices=[choice], **_accounts(generation)))
-
-    def opening(self) -> list[str]:
-        """Return the chunks that precede the text: none."""
-        return []
-
-    def delta(self, text: str) -> str:
-        """Return a chunk of text."""
-        # one for nearly every step of every stream: only the text is new
-        self._delta["choices"][0]["text"] = text
-        return json.dumps(self._delta, ensure_ascii=False)
-
-    def final(self, generation: Generation) -> str:
-        """Return the chunk with the finish reason and the statistics."""
-        choice = _choice("", generation.finish_reason)
-        return _json(
-            Completion.construct(
-                **self._head, choices=[choice], **self._pending_usage, penstock=asdict(generation.stats)
-            )
-        )
-
-    def usage(self, generation: Generation) -> str:
-        """Return the chunk that ``stream_options.include_usage`` asks for."""
-        return _json(Completion.construct(**self._head, choices=[], **_accounts(generation)))
-
-
-class ChatFormat:
-    """Answers of /v1/chat/completions."""
-
-    def __init__(self, request_id: str, model: str, *, include_usage: bool) -> None:
-        self._head: dict[str, Any] = {"id": request_id, "created": int(time.time()), "model": model}
-        self._pending_usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        self._delta = self._chunk(ChoiceDelta.construct(content="")).model_dump(exclude_unset=True)
-
-    def whole(self, generation: Generation) -> str:
-        """Return the body of an answer that is not streamed."""
-        message = ChatCompletionMessage.construct(role="assistant", content=generation.text, refusal=None)
-        choice = ChatChoice.construct(index=0, message=message, logprobs=None, finish_reason=generation.finish_reason)
-        return _json(
-            ChatCompletion.construct(object="chat.completion", **self._head, choices=[choice], **_accounts(generation))
-        )
-
-    def opening(self) -> list[str]:
-        """Return the chunks that precede the text: the role."""
-        return [_json(self._chunk(ChoiceDelta.construct(role="assistant", content="")))]
-
-    def delta(self, text: str) -> str:
-        """Return a chunk of text."""
-        # one for nearly every step of every stream: only the text is new
-        self._delta["choices"][0]["delta"]["content"] = text
-        return json.dumps(self._delta, ensure_ascii=False)
-
-    def final(self, generation: Generation) -> str:
-        """Return the chunk with the finish reason and the statistics."""
-        return _json(self._chunk(ChoiceDelta.construct(), generation))
-
-    def usage(self, generation: Generation) -> str:
-        """Return the chunk that ``stream_options.include_usage`` asks for."""
-        return _json(
-            ChatCompletionChunk.construct(
-                object="chat.completion.chunk", **self._head, choices=[], **_accounts(generation)
-            )
-        )
-
-    def _chunk(self, delta: ChoiceDelta, generation: Generation | None = None) -> ChatCompletionChunk:
-        finish_reason = generation.finish_reason if generation else None
-        choice = ChunkChoice.construct(index=0, delta=delta, logprobs=None, finish_reason=finish_reason)
-        extra: dict[str, Any] = {"penstock": asdict(generation.stats)} if generation else {}
-        return ChatCompletionChunk.construct(
-            object="chat.completion.chunk", **self._head, choices=[choice], **self._pending_usage, **extra
-        )
-
-
-def model_card(model_name: str, created: int, max_model_len: int) -> dict[str, Any]:
-    """Return what GET /v1/models/{id} says."""
-    card = Model.construct(
-        id=model_name, object="model", created=created, owned_by="penstock", max_model_len=max_model_len
-    )
-    return card.model_dump(exclude_unset=True)
-
-
-def _choice(text: str, finish_reason: str | None) -> CompletionChoice:
-    return CompletionChoice.construct(index=0, text=text, logprobs=None, finish_reason=finish_reason)
-
-
-def _accounts(generation: Generation) -> dict[str, Any]:
+def accounts(options: AnswerOptions, generations: Sequence[Generation]) -> dict[str, Any]:
+    """Return usage and statistics of all choices; a prompt counts once."""
+    num_prompt_tokens = sum(len(prompt.token_ids) for prompt in options.prompts)
+    num_output_tokens = sum(generation.num_output_tokens for generation in generations)
     usage = CompletionUsage(
-        prompt_tokens=generation.num_prompt_tokens,
-        completion_tokens=generation.num_output_tokens,
-        total_tokens=generation.num_prompt_tokens + generation.num_output_tokens,
+        prompt_tokens=num_prompt_tokens,
+        completion_tokens=num_output_tokens,
+        total_tokens=num_prompt_tokens + num_output_tokens,
     )
-    return {"usage": usage, "penstock": asdict(generation.stats)}
+    stats = GenerationStats.together([generation.stats for generation in generations])
+    return {"usage": usage, "penstock": asdict(stats)}
 
 
-def _json(body: BaseModel) -> str:
+def own_stats(options: AnswerOptions, generation: Generation) -> dict[str, Any]:
+    """Return what a choice says of itself where it is not the only one."""
+    return {"penstock": asdict(generation.stats)} if options.num_choices > 1 else {}
+
+
+def prompt_logprobs(tokens: Sequence[TokenLogprob], num_top: int) -> list[dict[str, Any] | None]:
+    """Return vLLM's ``prompt_logprobs``: by token id, the prompt's token and the likeliest ones; null for the first."""
+    return [
+        None
+        if token.logprob is None
+        else {
+            str(entry.token_id): {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": entry.token}
+            # the last of equal ids wins: the token's own entry
+            for entry in (*reversed(token.top_logprobs[:num_top]), token)
+        }
+        for token in tokens
+    ]
+
+
+def to_json(body: BaseModel) -> str:
+    """Return ``body`` without the fields that were not set."""
     # warnings: a chunk's finish_reason is null until the last, which the completion type does not say
     return body.model_dump_json(exclude_unset=True, warnings=False)

@@ -126,7 +126,7 @@ class LLM:
         for prompt in prompts:
             request_id = uuid.uuid4().hex
             one = self._engine.add_request(request_id, prompt, sampling)
-            live[request_id] = _Live(prompt, one, self.tokenizer.detokenizer(sampling.stop), [])
+            live[request_id] = _Live(prompt, one, self.tokenizer.detokenizer(one), [])
         done: dict[str, Completion] = {}
         try:
             while len(done) < len(live):

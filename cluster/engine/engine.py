@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ...workers.model_info import ModelInfo
-from ...workers.plan import RankPlan, RankResult, RequestPlan, StepFailedError, StepPlan, StepResult
+from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan, StepFailedError, StepPlan, StepResult
 from ...workers.sampling_params import SamplingParams
 from ..config import EngineConfig
 from .backend import EngineDeadError
@@ -75,7 +75,7 @@ class Engine:
             request_id=request_id,
             key=self._next_key,
             sampling=sampling,
-            token_sampling=sampling.token_sampling(),
+            token_sampling=sampling.token_sampling(len(prompt_token_ids), self.model.eos_token_ids),
             token_ids=list(prompt_token_ids),
             num_prompt_tokens=len(prompt_token_ids),
             max_total_tokens=check_prompt(self.model, prompt_token_ids, sampling),
@@ -175,7 +175,10 @@ class Engine:
         outputs = []
         for rank_plan, rank_result in zip(plan.ranks, result.ranks, strict=True):
             for part, tokens in self._parts(rank_plan, rank_result):
-                output = self._commit_request(part, tokens, now)
+                request = self._by_key[part.request_id]
+                if (scored := rank_result.prompt_logprobs.get(request.key)) is not None:
+                    request.take_prompt_logprobs(scored)
+                output = self._commit_request(request, part, tokens, rank_result.logprobs.get(request.key), now)
                 if output is not None:
                     outputs.append(output)
         self.counters.add_step(plan, result, sum(len(output.token_ids) for output in outputs))
@@ -185,11 +188,12 @@ class Engine:
     def _parts(plan: RankPlan, result: RankResult) -> list[tuple[RequestPlan, list[int]]]:
         return list(zip(plan.requests, result.token_ids, strict=True))
 
-    def _commit_request(self, part: RequestPlan, tokens: list[int], now: float) -> RequestOutput | None:
-        request = self._by_key[part.request_id]
+    def _commit_request(
+        self, request: Request, part: RequestPlan, tokens: list[int], logprobs: Logprobs | None, now: float
+    ) -> RequestOutput | None:
         if not tokens:
             request.committed_len += len(part.token_ids)
-            return None
+            return self._end_of_prompt(request, now) if request.is_complete else None
         num_drafted = len(part.token_ids) - part.first_sampled_row - 1
         offset = request.num_output_tokens
         kept, reason, stop_token = self._truncate(request, tokens)
@@ -206,7 +210,23 @@ class Engine:
         stats = request.stats(now) if reason else None
         if reason:
             self._finish(request, reason)
-        return RequestOutput(request.request_id, offset, kept, reason, stop_token, stats)
+        return RequestOutput(
+            request.request_id,
+            offset,
+            kept,
+            reason,
+            stop_token,
+            stats,
+            logprobs=logprobs.cut(0, len(kept)) if logprobs is not None else None,
+            prompt_logprobs=request.prompt_logprobs if offset == 0 else None,
+        )
+
+    def _end_of_prompt(self, request: Request, now: float) -> RequestOutput:
+        """End a request that wants no tokens but its prompt's log-probabilities."""
+        self._finish(request, LENGTH)
+        logprobs = request.prompt_logprobs or Logprobs([], [], [])  # a prompt of one token has none
+        stats = request.stats(now)
+        return RequestOutput(request.request_id, 0, [], LENGTH, stats=stats, prompt_logprobs=logprobs)
 
     def _truncate(self, request: Request, tokens: list[int]) -> tuple[list[int], str | None, int | None]:
         """Cut ``tokens`` after the first that ends the request: (kept, finish reason, stop token)."""
@@ -228,17 +248,17 @@ class Engine:
 def check_prompt(model: ModelInfo, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> int:
     """Return the longest prompt plus output the request may reach; raise ``ValueError`` naming the field."""
     num_prompt = len(prompt_token_ids)
+    if sampling.n != 1:
+        raise ValueError(f"n: {sampling.n} is not 1: each output is a request of its own")
     if not num_prompt:
         raise ValueError("prompt: it has no tokens")
     if not all(isinstance(t, int) and not isinstance(t, bool) and 0 <= t < model.vocab_size for t in prompt_token_ids):
         raise ValueError(f"prompt: token ids must be integers in [0, {model.vocab_size - 1}]")
-    if num_prompt >= model.max_model_len:
+    if num_prompt >= model.max_model_len + (sampling.max_tokens == 0):
         raise ValueError(
             f"prompt: {num_prompt} tokens leave no room for output; max_model_len is {model.max_model_len}"
         )
-    for token_id in sampling.stop_token_ids:
-        if token_id >= model.vocab_size:
-            raise ValueError(f"stop_token_ids: {token_id} is not in [0, {model.vocab_size - 1}]")
+    sampling.check_vocabulary(model.vocab_size, model.eos_token_ids)
     if sampling.max_tokens is None:
         return model.max_model_len
     if num_prompt + sampling.max_tokens > model.max_model_len:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...workers.plan import Logprobs
+
 STOP = "stop"
 LENGTH = "length"
 ABORT = "abort"
@@ -54,6 +56,10 @@ class RequestOutput:
     """The EOS or stop token that ended it; it is the last of ``token_ids`` and not part of the text."""
     stats: RequestStats | None = None
     error: str | None = None
+    logprobs: Logprobs | None = None
+    """Of ``token_ids``, if the request asks for them."""
+    prompt_logprobs: Logprobs | None = None
+    """Of the prompt's tokens from the second on: with the first output, if the request asks for them."""
 
 
 @dataclass(frozen=True, slots=True)

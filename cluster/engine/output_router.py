@@ -56,11 +56,13 @@ class OutputRouter:
                     raise EngineDeadError(output.error or "the engine failed")
                 if output.offset > num_received:
                     raise EngineDeadError(f"output tokens {num_received} to {output.offset - 1} were lost")
-                fresh = output.token_ids[num_received - output.offset :]
+                known = num_received - output.offset
+                fresh = output.token_ids[known:]
                 num_received += len(fresh)
                 ended = output.finish_reason is not None
                 if fresh or ended:
-                    yield replace(output, offset=num_received - len(fresh), token_ids=fresh)
+                    logprobs = output.logprobs.cut(known) if output.logprobs is not None else None
+                    yield replace(output, offset=num_received - len(fresh), token_ids=fresh, logprobs=logprobs)
         finally:
             del self._queues[request_id]
             if submitted and not ended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ...workers.plan import Logprobs, TextUpdate
 from ...workers.sampling_params import SamplingParams, TokenSampling
 from .output import RequestStats
 
@@ -30,6 +31,10 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     num_blocks_sent: int = 0
     """Blocks of ``blocks`` its rank has been told of in this generation."""
+    num_tokens_sent: int = 0
+    """Tokens of ``token_ids`` its rank has been told of as its text; only penalties need it there."""
+    prompt_logprobs: Logprobs | None = None
+    """Of the prompt's tokens from the second on, as far as they have been computed."""
     admitted_s: float | None = None
     first_token_s: float | None = None
     num_steps: int = 0
@@ -53,8 +58,34 @@ class Request:
 
     @property
     def num_tokens_left(self) -> int:
-        """Tokens it may still generate."""
+        """Tokens it may still generate; 0 from the start when only its prompt is to be scored."""
         return self.max_total_tokens - len(self.token_ids)
+
+    @property
+    def is_complete(self) -> bool:
+        """All KV is there and no token is wanted."""
+        return not self.num_pending_tokens and not self.num_tokens_left
+
+    def targets(self, num_rows: int) -> list[int]:
+        """Return the prompt tokens that follow its next ``num_rows`` rows, if their log-probabilities are wanted."""
+        if self.token_sampling.prompt_logprobs is None:
+            return []
+        start = self.committed_len + 1
+        return self.token_ids[start : min(start + num_rows, self.num_prompt_tokens)]
+
+    def text_update(self, *, is_new: bool) -> TextUpdate | None:
+        """Return what its rank must be told of its text now; ``is_new``: the rank knows nothing of this request."""
+        adjustments = self.token_sampling.adjustments
+        if adjustments is None or not adjustments.has_penalties:
+            return None
+        first, self.num_tokens_sent = 0 if is_new else self.num_tokens_sent, len(self.token_ids)
+        return TextUpdate(self.num_prompt_tokens, first, self.token_ids[first:])
+
+    def take_prompt_logprobs(self, logprobs: Logprobs) -> None:
+        """Add those of a chunk's targets, which begin after ``committed_len``; what is known already is dropped."""
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = Logprobs([], [], [])
+        self.prompt_logprobs.extend(logprobs.cut(len(self.prompt_logprobs) - self.committed_len))
 
     def stats(self, now: float) -> RequestStats:
         """Return its counts at time ``now``."""

@@ -113,8 +113,10 @@ class Scheduler:
             new_blocks=request.blocks[first_block:],
             token_ids=[*request.token_ids[start : start + known], *draft],
             parents=list(range(-1, num_rows - 1)),
-            first_sampled_row=known - 1 if is_last_chunk else num_rows,
+            first_sampled_row=known - 1 if is_last_chunk and request.num_tokens_left else num_rows,
             sampling=request.token_sampling,
+            targets=request.targets(known),
+            text=request.text_update(is_new=first_block == 0),
         )
 
     def forget_ranks(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve import Application
 
 from ...workers.loader import inspect
-from ..config import EngineConfig
+from ..config import API_KEY_VARIABLE, EngineConfig
 from ..engine.drafter import make_drafter
 from .gang import Gang
 from .http_server import Address
@@ -57,7 +58,10 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
         max_ongoing_requests=_MAX_ONGOING,
         max_constructor_retry_count=1,
     )
-    return ingress.bind(gang.bind(config, gpu=gpu), config, address=address)
+    # Only the ingress needs the key
+    api_key = config.api_key or os.environ.get(API_KEY_VARIABLE) or None
+    keyless, keyed = replace(config, api_key=None), replace(config, api_key=api_key)
+    return ingress.bind(gang.bind(keyless, gpu=gpu), keyed, address=address)
 
 
 def _absolute(config: EngineConfig) -> EngineConfig:
@@ -67,7 +71,7 @@ def _absolute(config: EngineConfig) -> EngineConfig:
         return str(Path(place).expanduser().resolve()) if place and Path(place).expanduser().is_dir() else place
 
     model = spell(config.model) or config.model
-    return replace(config, model=model, tokenizer=spell(config.tokenizer), served_model_name=config.model_name)
+    return replace(config, model=model, tokenizer=spell(config.tokenizer), served_model_name=config.model_names)
 
 
 def on_gpu(config: EngineConfig) -> bool:

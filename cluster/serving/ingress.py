@@ -7,7 +7,8 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from ..api.chat_tokenizer import ChatTokenizer
-from ..api.openai_api import ServingState, create_app
+from ..api.openai_api import create_app
+from ..api.serving_state import ServingState
 from ..api.text_stream import TextDelta
 from ..client.client import Prompt
 from ..client.prompt_stream import stream_prompt
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 # Serve asks for the application by calling a function without arguments, after the replica's constructor; a replica
 # has its process to itself, so the constructor leaves its state here.
 _state: ServingState | None = None
+_api_key: str | None = None
 
 
 def build_asgi_app() -> FastAPI:
     """Return this replica's application."""
-    return create_app(_state)
+    return create_app(_state, api_key=_api_key)
 
 
 class Ingress:
@@ -37,13 +39,14 @@ class Ingress:
     async def __init__(  # type: ignore[misc]
         self, gang: Any, config: EngineConfig, address: Address | None = None
     ) -> None:
-        global _state
+        global _state, _api_key
         tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
         self._backend = GangBackend(lambda: gang.coordinator.remote())
         await self._backend.attached()
-        self._state = _state = await ServingState.create(self._backend, tokenizer, config.model_name)
+        _api_key = config.api_key
+        self._state = _state = await ServingState.create(self._backend, tokenizer, config.model_names, config.model)
         if address is not None:
-            self._http = await listen(create_app(self._state), address)
+            self._http = await listen(build_asgi_app(), address)
 
     async def stream(self, prompt: Prompt, params: dict[str, Any]) -> AsyncGenerator[TextDelta, None]:
         """Generate one output piece by piece; ``params`` are fields of `SamplingParams`.
@@ -64,7 +67,7 @@ class Ingress:
 
     async def models(self) -> list[str]:
         """Return the names of the models served."""
-        return [self._state.model_name]
+        return list(self._state.model_names)
 
     async def check_health(self) -> None:
         """Called by Serve: an ingress without a gang is well, and waits for one."""

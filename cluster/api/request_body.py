@@ -1,0 +1,38 @@
+"""Reading JSON bodies by hand, so that every mistake in one gets the API's own error."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from .api_error import ApiError
+
+BodyT = TypeVar("BodyT", bound=BaseModel)
+
+MAX_BODY_BYTES = 32 << 20
+"""Longer request bodies are refused unread."""
+
+
+async def read_body(request: Request, model: type[BodyT]) -> BodyT:
+    """Return the request's body; raise 400, 413 or 415 naming what is wrong with it."""
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        message = f"Content-Type: {media_type!r} is not supported; valid: 'application/json'"
+        raise ApiError(415, message, param="Content-Type", code="unsupported_media_type")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(413, f"body: longer than {MAX_BODY_BYTES} bytes", param="body", code="body_too_large")
+    try:
+        return model.model_validate_json(bytes(body))
+    except ValidationError as error:
+        raise ApiError.from_validation(error) from error
+
+
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Return what an endpoint adds to its OpenAPI description for a body that `read_body` reads."""
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}

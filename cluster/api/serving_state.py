@@ -1,0 +1,73 @@
+"""What the endpoints need of the engine they serve."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from ... import __version__
+from ..engine.backend import Backend
+from .api_error import ApiError
+from .chat_tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServingState:
+    """Set as ``app.state.serving`` once the engine runs; until then the endpoints answer 503."""
+
+    backend: Backend
+    tokenizer: ChatTokenizer
+    model_names: tuple[str, ...]
+    """All of them are the one model; the first is its own."""
+    root: str
+    """Where the model was loaded from."""
+    max_model_len: int
+    vocab_size: int
+    """Of the model: ids from here on are refused."""
+    eos_token_ids: tuple[int, ...]
+    system_fingerprint: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    async def create(
+        cls, backend: Backend, tokenizer: ChatTokenizer, model_names: str | Sequence[str], root: str | None = None
+    ) -> ServingState:
+        """Ask the backend's ranks for the model's limits."""
+        names = (model_names,) if isinstance(model_names, str) else tuple(model_names)
+        ranks = await backend.ranks()
+        model = ranks[0].model
+        root = root or names[0]
+        return cls(
+            backend,
+            tokenizer,
+            names,
+            root,
+            model.max_model_len,
+            model.vocab_size,
+            tuple(model.eos_token_ids),
+            _fingerprint(root, str(model), str(len(ranks))),
+        )
+
+    def check_model(self, name: str) -> None:
+        """Raise 404 for a name that is not served."""
+        if name not in self.model_names:
+            valid = " or ".join(map(repr, self.model_names))
+            message = f"model: {name!r} does not exist; valid: {valid}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def serving(request: Request) -> ServingState:
+    """Return the state of the request's application; raise 503 while there is none."""
+    state: ServingState | None = request.app.state.serving
+    if state is None:
+        raise ApiError(503, "the engine is still starting", code="engine_starting", headers={"Retry-After": "1"})
+    return state
+
+
+def _fingerprint(*what: str) -> str:
+    """Return a name for all that decides which tokens a seed gives: release, model, type and ranks."""
+    return f"fp_{hashlib.sha256(repr((__version__, *what)).encode()).hexdigest()[:10]}"
