@@ -40,8 +40,11 @@ LocalEngineFlags = _flags(
 SamplingFlags = _flags(
     "SamplingFlags",
     SamplingParams,
-    # what one text on a terminal cannot show, and what is no flag
-    without=("n", "choice", "logprobs", "prompt_logprobs", "logit_bias"),
+    # what one text on a terminal does not show, and what is for programs
+    without=(
+        *("n", "choice", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids"),
+        *("include_stop_str_in_output", "skip_special_tokens"),
+    ),
     group="Sampling",
 )
 

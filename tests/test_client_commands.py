@@ -32,11 +32,11 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 
 OPTIONS = {
     "generate": """
-        --allowed-token-ids --api-key --block-size --chat --device --draft-len --drafter --dtype
-        --expert-parallel-size --frequency-penalty --ignore-eos --include-stop-str-in-output --json --kv-cache-bytes
+        --api-key --block-size --chat --device --draft-len --drafter --dtype
+        --expert-parallel-size --frequency-penalty --ignore-eos --json --kv-cache-bytes
         --load-timeout-s --local --max-model-len --max-num-batched-tokens --max-num-seqs --max-step-retries
         --max-tokens --min-p --min-tokens --model --num-threads --presence-penalty --prompt-lookup-max
-        --prompt-lookup-min --repetition-penalty --revision --seed --skip-special-tokens --stats --step-timeout-s
+        --prompt-lookup-min --repetition-penalty --revision --seed --stats --step-timeout-s
         --stop --stop-token-ids --system --temperature --tokenizer --top-k --top-p --url
     """,
     "stats": "--api-key --json --url",
