@@ -15,8 +15,8 @@ from penstock.cluster.config import EngineConfig
 
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SERVE_OPTIONS = """
---address --api-key --block-size --config --cpus-per-rank --device --draft-len --drafter --dtype --expert-parallel-size --host
---kv-cache-bytes --load-timeout-s --max-model-len --max-num-batched-tokens --max-num-seqs --max-step-retries
+--address --api-key --block-size --config --cpus-per-rank --device --draft-len --drafter --dtype --expert-parallel-size
+--host --kv-cache-bytes --load-timeout-s --max-model-len --max-num-batched-tokens --max-num-seqs --max-step-retries
 --num-threads --port --prompt-lookup-max --prompt-lookup-min --revision --served-model-name --step-timeout-s --tokenizer
 """
 
