@@ -56,13 +56,13 @@ def save_tokenizer(directory: Path, chat_template: str | None = TEMPLATE) -> Cha
 
 
 def scripted_logprobs(token_ids: Sequence[int], num_top: int | None) -> Logprobs | None:
-    """Return log-probabilities that follow from the token: it is its own second choice, after token 5."""
+    """Return log-probabilities that follow from the token: token 5 is always the likeliest."""
     if num_top is None:
         return None
     top = [5, *range(10, 30)][:num_top]
     return Logprobs(
         [[token, *top] for token in token_ids],
-        [[-1.0 - token / 1024, *(-0.5 - i for i in range(num_top))] for token in token_ids],
+        [[-1.0 - token / 1024, *(-0.5 - i / 100 for i in range(num_top))] for token in token_ids],
         [2 for _ in token_ids],
     )
 

@@ -188,3 +188,65 @@ def test_sampling_params_say_what_a_rank_needs() -> None:
         ValueError, match=r"^unknown sampling parameter beams, best_of; valid: n, choice, temperature, "
     ):
         SamplingParams.from_kwargs(best_of=3, beams=4)
+
+
+def test_a_model_may_have_several_names(tmp_path: Path) -> None:
+    path = tmp_path / "engine.yaml"
+    path.write_text("model: m\nserved_model_name: [a, b]\n")
+    config = EngineConfig.from_yaml(path)
+    assert (config.model_names, config.model_name) == (("a", "b"), "a")
+    assert EngineConfig(model="m", served_model_name="a").model_names == ("a",)
+    assert EngineConfig(model="m", served_model_name=()).model_names == ("m",)
+    for bad in ("", ["a", ""], ["a", 5], 5):
+        with pytest.raises(ValueError, match=r"^served_model_name: expected"):
+            EngineConfig.from_mapping({"model": "m", "served_model_name": bad})
+
+
+@pytest.mark.parametrize("key", ["two words", "caf\u00e9", "line\n", 12345, "", True])
+def test_a_key_is_not_shown(key: Any) -> None:
+    assert "sesame" not in repr(EngineConfig(model="m", api_key="sesame"))
+    with pytest.raises(ValueError, match=r"^api_key: expected") as caught:
+        EngineConfig.from_mapping({"model": "m", "api_key": key})
+    assert not str(key) or str(key) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 0),
+        ("n", 129),
+        ("choice", -1),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {3: 101.0}),
+        ("logit_bias", {3.0: 1.0}),
+        ("logit_bias", [3]),
+        ("allowed_token_ids", ()),
+        ("allowed_token_ids", (-1,)),
+        ("min_tokens", -1),
+        ("logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("skip_special_tokens", 1),
+        ("include_stop_str_in_output", None),
+    ],
+)
+def test_bad_choices_of_tokens_are_refused_by_field(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        SamplingParams(**{field: value})
+
+
+def test_ranks_are_told_of_adjustments_only_if_there_are_any() -> None:
+    assert SamplingParams(temperature=0, stop_token_ids=(3,), logprobs=1).token_sampling().adjustments is None
+    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=(3,), logit_bias={"7": 1, 8: -2.5})
+    adjustments = params.token_sampling(num_prompt_tokens=10, eos_token_ids=(1, 2)).adjustments
+    assert adjustments is not None
+    assert (adjustments.late_token_ids, adjustments.late_from) == ((1, 2, 3), 12)
+    assert adjustments.logit_bias == ((7, 1.0), (8, -2.5))
+    assert not adjustments.has_penalties
+    with pytest.raises(ValueError, match=r"^min_tokens: 3 is not in \[0, max_tokens=2\]"):
+        SamplingParams(min_tokens=3, max_tokens=2)
+    with pytest.raises(ValueError, match=r"^max_tokens: 0 is not an integer in \[1, "):
+        SamplingParams(max_tokens=0)
+    assert SamplingParams(max_tokens=0, prompt_logprobs=0).max_tokens == 0

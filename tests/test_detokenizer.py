@@ -158,3 +158,41 @@ def test_tokens_after_the_stop_are_ignored() -> None:
     assert counted < len(ids)
     assert detokenizer.feed(ids, finished=True) == ""
     assert (detokenizer.text, detokenizer.num_tokens) == ("the ", counted)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    case=outputs_with_stops(),
+    sizes=st.lists(st.integers(0, 5), max_size=8),
+    min_tokens=st.integers(0, 12),
+    include_stop=st.booleans(),
+)
+def test_early_stop_strings_are_text_and_the_one_that_counts_may_be_kept(
+    case: tuple[list[int], list[str]], sizes: list[int], min_tokens: int, include_stop: bool
+) -> None:
+    ids, stops = case
+    options = {"min_tokens": min_tokens, "include_stop": include_stop}
+    detokenizer = Detokenizer(BYTE_LEVEL, tuple(stops), **options)
+    feed_in_pieces(detokenizer, ids, sizes)
+
+    full = BYTE_LEVEL.decode(ids, skip_special_tokens=True)
+    expected, known = full, ""
+    for count in range(1, len(ids) + 1):
+        text = BYTE_LEVEL.decode(ids[:count], skip_special_tokens=True)
+        if text.endswith("\ufffd") and count < len(ids):
+            continue  # half a character is not known yet
+        ends = range(len(known) + 1, len(text) + 1)
+        known = text
+        complete = [(end, stop) for end in ends for stop in stops if text[:end].endswith(stop)]
+        if complete and count > min_tokens:
+            end = complete[0][0]
+            longest = max(len(stop) for at, stop in complete if at == end)
+            expected = full[: end if include_stop else end - longest]
+            break
+    assert detokenizer.text == expected
+
+
+def test_special_tokens_may_be_text() -> None:
+    ids = [*BYTE_LEVEL.encode("the").ids, BYTE_LEVEL.token_to_id("<|user|>")]
+    assert Detokenizer(BYTE_LEVEL).feed(ids, finished=True) == "the"
+    assert Detokenizer(BYTE_LEVEL, skip_special_tokens=False).feed(ids, finished=True) == "the<|user|>"

@@ -34,11 +34,11 @@ def backend(tokenizer: ChatTokenizer) -> ScriptedBackend:
 
 
 @contextmanager
-def served(backend: ScriptedBackend, tokenizer: ChatTokenizer) -> Iterator[LoopbackServer]:
+def served(backend: ScriptedBackend, tokenizer: ChatTokenizer, api_key: str | None = None) -> Iterator[LoopbackServer]:
     """Serve from another thread, as a blocking client needs."""
     started = threading.Event()
     state = asyncio.run(ServingState.create(backend, tokenizer, MODEL))
-    server = LoopbackServer(create_app(state), started.set)
+    server = LoopbackServer(create_app(state, api_key=api_key), started.set)
     thread = threading.Thread(target=lambda: asyncio.run(server.run_here()))
     thread.start()
     try:
@@ -262,3 +262,67 @@ def test_a_connection_lost_in_a_stream_is_a_connection_error() -> None:
         with client.stream("water") as stream, pytest.raises(ConnectionError):
             next(stream)
         client.close()
+
+
+def test_many_outputs_come_prompt_by_prompt(client: HttpClient, tokenizer: ChatTokenizer) -> None:
+    texts = ["water", "the stone"]
+    for prompts in (texts, [tokenizer.encode(text) for text in texts], [CHAT, CHAT], [CHAT, "water"]):
+        outputs = client.generate_many(prompts, n=3, seed=5, max_tokens=9)
+        assert [output.choice for output in outputs[:3]] == [0, 1, 2]
+        assert len(outputs) == 6
+        assert all(output.num_output_tokens == len(output.token_ids or []) == 9 for output in outputs)
+        assert len({output.text for output in outputs[:3]}) == 3
+        for i, prompt in enumerate(prompts):
+            alone = client.generate(prompt, seed=5, max_tokens=9)  # type: ignore[arg-type]
+            assert (alone.text, alone.num_prompt_tokens) == (outputs[3 * i].text, outputs[3 * i].num_prompt_tokens)
+        assert asyncio.run(many_async(client, prompts)) == [(o.text, o.token_ids) for o in outputs]
+    assert client.generate_many([]) == []
+
+
+async def many_async(client: HttpClient, prompts: list) -> list:
+    outputs = await client.agenerate_many(prompts, n=3, seed=5, max_tokens=9)
+    await client._client().close()
+    return [(output.text, output.token_ids) for output in outputs]
+
+
+def test_one_output_is_one(client: HttpClient) -> None:
+    for call in (client.generate, client.stream):
+        with pytest.raises(ValueError, match=r"^n: one output"):
+            call("water", n=2)
+    with pytest.raises(ValueError, match=r"^choice: not a field"):
+        client.generate("water", choice=1)
+
+
+@pytest.mark.parametrize("prompt", ["water", CHAT])
+def test_logprobs_come_as_words(client: HttpClient, tokenizer: ChatTokenizer, prompt: object) -> None:
+    asked = {"max_tokens": 9, "seed": 2, "logprobs": 2}
+    whole = client.generate(prompt, **asked, prompt_logprobs=1)  # type: ignore[arg-type]
+    assert whole.token_ids is not None
+    assert whole.logprobs is not None
+    assert [entry.token for entry in whole.logprobs] == [tokenizer.token_texts.to_text(i) for i in whole.token_ids]
+    assert [entry.logprob for entry in whole.logprobs] == [-1.0 - i / 1024 for i in whole.token_ids]
+    assert [[top.logprob for top in entry.top_logprobs] for entry in whole.logprobs] == [[-0.5, -0.51]] * 9
+    assert whole.prompt_logprobs is not None
+    first, *others = whole.prompt_logprobs
+    assert first.logprob is None
+    assert all(entry.logprob == -1.0 - (entry.token_id or 0) / 1024 for entry in others)
+    with client.stream(prompt, **asked) as stream:  # type: ignore[arg-type]
+        for _ in stream:
+            pass
+    assert stream.generation.logprobs == whole.logprobs
+
+
+def test_the_key_is_sent(backend: ScriptedBackend, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(backend, tokenizer, api_key="sesame") as server:
+        monkeypatch.delenv("PENSTOCK_API_KEY", raising=False)
+        stranger = HttpClient(server.url, max_retries=0)
+        with pytest.raises(PermissionError, match="API key"):
+            stranger.models()
+        assert stranger.stats()["penstock:engine_up"] == 1.0
+        given = HttpClient(server.url, api_key="sesame")
+        assert given.models() == [MODEL]
+        monkeypatch.setenv("PENSTOCK_API_KEY", "sesame")
+        found = HttpClient(server.url)
+        assert found.generate("water", max_tokens=2).num_output_tokens == 2
+        for client in (stranger, given, found):
+            client.close()

@@ -108,3 +108,28 @@ def test_bfloat16_holds_half_the_bytes_and_still_does_sums(llm, num_ranks):
         infos = rounded._engine.ranks.infos
     assert answer.text.splitlines()[-1] == "Answer: 779"
     assert sum(info.expert_bytes for info in infos) * 2 == llm._engine.ranks.infos[0].expert_bytes
+
+
+def test_outputs_of_each_prompt_come_in_turn(llm):
+    asked = {"temperature": 1.0, "seed": 3, "max_tokens": 12}
+    outputs = llm.generate(["def f", "import "], n=3, **asked)
+    assert [output.choice for output in outputs] == [0, 1, 2, 0, 1, 2]
+    assert len({output.text for output in outputs}) == 6
+    assert llm.generate("import ", **asked)[0].token_ids == outputs[3].token_ids
+    assert llm.generate("import ", choice=2, **asked)[0].token_ids == outputs[5].token_ids
+    unseeded = llm.generate(["def f"] * 2, n=2, temperature=1.0, max_tokens=12)
+    assert unseeded[0].seed == unseeded[1].seed != unseeded[2].seed == unseeded[3].seed
+
+
+def test_logprobs_are_of_the_tokens(llm):
+    output = llm.generate("import os\n", temperature=0, max_tokens=8, logprobs=2, prompt_logprobs=0)[0]
+    assert [entry.token_id for entry in output.logprobs] == output.token_ids
+    assert "".join(entry.token for entry in output.logprobs) == output.text
+    assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in output.logprobs), (
+        "greedy takes the likeliest"
+    )
+    assert [entry.token_id for entry in output.prompt_logprobs] == output.prompt_token_ids
+    assert output.prompt_logprobs[0].logprob is None
+    scored = llm.generate("import os\n", temperature=0, max_tokens=0, prompt_logprobs=0)[0]
+    assert (scored.text, scored.token_ids, scored.finish_reason) == ("", [], "length")
+    assert scored.prompt_logprobs == output.prompt_logprobs

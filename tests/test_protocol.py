@@ -51,14 +51,24 @@ def test_null_means_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "expected"), [("one", "one"), ([1, 2], [1, 2]), (["one"], "one"), ([[1, 2]], [1, 2]), ("", ""), ([], [])]
+    ("prompt", "expected"),
+    [
+        ("one", ["one"]),
+        ("", [""]),
+        ([1, 2], [[1, 2]]),
+        ([], [[]]),
+        (["one"], ["one"]),
+        (["one", "two"], ["one", "two"]),
+        ([[1, 2]], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
 )
 def test_prompt_forms(prompt: object, expected: object) -> None:
-    assert completion(prompt=prompt).prompt == expected
+    assert completion(prompt=prompt).prompts == expected
 
 
 @pytest.mark.parametrize(
-    "prompt", [["a", "b"], [[1], [2]], [1, "a"], [[1], "a"], 5, {"a": 1}, None, True, [True], [1.5]]
+    "prompt", [[1, "a"], [[1], "a"], ["a", [1]], 5, {"a": 1}, None, True, [True], [1.5], ["a"] * 1025]
 )
 def test_other_prompts_are_refused_by_name(prompt: object) -> None:
     with pytest.raises(ValidationError) as caught:
@@ -79,7 +89,7 @@ def test_chat_takes_either_limit() -> None:
         {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}},
         {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_tokens": 0},
         {"tools": [], "tool_choice": "none", "functions": [], "response_format": {"type": "text"}},
-        {"logprobs": False, "top_logprobs": 0, "modalities": ["text"], "guided_json": None},
+        {"logprobs": None, "top_logprobs": 0, "modalities": ["text"], "guided_json": None},
     ],
 )
 def test_fields_that_ask_for_nothing_pass(neutral: dict[str, object]) -> None:
@@ -88,8 +98,8 @@ def test_fields_that_ask_for_nothing_pass(neutral: dict[str, object]) -> None:
 
 
 def test_true_is_not_one() -> None:
-    with pytest.raises(ValueError, match=r"^n: True is not supported; valid: 1 or null"):
-        completion(n=True).check_supported()
+    with pytest.raises(ValueError, match=r"^best_of: True is not supported; valid: 1 or null"):
+        completion(best_of=True).check_supported()
 
 
 def test_only_fields_no_api_has_count_as_unknown() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from penstock.cluster.engine.controller import FixedDraftLen
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.output import RequestOutput
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
+from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.kernels.philox import gumbel
 from penstock.workers.plan import Logprobs, StepFailedError
 from penstock.workers.sampling_params import SamplingParams
@@ -284,3 +286,35 @@ def test_what_the_model_cannot_do_is_refused(served, given, message):
     ranks, config, _ = served
     with pytest.raises(ValueError, match=f"^{message}"):
         Engine(config, ranks).add_request("a", [5], SamplingParams(temperature=0, max_tokens=4, **given))
+
+
+@pytest.mark.distributed
+def test_ranks_in_other_processes_are_told_all_of_it(checkpoint: Callable[[str], Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = checkpoint("qwen3_moe")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    config = EngineConfig(
+        model=str(directory),
+        expert_parallel_size=2,
+        num_threads=1,
+        device="cpu",
+        max_model_len=160,
+        kv_cache_bytes=8 << 20,
+        max_num_batched_tokens=24,
+        max_num_seqs=8,
+        block_size=4,
+    )
+    samplings = [
+        SamplingParams(**given, **SEEDED, max_tokens=MAX_TOKENS, logprobs=2, prompt_logprobs=1)
+        for given in ADJUSTED[2:]
+    ]
+    wanted = [expected_tokens(model, prompt, s) for prompt, s in zip(prompts(), samplings, strict=True)]
+    ranks = ProcessRanks(config, [sys.executable, str(Path(__file__).with_name("faulty_rank.py"))])
+    try:
+        outputs = run(ranks, config, 3, samplings)
+    finally:
+        ranks.close()
+    assert [output.token_ids for output in outputs] == wanted
+    for prompt, sampling, output in zip(prompts(), samplings, outputs, strict=True):
+        check_logprobs(model, prompt, sampling, output)

@@ -181,6 +181,24 @@ def test_health_and_models(server):
     assert [model["id"] for model in models["data"]] == [MODEL]
 
 
+def test_choices_and_scores_come_through_the_gang(server):
+    """What travels with plans and results, between processes and through Ray."""
+    client = HttpClient(server.url)
+    asked = {"seed": 8, "max_tokens": 16, "frequency_penalty": 0.7, "logit_bias": {40: 2.0}, "min_tokens": 4}
+    together = client.generate_many(["import ", "def f("], n=3, logprobs=2, **asked)
+    alone = client.generate_many(["def f("], n=2, **asked)
+    assert [output.text for output in together[3:5]] == [output.text for output in alone]
+    assert len({output.text for output in together}) == 6
+    for output in together:
+        assert len(output.logprobs) == output.num_output_tokens >= 4
+        assert "".join(entry.token for entry in output.logprobs).startswith(output.text)
+    (scored,) = client.generate_many(["import os\n"], max_tokens=0, prompt_logprobs=1)
+    assert (scored.text, len(scored.prompt_logprobs)) == ("", scored.num_prompt_tokens)
+    client.close()
+    tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": "import os\n"}, timeout=60).json()
+    assert tokens["count"] == scored.num_prompt_tokens
+
+
 _HANDLE = """
 import asyncio, json, penstock
 client = penstock.connect()
@@ -189,6 +207,7 @@ whole = client.generate(question, temperature=0)
 with client.stream(question, temperature=0) as stream:
     pieces = list(stream)
 again = asyncio.run(client.agenerate(question, temperature=0))
+many = client.generate_many(["import ", "def f("], n=2, seed=8, max_tokens=8, logprobs=1)
 try:
     client.generate("x", temperature=9)
 except ValueError as error:
@@ -198,7 +217,8 @@ try:
 except ValueError as error:
     unknown = str(error)
 print(json.dumps([whole.text, "".join(pieces), again.text, stream.generation.stats.steps, client.models(),
-                  client.stats()["penstock:engine_up"], refusal, unknown]))
+                  client.stats()["penstock:engine_up"], refusal, unknown,
+                  [[output.text, output.token_ids, [entry.token for entry in output.logprobs]] for output in many]]))
 """
 
 
@@ -213,7 +233,9 @@ def test_the_handle_inside_the_cluster_gives_what_http_gives(server):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    whole, streamed, again, steps, models, up, refusal, unknown = json.loads(done.stdout.strip().splitlines()[-1])
+    whole, streamed, again, steps, models, up, refusal, unknown, many = json.loads(done.stdout.strip().splitlines()[-1])
+    outputs = HttpClient(server.url).generate_many(["import ", "def f("], n=2, seed=8, max_tokens=8, logprobs=1)
+    assert many == [[o.text, o.token_ids, [entry.token for entry in o.logprobs]] for o in outputs]
     assert whole == streamed == again == over_http.text
     assert steps == over_http.stats.steps
     assert models == [MODEL]

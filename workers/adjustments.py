@@ -75,24 +75,26 @@ def _mask_and_bias(rows: torch.Tensor, wanted: LogitAdjustments, positions: Sequ
 
 
 def _penalise(rows: torch.Tensor, wanted: LogitAdjustments, request: RequestPlan, text: np.ndarray) -> None:
-    """Apply penalties to ``rows`` [N, V] in place."""
+    """Apply penalties to ``rows`` [N, V] in place. Only the K tokens that stand in the text or the draft change."""
     assert request.text is not None
-    num_prompt = request.text.num_prompt_tokens
-    counts = _counts(text[num_prompt:], rows).repeat(len(rows), 1)
+    seen = np.zeros(rows.shape[-1], dtype=bool)
+    seen[text] = True
+    seen[request.token_ids[request.first_sampled_row :]] = True
+    ids = np.flatnonzero(seen)
+    in_output = np.bincount(text[request.text.num_prompt_tokens :], minlength=rows.shape[-1])[ids]
+    in_text = np.bincount(text, minlength=rows.shape[-1])[ids]
+    in_draft = np.zeros((len(rows), len(ids)), dtype=np.int64)
     for row, ancestors in enumerate(_draft_ancestors(request)):
-        counts[row] += _counts(np.asarray(ancestors, dtype=np.int64), rows)
-    if wanted.repetition_penalty != 1.0:
-        seen = (counts > 0) | (_counts(text[:num_prompt], rows) > 0)
-        penalty = wanted.repetition_penalty
-        rows.copy_(torch.where(seen, torch.where(rows > 0, rows / penalty, rows * penalty), rows))
-    rows -= wanted.frequency_penalty * counts
-    rows -= wanted.presence_penalty * (counts > 0)
-
-
-def _counts(token_ids: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """Return how often each token of the vocabulary is among ``token_ids`` [V], f32."""
-    ids = torch.from_numpy(token_ids).to(like.device)
-    return torch.zeros(like.shape[-1], device=like.device).index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
+        np.add.at(in_draft[row], np.searchsorted(ids, ancestors), 1)
+    columns = torch.from_numpy(ids).to(rows.device)
+    counts = torch.from_numpy(in_output + in_draft).to(rows.device)
+    repeated = torch.from_numpy(in_text + in_draft > 0).to(rows.device)
+    values = rows[:, columns]
+    penalty = wanted.repetition_penalty
+    values = torch.where(repeated, torch.where(values > 0, values / penalty, values * penalty), values)
+    values -= wanted.frequency_penalty * counts
+    values -= wanted.presence_penalty * (counts > 0)
+    rows[:, columns] = values
 
 
 def _draft_ancestors(request: RequestPlan) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -153,6 +154,10 @@ class SamplingParams:
         if unknown:
             raise ValueError(f"unknown sampling parameter {', '.join(unknown)}; valid: {', '.join(valid)}")
         return cls(**kwargs)  # type: ignore[arg-type]
+
+    def with_seed(self) -> SamplingParams:
+        """Return these with a seed drawn if they need one and have none."""
+        return replace(self, seed=secrets.randbits(63)) if self.seed is None and self.temperature > 0 else self
 
     def choices(self) -> list[SamplingParams]:
         """Return the ``n`` requests this stands for, each of one output; ``seed`` must have been drawn."""

@@ -101,14 +101,15 @@ class Detokenizer:
         pending = self._held + text
         num_held = 0
         for end, char in enumerate(text, start=len(self._held) + 1):
-            matches = [(stop.advance(char), stop.is_complete) for stop in self._stops]
-            complete = max((length for length, is_complete in matches if is_complete), default=0)
+            for stop in self._stops:
+                stop.advance(char)
+            complete = max((len(stop.text) for stop in self._stops if stop.is_complete), default=0)
             if complete and len(self._ids) > self._min_tokens:
                 self._safe.append(pending[: end if self._include_stop else end - complete])
                 self._held = ""
                 self.stopped = True
                 return
-            num_held = max(length for length, _ in matches)
+            num_held = max(stop.num_begun for stop in self._stops)
         if text:
             safe_end = len(pending) - num_held
             self._safe.append(pending[:safe_end])
@@ -128,14 +129,19 @@ class _StopString:
 
     @property
     def is_complete(self) -> bool:
+        """The text ends with all of it."""
         return self._matched == len(self.text)
 
-    def advance(self, char: str) -> int:
-        self._matched = self._extend(self._matched, char)
-        return self._matched
+    @property
+    def num_begun(self) -> int:
+        """Characters at the end of the text that may yet become it; not those of one that is complete."""
+        return self._border[-1] if self.is_complete else self._matched
+
+    def advance(self, char: str) -> None:
+        """Append ``char`` to the text."""
+        self._matched = self._extend(self.num_begun, char)
 
     def _extend(self, matched: int, char: str) -> int:
-        # a complete match may go on if it came too early to count
-        while matched and (matched == len(self.text) or self.text[matched] != char):
+        while matched and self.text[matched] != char:
             matched = self._border[matched - 1]
         return matched + 1 if self.text[matched] == char else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -142,6 +141,4 @@ def _fit(
     except ValueError as error:  # min_tokens may exceed the default
         raise ApiError.from_value_error(error) from error
     # one for all choices of a prompt, which differ by their numbers; prompts that are alike differ by their seeds
-    if sampling.seed is None and sampling.temperature > 0:
-        sampling = replace(sampling, seed=secrets.randbits(63))
-    return EncodedPrompt(param, token_ids, sampling)
+    return EncodedPrompt(param, token_ids, sampling.with_seed())

@@ -75,11 +75,11 @@ def _is_token_ids(value: Any) -> bool:
 def _prompt(value: Any) -> Any:
     if isinstance(value, str) or _is_token_ids(value):
         return value
-    if isinstance(value, list) and all(isinstance(item, str) or _is_token_ids(item) for item in value):
+    if isinstance(value, list) and (all(isinstance(item, str) for item in value) or all(map(_is_token_ids, value))):
         if len(value) > MAX_OUTPUTS:
             raise ValueError(f"expected at most {MAX_OUTPUTS} prompts, got {len(value)}")
         return value
-    raise ValueError("expected a string, a list of token ids, or a list of those")
+    raise ValueError("expected a string, a list of token ids, a list of strings or a list of lists of token ids")
 
 
 def _schema(kind: str, **bounds: Any) -> WithJsonSchema:

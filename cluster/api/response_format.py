@@ -92,17 +92,15 @@ def own_stats(options: AnswerOptions, generation: Generation) -> dict[str, Any]:
 
 
 def prompt_logprobs(tokens: Sequence[TokenLogprob], num_top: int) -> list[dict[str, Any] | None]:
-    """Return vLLM's ``prompt_logprobs``: by token id, the prompt's token and the likeliest ones; null for the first."""
-    return [
-        None
-        if token.logprob is None
-        else {
-            str(entry.token_id): {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": entry.token}
-            # the last of equal ids wins: the token's own entry
-            for entry in (*reversed(token.top_logprobs[:num_top]), token)
-        }
-        for token in tokens
-    ]
+    """Return vLLM's ``prompt_logprobs``: by token id, the prompt's own and then the likeliest; null for the first."""
+    result: list[dict[str, Any] | None] = []
+    for token in tokens:
+        places: dict[str, Any] = {}
+        for entry in (token, *token.top_logprobs[:num_top]):
+            shown = {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": entry.token}
+            places.setdefault(str(entry.token_id), shown)
+        result.append(places if token.logprob is not None else None)
+    return result
 
 
 def to_json(body: BaseModel) -> str:

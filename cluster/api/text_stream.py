@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -49,9 +48,8 @@ async def stream_text(
     Draws the seed if sampling needs one and none was given. Raises what ``Backend.generate`` raises, and
     `RequestFailedError` if the request ends any other way than stop or length.
     """
-    if sampling.seed is None and sampling.temperature > 0:
-        sampling = replace(sampling, seed=secrets.randbits(63))
-    text = _RequestText(tokenizer, prompt_token_ids, sampling)
+    sampling = sampling.with_seed()
+    text = RequestText(tokenizer, prompt_token_ids, sampling)
     outputs = backend.generate(request_id, prompt_token_ids, sampling)
     async with aclosing(outputs):
         async for output in outputs:
@@ -65,8 +63,8 @@ async def stream_text(
     yield delta
 
 
-class _RequestText:
-    """Puts one request's outputs into words."""
+class RequestText:
+    """Puts one request's outputs into words, whoever reads them."""
 
     def __init__(self, tokenizer: ChatTokenizer, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
         self._tokenizer, self._prompt, self._sampling = tokenizer, prompt_token_ids, sampling
@@ -82,7 +80,10 @@ class _RequestText:
         self._prompt_logprobs: list[TokenLogprob] | None = None
 
     def take(self, output: RequestOutput) -> TextDelta:
-        """Return what ``output`` adds; the ``generation`` too if it is the last that counts."""
+        """Return what ``output`` adds; the ``generation`` too if it is the last that counts.
+
+        Raises `RequestFailedError` as `stream_text` does.
+        """
         if output.offset > self._num_received:
             raise RequestFailedError(f"output tokens {self._num_received} to {output.offset - 1} were lost")
         known = self._num_received - output.offset

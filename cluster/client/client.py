@@ -65,6 +65,10 @@ class Client(Protocol):
         """Generate one output."""
         ...
 
+    def generate_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
+        """Generate ``n`` outputs (1 unless given) of each prompt, side by side; the first prompt's come first."""
+        ...
+
     def stream(self, prompt: Prompt, **sampling: Any) -> TextStream:
         """Generate one output piece by piece."""
         ...
@@ -83,6 +87,10 @@ class Client(Protocol):
 
     async def agenerate(self, prompt: Prompt, **sampling: Any) -> Generation:
         """Generate one output."""
+        ...
+
+    async def agenerate_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
+        """Generate ``n`` outputs (1 unless given) of each prompt, side by side; the first prompt's come first."""
         ...
 
     def astream(self, prompt: Prompt, **sampling: Any) -> AsyncTextStream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,20 +12,33 @@ from typing import Any
 import openai
 
 from ...workers.sampling_params import SamplingParams
-from ..api.generation import Generation, GenerationStats
+from ..api.generation import Generation
 from ..api.metrics import parse_samples
+from ..config import API_KEY_VARIABLE
 from ..engine.backend import EngineDeadError
 from .client import Prompt
+from .http_answer import StreamedAnswer, read_choices
 
-_EXTENSIONS = ("top_k", "min_p", "stop_token_ids", "ignore_eos")
-"""Sampling parameters that are not OpenAI's."""
+_OPENAI_FIELDS = {
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
+    "max_tokens",
+    "n",
+    "presence_penalty",
+    "seed",
+    "stop",
+    "temperature",
+    "top_p",
+}
+"""Sampling parameters that are OpenAI's too."""
 
 
 class HttpClient:
     """A `Client` of an OpenAI-compatible Penstock server at ``base_url``, with or without the final ``/v1``.
 
-    ``model`` defaults to the first that the server lists. ``timeout_s`` is the longest wait for the server's next
-    bytes. What the openai package calls transient
+    ``model`` defaults to the first that the server lists, ``api_key`` to that of PENSTOCK_API_KEY. ``timeout_s`` is the
+    longest wait for the server's next bytes. What the openai package calls transient
     (no connection, no answer in time, 408, 409, 429, 5xx) is sent again up to ``max_retries`` times.
     """
 
@@ -41,7 +55,7 @@ class HttpClient:
         self._options: dict[str, Any] = {
             "base_url": f"{self._root}/v1",
             # a key is sent even to servers that ask for none: the library insists on one
-            "api_key": api_key or "none",
+            "api_key": api_key or os.environ.get(API_KEY_VARIABLE) or "none",
             "timeout": timeout_s,
             "max_retries": max_retries,
         }
@@ -53,16 +67,24 @@ class HttpClient:
 
     def generate(self, prompt: Prompt, **sampling: Any) -> Generation:
         """Generate one output."""
-        call = _Call(prompt, sampling)
+        call = _one_call(prompt, sampling)
         with _plain_errors():
-            answer = call.send(self._sync, self._model or self._first(self.models()))
-        return _whole(answer)
+            return call.read(call.send(self._sync, self._model or self._first(self.models())))[0]
+
+    def generate_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
+        """Generate ``n`` outputs of each prompt; the first prompt's come first. Chats are sent one after another."""
+        generations: list[Generation] = []
+        for call in _calls(prompts, sampling):
+            with _plain_errors():
+                generations += call.read(call.send(self._sync, self._model or self._first(self.models())))
+        return generations
 
     def stream(self, prompt: Prompt, **sampling: Any) -> HttpTextStream:
         """Generate one output piece by piece; a refusal is raised here, not by the first read."""
-        call = _Call(prompt, sampling, stream=True)
+        call = _one_call(prompt, sampling, stream=True)
         with _plain_errors():
-            return HttpTextStream(call.send(self._sync, self._model or self._first(self.models())))
+            chunks = call.send(self._sync, self._model or self._first(self.models()))
+        return HttpTextStream(chunks, call.num_top)
 
     def stats(self) -> dict[str, float]:
         """Return the server's metrics by name, labels included."""
@@ -88,19 +110,26 @@ class HttpClient:
 
     async def agenerate(self, prompt: Prompt, **sampling: Any) -> Generation:
         """Generate one output."""
-        call = _Call(prompt, sampling)
+        call = _one_call(prompt, sampling)
         with _plain_errors():
-            answer = await call.send(self._client(), self._model or self._first(await self.amodels()))
-        return _whole(answer)
+            return call.read(await call.send(self._client(), self._model or self._first(await self.amodels())))[0]
+
+    async def agenerate_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
+        """Generate ``n`` outputs of each prompt; the first prompt's come first."""
+        calls = _calls(prompts, sampling)
+        with _plain_errors():
+            model = self._model or self._first(await self.amodels())
+            answers = await asyncio.gather(*(call.send(self._client(), model) for call in calls))
+        return [generation for call, answer in zip(calls, answers, strict=True) for generation in call.read(answer)]
 
     def astream(self, prompt: Prompt, **sampling: Any) -> AsyncHttpTextStream:
         """Generate one output piece by piece; the request is sent when the first piece is read."""
-        call = _Call(prompt, sampling, stream=True)
+        call = _one_call(prompt, sampling, stream=True)
 
         async def send() -> openai.AsyncStream[Any]:
             return await call.send(self._client(), self._model or self._first(await self.amodels()))
 
-        return AsyncHttpTextStream(send)
+        return AsyncHttpTextStream(send, call.num_top)
 
     async def astats(self) -> dict[str, float]:
         """Return the server's metrics by name, labels included."""
@@ -135,10 +164,10 @@ class HttpClient:
 class HttpTextStream:
     """A `TextStream` over HTTP."""
 
-    def __init__(self, chunks: openai.Stream[Any]) -> None:
+    def __init__(self, chunks: openai.Stream[Any], num_top: int) -> None:
         self._chunks = chunks
         self._iterator = iter(chunks)
-        self._answer = _StreamedAnswer()
+        self._answer = StreamedAnswer(num_top)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -171,10 +200,10 @@ class HttpTextStream:
 class AsyncHttpTextStream:
     """An `AsyncTextStream` over HTTP."""
 
-    def __init__(self, send: Callable[[], Awaitable[openai.AsyncStream[Any]]]) -> None:
+    def __init__(self, send: Callable[[], Awaitable[openai.AsyncStream[Any]]], num_top: int) -> None:
         self._send = send
         self._chunks: openai.AsyncStream[Any] | None = None
-        self._answer = _StreamedAnswer()
+        self._answer = StreamedAnswer(num_top)
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self
@@ -209,56 +238,53 @@ class AsyncHttpTextStream:
 
 
 class _Call:
-    """One request to one of the two endpoints."""
+    """One request to one of the two endpoints: one prompt of any kind, or several that are no chats."""
 
-    def __init__(self, prompt: Prompt, sampling: dict[str, Any], *, stream: bool = False) -> None:
+    def __init__(self, prompts: Sequence[Prompt], sampling: dict[str, Any], *, stream: bool = False) -> None:
         # a mistake is found here as the server would find it
-        SamplingParams.from_kwargs(**sampling)
+        params = SamplingParams.from_kwargs(**sampling)
+        if params.choice:
+            raise ValueError("choice: not a field of the HTTP API; ask for n outputs")
+        self._is_chat = len(prompts) == 1 and _is_chat(prompts[0])
+        self.num_top = params.logprobs or 0
         given = {name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()}
-        self._arguments: dict[str, Any] = {name: given.pop(name) for name in list(given) if name not in _EXTENSIONS}
-        self._arguments["extra_body"] = given
+        given.pop("choice", None)
+        self._arguments: dict[str, Any] = {name: given.pop(name) for name in list(given) if name in _OPENAI_FIELDS}
+        # or nobody could tell how many tokens each of several outputs has
+        self._arguments["extra_body"] = {**given, "return_token_ids": True}
+        if self._is_chat and params.logprobs is not None:
+            self._arguments.update(logprobs=True, top_logprobs=params.logprobs)
         if stream:
             self._arguments.update(stream=True, stream_options={"include_usage": True})
-        self._is_chat = _is_chat(prompt)
-        self._arguments["messages" if self._is_chat else "prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+        plain = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        self._arguments["messages" if self._is_chat else "prompt"] = plain[0] if len(plain) == 1 else plain
 
     def send(self, client: openai.OpenAI | openai.AsyncOpenAI, model: str) -> Any:
         """Send it; with an asynchronous client, return what to await."""
         endpoint: Any = client.chat.completions if self._is_chat else client.completions
         return endpoint.create(model=model, **self._arguments)
 
+    def read(self, answer: Any) -> list[Generation]:
+        """Return the outputs of an answer that was not streamed."""
+        return read_choices(answer, self.num_top)
 
-class _StreamedAnswer:
-    """What the chunks of a stream add up to."""
 
-    def __init__(self) -> None:
-        self._text: list[str] = []
-        self._finish_reason: str | None = None
-        self._last: Any = None
+def _one_call(prompt: Prompt, sampling: dict[str, Any], *, stream: bool = False) -> _Call:
+    if SamplingParams.from_kwargs(**sampling).n > 1:
+        raise ValueError("n: one output is generated; generate_many takes more")
+    return _Call([prompt], sampling, stream=stream)
 
-    def take(self, chunk: Any) -> str:
-        """Return the chunk's text."""
-        if chunk.usage is not None:
-            self._last = chunk
-        if not chunk.choices:
-            return ""
-        choice = chunk.choices[0]
-        self._finish_reason = choice.finish_reason or self._finish_reason
-        text: str = (choice.text if hasattr(choice, "text") else choice.delta.content) or ""
-        self._text.append(text)
-        return text
 
-    def check_complete(self) -> None:
-        if self._finish_reason is None or self._last is None:
-            raise ConnectionError("the server ended the stream before the output was complete")
-
-    def generation(self) -> Generation:
-        if self._finish_reason is None or self._last is None:
-            raise RuntimeError("the stream has not been read to its end")
-        return _generation("".join(self._text), self._finish_reason, self._last)
+def _calls(prompts: Sequence[Prompt], sampling: dict[str, Any]) -> list[_Call]:
+    """Return as few requests as there can be: a chat needs one of its own."""
+    are_chats = [_is_chat(prompt) for prompt in prompts]
+    if any(are_chats):
+        return [_Call([prompt], sampling) for prompt in prompts]
+    return [_Call(prompts, sampling)] if prompts else []
 
 
 def _is_chat(prompt: Prompt) -> bool:
+    """Tell a chat from text and token ids; raise ``ValueError`` for what is none of them."""
     if isinstance(prompt, str):
         return False
     items = list(prompt) if isinstance(prompt, Sequence) else []
@@ -267,20 +293,6 @@ def _is_chat(prompt: Prompt) -> bool:
     if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
         return False
     raise ValueError("prompt: expected text, a non-empty list of token ids or a non-empty list of messages")
-
-
-def _whole(answer: Any) -> Generation:
-    choice = answer.choices[0]
-    text = choice.text if hasattr(choice, "text") else choice.message.content
-    return _generation(text or "", choice.finish_reason, answer)
-
-
-def _generation(text: str, finish_reason: str, answer: Any) -> Generation:
-    stats = (answer.model_extra or {}).get("penstock")
-    if stats is None:
-        raise RuntimeError("the server is not Penstock: its answer has no statistics")
-    usage = answer.usage
-    return Generation(text, usage.prompt_tokens, usage.completion_tokens, finish_reason, GenerationStats(**stats))
 
 
 @contextmanager

@@ -11,10 +11,12 @@ import torch
 
 from ...workers.sampling_params import SamplingParams
 from ..api.chat_tokenizer import ChatTokenizer
+from ..api.generation import Generation, TokenLogprob
+from ..api.text_stream import RequestText
 from ..config import EngineConfig
 from ..engine.drafter import make_drafter
 from ..engine.engine import Engine, check_prompt
-from ..engine.output import ABORT, STOP, EngineStats, RequestStats
+from ..engine.output import STOP, EngineStats, RequestStats
 from ..engine.ranks import LocalRanks, Ranks, make_runner
 
 Prompt = str | Sequence[int]
@@ -33,14 +35,12 @@ class Completion:
     seed: int | None
     """The seed that repeats this output; None for greedy decoding."""
     stats: RequestStats
-
-
-@dataclass(slots=True)
-class _Live:
-    prompt: list[int]
-    sampling: SamplingParams
-    detokenizer: Any
-    token_ids: list[int]
+    choice: int = 0
+    """Which of the prompt's outputs this is."""
+    logprobs: list[TokenLogprob] | None = None
+    """Of ``token_ids``, if they were asked for."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Of ``prompt_token_ids``, if they were asked for."""
 
 
 def make_ranks(config: EngineConfig) -> Ranks:
@@ -90,7 +90,7 @@ class LLM:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None, **params: Any
     ) -> list[Completion]:
-        """Continue each prompt (text, or token ids) and return the results in order.
+        """Continue each prompt (text, or token ids) and return the results in order: ``n`` of each prompt in turn.
 
         ``params`` are fields of `SamplingParams`, unless ``sampling`` is given. All prompts are checked before any is
         run; ``ValueError`` names the field at fault.
@@ -104,7 +104,7 @@ class LLM:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None, **params: Any
     ) -> Completion:
-        """Write the assistant's next turn of one conversation."""
+        """Write the assistant's next turn of one conversation; with ``n`` above 1, return the first of them."""
         return self.generate([self.tokenizer.encode_chat(messages)], sampling, **params)[0]
 
     def stats(self) -> EngineStats:
@@ -121,40 +121,43 @@ class LLM:
 
     def _run(self, prompts: list[list[int]], sampling: SamplingParams) -> list[Completion]:
         for prompt in prompts:
-            check_prompt(self._engine.model, prompt, sampling)
-        live: dict[str, _Live] = {}
-        for prompt in prompts:
-            request_id = uuid.uuid4().hex
-            one = self._engine.add_request(request_id, prompt, sampling)
-            live[request_id] = _Live(prompt, one, self.tokenizer.detokenizer(one), [])
+            check_prompt(self._engine.model, prompt, replace(sampling, n=1))
+        live: dict[str, tuple[list[int], RequestText]] = {}
         done: dict[str, Completion] = {}
         try:
+            for prompt in prompts:
+                for choice in sampling.with_seed().choices():
+                    request_id = uuid.uuid4().hex
+                    self._engine.add_request(request_id, prompt, choice)
+                    live[request_id] = prompt, RequestText(self.tokenizer, prompt, choice)
             while len(done) < len(live):
                 for output in self._engine.step():
-                    state = live[output.request_id]
-                    state.token_ids += output.token_ids
-                    # EOS and stop tokens end the output and are no part of its text
-                    text = output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids
-                    state.detokenizer.feed(text, finished=output.finish_reason is not None)
-                    reason, stats = output.finish_reason, output.stats
-                    if state.detokenizer.stopped:
-                        reason = STOP
-                        stats = stats or self._engine.abort(output.request_id, STOP)
-                    if reason is not None and stats is not None:
-                        done[output.request_id] = self._completion(state, reason, stats)
+                    prompt, text = live[output.request_id]
+                    generation = text.take(output).generation
+                    if generation is not None:
+                        stats = output.stats or self._engine.abort(output.request_id, STOP)
+                        assert stats is not None
+                        done[output.request_id] = _completion(prompt, generation, stats)
         finally:
             for request_id in live.keys() - done.keys():
                 self._engine.abort(request_id)
         return [done[request_id] for request_id in live]
 
-    @staticmethod
-    def _completion(state: _Live, reason: str, stats: RequestStats) -> Completion:
-        assert reason != ABORT
-        if state.detokenizer.stopped:
-            state.token_ids = state.token_ids[: state.detokenizer.num_tokens]
-            stats = replace(stats, num_output_tokens=len(state.token_ids))
-        seed = state.sampling.seed if state.sampling.temperature > 0 else None
-        return Completion(state.prompt, state.detokenizer.text, state.token_ids, reason, seed, stats)
+
+def _completion(prompt: list[int], generation: Generation, stats: RequestStats) -> Completion:
+    assert generation.token_ids is not None
+    return Completion(
+        prompt,
+        generation.text,
+        generation.token_ids,
+        generation.finish_reason,
+        generation.stats.seed,
+        # a stop string may have been complete before the last token that the engine counted
+        replace(stats, num_output_tokens=generation.num_output_tokens),
+        generation.choice,
+        generation.logprobs,
+        generation.prompt_logprobs,
+    )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

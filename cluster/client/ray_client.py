@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +40,14 @@ class RayClient:
             pass
         return stream.generation
 
+    def generate_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
+        """Generate ``n`` outputs of each prompt, side by side; the first prompt's come first."""
+        streams = [RayTextStream(self._send(prompt, params)) for prompt, params in _each(prompts, sampling)]
+        for stream in streams:
+            for _ in stream:
+                pass
+        return [stream.generation for stream in streams]
+
     def stream(self, prompt: Prompt, **sampling: Any) -> RayTextStream:
         """Generate one output piece by piece."""
         return RayTextStream(self._send(prompt, sampling))
@@ -63,6 +72,14 @@ class RayClient:
             pass
         return stream.generation
 
+    async def agenerate_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
+        """Generate ``n`` outputs of each prompt, side by side; the first prompt's come first."""
+        streams = [AsyncRayTextStream(self._send(prompt, params)) for prompt, params in _each(prompts, sampling)]
+        for stream in streams:
+            async for _ in stream:
+                pass
+        return [stream.generation for stream in streams]
+
     def astream(self, prompt: Prompt, **sampling: Any) -> AsyncRayTextStream:
         """Generate one output piece by piece."""
         return AsyncRayTextStream(self._send(prompt, sampling))
@@ -81,8 +98,19 @@ class RayClient:
         """Nothing is held."""
 
     def _send(self, prompt: Prompt, sampling: dict[str, Any]) -> Any:
-        SamplingParams.from_kwargs(**sampling)  # refuse before anything travels
+        if SamplingParams.from_kwargs(**sampling).n > 1:  # refuse before anything travels
+            raise ValueError("n: one output is generated; generate_many takes more")
         return self._handle.options(stream=True).stream.remote(prompt, sampling)
+
+
+def _each(prompts: Sequence[Prompt], sampling: dict[str, Any]) -> list[tuple[Prompt, dict[str, Any]]]:
+    """Return a request for each output of each prompt; the outputs of a prompt share a seed."""
+    params = SamplingParams.from_kwargs(**sampling)
+    return [
+        (prompt, {**sampling, "n": 1, "choice": choice.choice, "seed": choice.seed})
+        for prompt in prompts
+        for choice in params.with_seed().choices()
+    ]
 
 
 class _Answer:
