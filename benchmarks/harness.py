@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class Options:
     quick: bool
     """End within two minutes on two cores."""
     seed: int
+    given: argparse.Namespace = field(default_factory=argparse.Namespace)
+    """Every option, those of this benchmark alone included."""
 
 
 def environment(dtype: str, threads: int) -> Row:
@@ -90,15 +92,22 @@ def environment(dtype: str, threads: int) -> Row:
     return found
 
 
-def run(name: str, measure: Callable[[Options], Measurement], arguments: Sequence[str] | None = None) -> int:
+def run(
+    name: str,
+    measure: Callable[[Options], Measurement],
+    arguments: Sequence[str] | None = None,
+    *,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> int:
     """Parse the options, measure, print and save; return the exit code."""
     parser = argparse.ArgumentParser(prog=f"python -m penstock.benchmarks.{name}")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: ends within two minutes")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write environment, rows and targets to FILE")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and schedules")
+    add_options(parser)
     given = parser.parse_args(arguments)
-    measured = measure(Options(given.quick, given.seed))
+    measured = measure(Options(given.quick, given.seed, given))
     found = environment(measured.dtype, measured.threads)
     print(", ".join(f"{key} {value}" for key, value in found.items() if value is not None))
     print(table(measured.rows))

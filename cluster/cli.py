@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from .client_commands import bench, generate, stats
 from .config import EngineConfig
 from .engine.backend import EngineDeadError
 from .flags import EngineFlags, given
+from .serving.deployment_error import DeploymentFailedError
 from .serving.interrupts import interruptible
 
 app = App(name="penstock", help="Serve Mixture-of-Experts language models, expert-parallel and speculative.")
@@ -119,6 +121,11 @@ def main() -> None:
         sys.exit(1)
     except (ConnectionError, TimeoutError, PermissionError, EngineDeadError) as error:
         _complain(error)
+        sys.exit(1)
+    except DeploymentFailedError as error:
+        with tempfile.NamedTemporaryFile("w", prefix="penstock-", suffix=".log", delete=False) as log:
+            log.write(f"{error}\n")
+        errors.print(f"[bold red]error:[/] {escape(error.reason)} (in full: {log.name})")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -50,12 +50,18 @@ class EngineConfig:
     """Longest prompt plus output, in tokens; the model's own limit when absent."""
     max_num_seqs: int = _bounded(32, low=1, high=4096)
     """Most requests running at once, per rank."""
+    max_queued_requests: int = _bounded(1024, low=1, high=1 << 20)
+    """Most requests waiting to run, over all ranks; more are refused with 429 (Ray Serve's name, at the engine)."""
+    request_timeout_s: float | None = _bounded(None, low=0.001, high=604800.0)
+    """Longest a request may take, waiting included; over it, it ends with 408. No limit when absent."""
     max_num_batched_tokens: int = _bounded(512, low=1, high=1 << 20)
     """Most rows in one step, per rank; longer prompts are computed in chunks."""
     block_size: int = _bounded(16, low=1, high=1024)
     """Tokens per KV block."""
-    kv_cache_bytes: int = _bounded(256 << 20, low=1)
-    """Bytes of the KV pool, per rank."""
+    kv_cache_bytes: int | None = _bounded(None, low=1)
+    """Bytes of the KV pool, per rank; when absent 256 MiB on a CPU, on a GPU what `gpu_memory_utilization` leaves."""
+    gpu_memory_utilization: float = _bounded(0.9, low=0.01, high=1.0)
+    """Share of each GPU's memory for weights, activations and KV together; without effect beside `kv_cache_bytes`."""
     drafter: str = _bounded("ngram")
     """Where drafts come from, by name (`ngram`: prompt lookup)."""
     draft_len: int = _bounded(3, low=0, high=64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.engine.backend import EngineDeadError
+from penstock.cluster.engine.latencies import Latencies
 from penstock.cluster.engine.output import ABORT, ERROR, LENGTH, STOP, EngineStats, RequestOutput, RequestStats
 from penstock.workers.model_info import ModelInfo, RankInfo
 from penstock.workers.plan import Logprobs
@@ -86,6 +88,9 @@ class ScriptedBackend:
     started: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     aborted: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     """Requests whose iterator was closed before its end."""
+    found_stop: list[str] = field(default_factory=list)
+    """Requests whose reader said that it found its stop string."""
+    unknown_fields: Counter[str] = field(default_factory=Counter)
 
     def token(self, prompt: Sequence[int], sampling: SamplingParams, position: int) -> int:
         noise = (sampling.seed, sampling.choice) if sampling.temperature else None
@@ -139,8 +144,15 @@ class ScriptedBackend:
                 await asyncio.get_running_loop().run_in_executor(None, lambda: None)  # an abort may have to wait
                 self.aborted.put_nowait(request_id)
 
-    async def stats(self) -> EngineStats:
-        await self.check_health()
+    def stopped(self, request_id: str) -> None:
+        self.found_stop.append(request_id)
+
+    def count_unknown_fields(self, endpoint: str, num_fields: int) -> None:
+        self.unknown_fields[endpoint] += num_fields
+
+    async def stats(self) -> dict[str, EngineStats]:
+        if self.dead:
+            return {}
         fields = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
         known = {
             "num_requests_finished": {STOP: 3, ABORT: 1},
@@ -148,8 +160,10 @@ class ScriptedBackend:
             "num_kv_blocks": 8,
             "num_kv_blocks_used": 2,
             "num_generation_tokens": 77,
+            "unknown_request_fields": self.unknown_fields,
+            "latencies": Latencies().snapshot(),
         }
-        return EngineStats(**{**fields, **known})  # type: ignore[arg-type]
+        return {"g": EngineStats(**{**fields, **known})}  # type: ignore[arg-type]
 
     async def ranks(self) -> list[RankInfo]:
         limits = {"vocab_size": self.vocab_size, "max_model_len": MAX_MODEL_LEN, "eos_token_ids": (0,)}
@@ -167,13 +181,13 @@ class LoopbackServer(uvicorn.Server):
     def __init__(self, app: FastAPI, on_started: Callable[[], None]) -> None:
         super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         self._on_started = on_started
-        self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_started()
 
     async def run_here(self) -> None:
-        await self.serve(sockets=[self._listener])
+        await self.serve(sockets=[self.listener])

@@ -146,7 +146,7 @@ class Broken:
     @staticmethod
     def dense_architecture(directory: Path) -> str:
         (directory / "config.json").write_text('{"model_type": "llama"}')
-        return "'llama' is not supported.*supported: .*qwen3_moe"
+        return "'llama' is not supported: it has no Mixture-of-Experts layer; supported: .*qwen3_moe"
 
     @staticmethod
     def recurrent_architecture(directory: Path) -> str:
@@ -156,9 +156,9 @@ class Broken:
     @staticmethod
     def quantised(directory: Path) -> str:
         raw = json.loads((directory / "config.json").read_text())
-        raw["quantization_config"] = {"quant_method": "fp8"}
+        raw["quantization_config"] = {"quant_method": "awq", "bits": 4}
         (directory / "config.json").write_text(json.dumps(raw))
-        return "quantised"
+        return "quantisation 'awq' is not supported; supported: fp8, mxfp4"
 
     @staticmethod
     def missing_shard(directory: Path) -> str:

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from penstock.cluster import cli
 from penstock.cluster.cli import EngineFlags, _config
 from penstock.cluster.config import EngineConfig
+from penstock.cluster.serving.deployment_error import DeploymentFailedError
 
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SERVE_OPTIONS = """
 --address --api-key --block-size --config --cpus-per-rank --device --draft-len --drafter --dtype --expert-parallel-size
---host --kv-cache-bytes --load-timeout-s --max-model-len --max-num-batched-tokens --max-num-seqs --max-step-retries
---num-threads --port --prompt-lookup-max --prompt-lookup-min --revision --served-model-name --step-timeout-s --tokenizer
+--gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-model-len --max-num-batched-tokens
+--max-num-seqs --max-queued-requests --max-step-retries --num-threads --port --prompt-lookup-max --prompt-lookup-min
+--request-timeout-s --revision --served-model-name --step-timeout-s --tokenizer
 """
 
 
@@ -66,3 +69,22 @@ def test_mistakes_end_with_one_line_and_code_2(arguments, message):
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_failed_deployment_ends_with_one_line_and_its_log_in_a_file(monkeypatch, capsys):
+    details = (
+        "The deployment failed to start.\nTraceback (most recent call last):\n  File ...\nMemoryError: no [room]\n"
+    )
+
+    def fail() -> None:
+        raise DeploymentFailedError(details)
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: MemoryError: no [room] (in full: ")
+    log = Path(line.removesuffix(")").rpartition(" ")[2])
+    assert log.read_text() == details + "\n"
+    log.unlink()

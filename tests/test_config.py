@@ -39,6 +39,8 @@ def test_defaults_stand() -> None:
         ("max_model_len", 0, r"max_model_len: 0 is not in \[1, inf\)"),
         ("max_num_seqs", 5000, r"max_num_seqs: 5000 is not in \[1, 4096\]"),
         ("max_num_batched_tokens", 0, "max_num_batched_tokens: 0 is not in"),
+        ("max_queued_requests", 0, r"max_queued_requests: 0 is not in \[1, 1.04858e\+06\]"),
+        ("request_timeout_s", 0, r"request_timeout_s: 0 is not in \[0.001, 604800\]"),
         ("block_size", -1, "block_size: -1 is not in"),
         ("kv_cache_bytes", 0, "kv_cache_bytes: 0 is not in"),
         ("draft_len", -1, r"draft_len: -1 is not in \[0, 64\]"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.workers.experts import run_experts
+from penstock.workers.experts import ExpertShard
 
 H, F, E, K = 16, 12, 6, 3
 
@@ -48,9 +48,10 @@ def rows(n: int, dtype: torch.dtype, seed: int = 3) -> tuple[torch.Tensor, torch
 def test_equals_transformers_eager_experts(dtype: torch.dtype, tolerance: float, n: int) -> None:
     hidden, ids, weights = rows(n, dtype)
     for module in modules(dtype):
-        result, num_active = run_experts(module, hidden, ids, weights)
+        expected = copy.deepcopy(module).float()(hidden.float(), ids, weights.float()).to(dtype)
+        result, num_active = ExpertShard(module).run(hidden, ids, weights)
         assert result.dtype == dtype
-        torch.testing.assert_close(result, module(hidden, ids, weights), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
         assert num_active == len(set(ids.flatten().tolist()))
 
 
@@ -61,14 +62,14 @@ def test_sentinels_contribute_nothing() -> None:
     ids[0] = E
     ids[3, 1:] = E
     ids[7, 0] = E
-    result, num_active = run_experts(module, hidden, ids, weights)
+    result, num_active = ExpertShard(module).run(hidden, ids, weights)
     zeroed = torch.where(ids == E, 0.0, weights)
     expected = module(hidden, torch.where(ids == E, 0, ids), zeroed)
     torch.testing.assert_close(result, expected, rtol=2e-6, atol=2e-6)
     assert not result[0].any()
     assert num_active == len(set(ids.flatten().tolist()) - {E})
 
-    nothing, num_active = run_experts(module, hidden, torch.full_like(ids, E), weights)
+    nothing, num_active = ExpertShard(module).run(hidden, torch.full_like(ids, E), weights)
     assert not nothing.any()
     assert num_active == 0
 
@@ -76,7 +77,7 @@ def test_sentinels_contribute_nothing() -> None:
 @torch.inference_mode()
 def test_no_rows_give_no_rows() -> None:
     for module in modules(torch.float32):
-        result, num_active = run_experts(module, *rows(0, torch.float32))
+        result, num_active = ExpertShard(module).run(*rows(0, torch.float32))
         assert result.shape == (0, H)
         assert num_active == 0
 
@@ -93,8 +94,8 @@ def test_parts_of_the_experts_sum_to_the_whole() -> None:
             setattr(part, name, torch.nn.Parameter(parameter[first:last]))
         part.num_experts = last - first
         mine = (ids >= first) & (ids < last)
-        total += run_experts(part, hidden, torch.where(mine, ids - first, last - first), weights)[0]
-    torch.testing.assert_close(total, run_experts(whole, hidden, ids, weights)[0], rtol=2e-6, atol=2e-6)
+        total += ExpertShard(part).run(hidden, torch.where(mine, ids - first, last - first), weights)[0]
+    torch.testing.assert_close(total, ExpertShard(whole).run(hidden, ids, weights)[0], rtol=2e-6, atol=2e-6)
 
 
 @torch.inference_mode()
@@ -104,4 +105,4 @@ def test_idle_experts_are_not_read() -> None:
     ids = ids % 4
     module.gate_up_proj.data[4:] = torch.nan
     module.down_proj.data[4:] = torch.nan
-    assert torch.isfinite(run_experts(module, hidden, ids, weights)[0]).all()
+    assert torch.isfinite(ExpertShard(module).run(hidden, ids, weights)[0]).all()

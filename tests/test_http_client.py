@@ -15,7 +15,7 @@ from penstock.cluster.api.openai_api import create_app
 from penstock.cluster.api.serving_state import ServingState
 from penstock.cluster.client.connect import connect
 from penstock.cluster.client.http_client import HttpClient
-from penstock.cluster.engine.backend import EngineDeadError
+from penstock.cluster.engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
 
 from .scripted_backend import LoopbackServer, ScriptedBackend, save_tokenizer
 
@@ -125,7 +125,7 @@ def test_async_twins_say_the_same(client: HttpClient, prompt: object) -> None:
             pieces = [piece async for piece in stream]
         assert "".join(pieces) == whole.text
         assert stream.generation == whole
-        assert (await client.astats())['penstock:request_success_total{finished_reason="length"}'] == 3.0
+        assert await client.astats() == client.stats()
         await client.aclose()
 
     asyncio.run(main())
@@ -198,6 +198,19 @@ def test_a_dead_engine_is_named(client: HttpClient, backend: ScriptedBackend) ->
         client.stream("water")
     assert client.stats() == pytest.approx(client.stats(), nan_ok=True)
     assert client.stats()["penstock:engine_up"] == 0.0
+
+
+def test_overload_is_named_and_says_when_to_come_again(client: HttpClient, backend: ScriptedBackend) -> None:
+    backend.fail_at, backend.failure = 0, QueueFullError("64 requests are waiting already", 2.3)
+    with pytest.raises(QueueFullError, match="64 requests are waiting") as caught:
+        client.generate("water")
+    assert caught.value.retry_after_s == 3.0
+    backend.failure = RequestTimeoutError("too slow")
+    with pytest.raises(TimeoutError, match="too slow"):
+        client.generate("water")
+    backend.fail_at = 2
+    with pytest.raises(TimeoutError, match="too slow"):
+        list(client.stream("water", max_tokens=50))
 
 
 def test_an_engine_that_dies_in_a_stream_is_named(client: HttpClient, backend: ScriptedBackend) -> None:

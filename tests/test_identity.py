@@ -15,10 +15,14 @@ from penstock.cluster.engine.controller import FixedDraftLen
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
 from penstock.cluster.transport.process_ranks import ProcessRanks
+from penstock.workers.architectures import SUPPORTED
 from penstock.workers.sampling_params import SamplingParams
 
-TINY = ("qwen3_moe", "olmoe", "mixtral", "deepseek_v3")
-MODELS = (*TINY, "demo")
+# All architectures on one rank; on two, one of each kind of router and attention, and a trained model
+ON_TWO_RANKS = ("qwen3_moe", "deepseek_v3", "gpt_oss", "demo")
+CASES = [(model, 1) for model in (*SUPPORTED, "demo")] + [
+    pytest.param((model, 2), marks=pytest.mark.distributed) for model in ON_TWO_RANKS
+]
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 MAX_TOKENS = 24
 DRAFT_LENS = (0, 3, 7, "changing")
@@ -47,11 +51,14 @@ class RecordingRanks:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self.infos, self.results = ranks, ranks.infos, []
-        self.recoveries = 0
+        self.recoveries = self.num_drafted = self.num_accepted = 0
 
     def step(self, plan):
+        sampled = [len(r.token_ids) - r.first_sampled_row for rank in plan.ranks for r in rank.requests]
+        self.num_drafted += sum(max(n - 1, 0) for n in sampled)
         result = self._ranks.step(plan)
         self.results.append(result)
+        self.num_accepted += sum(max(len(tokens) - 1, 0) for rank in result.ranks for tokens in rank.token_ids)
         return result
 
     def recover(self, generation):
@@ -141,17 +148,23 @@ def _assert_same(directory: Path, prompt: list[int], got: list[int], want: list[
     return 1
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def model(request) -> str:
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def case(request) -> tuple[str, int]:
     return request.param
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.distributed)])
-def served(request, model, checkpoint) -> Iterator[tuple[Ranks, EngineConfig, Path]]:
+@pytest.fixture(scope="module")
+def model(case) -> str:
+    return case[0]
+
+
+@pytest.fixture(scope="module")
+def served(case, checkpoint) -> Iterator[tuple[Ranks, EngineConfig, Path]]:
     """One or two ranks of a model; two run in processes of their own, and rank 1 fails a step of every engine."""
+    model, num_ranks = case
     directory = _directory(model, checkpoint)
-    config = _config(directory, request.param)
-    if request.param == 1:
+    config = _config(directory, num_ranks)
+    if num_ranks == 1:
         yield LocalRanks(make_runner(config, 0)), config, directory
         return
     ranks = ProcessRanks(config, [sys.executable, str(Path(__file__).with_name("faulty_rank.py"))])
@@ -169,8 +182,9 @@ def test_greedy_tokens_are_those_of_transformers(served, model, reference):
         recording = RecordingRanks(ranks)
         got = _run(recording, config, draft_len, prompts, sampling)
         excused += sum(map(_assert_same, [directory] * len(prompts), prompts, got, wanted))
-        drafted = sum(len(tokens) > 1 for result in recording.results for r in result.ranks for tokens in r.token_ids)
-        assert (drafted > 0) == (draft_len != 0), "drafts must have been accepted, or none been made"
+        assert (recording.num_drafted > 0) == (draft_len != 0)
+        # Random weights may never repeat themselves; test_architectures drafts for them with an oracle
+        assert recording.num_accepted > 0 or draft_len == 0 or model not in ON_TWO_RANKS
         if len(ranks.infos) == 2:
             assert recording.recoveries == 1, "rank 1 fails one step of every engine"
             num_layers = ranks.infos[0].model.num_moe_layers

@@ -86,7 +86,11 @@ def test_pack_against_brute_force(case: tuple[list[RequestPlan], dict[int, np.nd
         slots = rows.gather_slots[start : start + group.num_slots].reshape(r, -1)
         start += group.num_slots
         mask = group.mask(window)
+        if mask is None:
+            mask = torch.ones(r, 1, n, slots.shape[1], dtype=torch.bool)
         assert mask.shape == (r, 1, n, slots.shape[1])
+        if group.is_whole:
+            assert group.rows.flatten().tolist() == list(range(total))
         assert mask.any(dim=-1).all(), "a query that sees nothing makes NaN"
         for place, packed in zip(group.scatter.tolist(), group.packed_rows.tolist(), strict=True):
             i, j = divmod(place, n)
@@ -97,6 +101,9 @@ def test_pack_against_brute_force(case: tuple[list[RequestPlan], dict[int, np.nd
             attended[packed] = set(visible)
     assert start == len(rows.gather_slots)
     assert [attended[row] for row in range(total)] == wanted
+    span = rows.gather_span
+    assert span is None or list(range(span.start, span.stop)) == rows.gather_slots.tolist()
+    assert (span is not None) == bool((rows.gather_slots.diff() == 1).all())
 
 
 def test_wide_requests_attend_alone_and_narrow_ones_together() -> None:
@@ -122,8 +129,9 @@ def test_an_idle_rank_runs_one_padding_row_in_scratch() -> None:
     assert rows.sampled_rows.tolist() == []
     assert rows.token_ids.shape == rows.positions.shape == (1,)
     (group,) = rows.groups
-    assert group.mask(None).all()
-    assert group.mask(5).all()
+    assert group.mask(None) is None
+    assert group.mask(5) is None
+    assert group.visible.all()
 
 
 def test_depths_follow_the_parents() -> None:

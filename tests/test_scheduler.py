@@ -54,7 +54,7 @@ class Rank:
             table = self.tables.get(part.request_id, [])
             assert part.first_block <= len(table)
             self.tables[part.request_id] = table[: part.first_block] + part.new_blocks
-        shared = [block for table in self.tables.values() for block in table]
+        shared = [block for part in plan.requests for block in self.tables[part.request_id]]
         assert len(shared) == len(set(shared)), "two requests share a block"
         for part in plan.requests:
             table = self.tables[part.request_id]
@@ -95,9 +95,15 @@ class Simulation:
         del self.live[request.key]
 
     def step(self) -> None:
-        waiting = [request.key for request in self.scheduler.waiting]
+        oldest = {
+            rank: min(running, key=lambda r: r.key) for rank, running in enumerate(self.scheduler.running) if running
+        }
         admitted = [request.key for request in self.scheduler.admit()]
-        assert admitted == waiting[: len(admitted)], "first come, first served"
+        waiting = [request.key for request in self.scheduler.waiting]
+        assert admitted + waiting == sorted(admitted + waiting), "first come, first served"
+        assert all(request.rank == rank for rank, request in oldest.items()), "the oldest keeps its blocks"
+        for request in self.live.values():
+            assert request.rank >= 0 or (request.committed_len, request.blocks) == (0, [])
         drafts = {
             request.key: [self.rng.randrange(5) for _ in range(self.rng.randint(0, 9))]
             for request in self.live.values()
@@ -148,7 +154,7 @@ class Simulation:
                 assert draft == drafts.get(request.key, [])[: len(draft)]
                 assert len(request.token_ids) + len(draft) + 1 <= request.max_total_tokens
                 assert p.sampling is request.token_sampling
-                assert len(request.blocks) <= -(-request.max_total_tokens // self.block_size), "promised no more"
+                assert len(request.blocks) <= -(-request.max_total_tokens // self.block_size), "no more than it may use"
 
     def commit(self, plan: StepPlan) -> None:
         for part in (p for rank in plan.ranks for p in rank.requests):
@@ -195,7 +201,6 @@ def test_any_traffic_is_scheduled_soundly(
     assert not simulation.live, "every request ends"
     simulation.scheduler.check_integrity()
     assert all(pool.num_used == 0 for pool in simulation.scheduler.pools)
-    assert all(pool.can_reserve(pool.num_blocks * pool.block_size) for pool in simulation.scheduler.pools)
 
 
 def commit_prompt(request: Request, token: int = 7) -> None:
@@ -278,6 +283,90 @@ def test_admission_is_in_order_even_when_a_later_one_would_fit() -> None:
     assert list(scheduler.waiting) == [big, small]
     scheduler.remove(first)
     assert scheduler.admit() == [big, small]
+
+
+def run_prompts(scheduler: Scheduler, *requests: Request) -> None:
+    """Admit ``requests`` together and give each its first token."""
+    for request in requests:
+        scheduler.add(request)
+    assert scheduler.admit() == list(requests)
+    scheduler.schedule(0, 0, {})
+    for request in requests:
+        commit_prompt(request)
+
+
+def test_a_joining_request_leaves_some_blocks_free() -> None:
+    scheduler = make_scheduler(num_blocks=200, block_size=1)
+    first, second, third = make_request(0, 100, 9), make_request(1, 99, 9), make_request(2, 1, 9)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.admit() == [first], "one free block of 200 is less than the watermark"
+    scheduler.remove(second)
+    scheduler.add(third)
+    assert scheduler.admit() == [third]
+    alone = make_scheduler(num_blocks=200, block_size=1)
+    alone.add(make_request(0, 199, 1))
+    assert alone.admit(), "nobody else needs the watermark"
+
+
+def test_drafts_are_shed_before_anyone_is_preempted() -> None:
+    scheduler = make_scheduler(num_blocks=6, block_size=4, max_rows=64)
+    old, young = make_request(0, 7, 17), make_request(1, 7, 17)
+    run_prompts(scheduler, old, young)
+    assert scheduler.admit() == []
+    # Two blocks each, two free: the first gets all its drafts, the second those that its block has room for
+    plan = scheduler.schedule(0, 1, {0: [1] * 8, 1: [2] * 8})
+    assert planned(plan) == {0: [7] + [1] * 8, 1: [7]}
+    old.token_ids += [5]
+    young.token_ids += [5]
+    old.committed_len = young.committed_len = 8
+    assert scheduler.admit() == []
+    assert scheduler.num_preemptions == 0
+    assert [len(old.blocks), len(young.blocks)] == [3, 3], "what rejected drafts had taken went to the other"
+    plan = scheduler.schedule(0, 2, {0: [1] * 8, 1: [2] * 8})
+    assert planned(plan) == {0: [5] + [1] * 3, 1: [5] + [2] * 3}
+    assert plan is not None
+    # The rank is told of the block that the other got; the first one's table is cut when it next grows
+    assert [(p.first_block, len(p.new_blocks)) for p in plan.ranks[0].requests] == [(3, 0), (2, 1)]
+
+
+def test_the_youngest_makes_room_and_waits_before_all_others() -> None:
+    scheduler = make_scheduler(num_blocks=7, block_size=4, max_rows=64)
+    requests = [make_request(key, 7, 17) for key in range(3)]
+    run_prompts(scheduler, *requests)
+    scheduler.add(make_request(3, 1, 1))
+    for request in requests:
+        request.token_ids.append(8)
+        request.committed_len += 1
+    assert scheduler.admit() == []
+    assert [request.key for request in scheduler.waiting] == [2, 3]
+    assert (requests[2].committed_len, requests[2].blocks, requests[2].num_preemptions) == (0, [], 1)
+    assert [len(request.blocks) for request in requests[:2]] == [3, 3]
+    plan = scheduler.schedule(0, 1, {})
+    assert plan is not None
+    assert plan.ranks[0].released == [2]
+    scheduler.remove(requests[0])
+    assert [request.key for request in scheduler.admit()] == [2]
+    replay = planned(scheduler.schedule(0, 2, {}))[2]
+    assert replay == requests[2].token_ids, "prompt and output are computed together"
+    scheduler.check_integrity()
+
+
+def test_a_preempted_request_may_go_on_elsewhere() -> None:
+    scheduler = make_scheduler(num_blocks=5, block_size=4, max_rows=64, num_ranks=2)
+    first, other, second = make_request(0, 7, 9), make_request(1, 15, 1), make_request(2, 7, 9)
+    run_prompts(scheduler, first, other, second)
+    assert [first.rank, other.rank, second.rank] == [0, 1, 0]
+    for request in (first, second):
+        request.token_ids.append(5)
+        request.committed_len += 1
+    scheduler.remove(other)
+    assert scheduler.admit() == [second]
+    assert [first.rank, second.rank] == [0, 1]
+    plan = scheduler.schedule(0, 1, {})
+    assert plan is not None
+    assert [rank.released for rank in plan.ranks] == [[2], [1]]
+    assert planned(plan, rank=1) == {2: second.token_ids}
 
 
 def test_no_more_run_than_max_num_seqs_on_each_rank() -> None:

@@ -105,6 +105,12 @@ async def _stream(client: openai.AsyncOpenAI, i: int) -> tuple[str, dict]:
 
 def test_the_demo_shows_a_sample_and_its_statistics(server):
     log = server.log.read_text()
+    assert "Qwen3MoeForCausalLM, float32, max_model_len 2048; 32 experts, 4 per token, in 4 of 4 layers" in log
+    assert re.search(
+        r"ranks 0-1, each: 16 experts a layer, [\d.]+ MB; all else [\d.]+ MB; KV (\d+) blocks x 16 = \d+ tokens, "
+        r"[\d.]+ MB; loaded in [\d.]+ s",
+        log,
+    )
     assert re.search(r"Answer: \d+", log)
     assert re.search(
         r"\d+ tokens, \d+ tokens/s; \d+ of \d+ draft tokens accepted in \d+ steps; "
@@ -135,7 +141,7 @@ def test_a_client_gone_mid_stream_frees_its_blocks(server):
         assert _samples(server)["penstock:kv_cache_usage_perc"] > 0
     _wait("blocks freed", lambda: _samples(server)["penstock:kv_cache_usage_perc"] == 0)
     after = _samples(server)
-    aborted = 'penstock:engine_requests_finished_total{finished_reason="abort"}'
+    aborted = 'penstock:request_success_total{finished_reason="abort"}'
     assert after[aborted] == before.get(aborted, 0) + 1
     assert after["penstock:generation_tokens_total"] - before["penstock:generation_tokens_total"] < 1500
 
@@ -293,7 +299,7 @@ def test_requests_of_an_ingress_that_dies_are_aborted(server):
     assert _stream_and_kill(server, "Ingress")[-1] == "cut off"
     _wait("another ingress", lambda: _answers(server), 90)
     _wait("blocks freed", lambda: _samples(server)["penstock:kv_cache_usage_perc"] == 0)
-    assert _samples(server)['penstock:engine_requests_finished_total{finished_reason="abort"}'] >= 1
+    assert _samples(server)['penstock:request_success_total{finished_reason="abort"}'] >= 1
 
 
 def test_a_worker_that_dies_ends_its_streams_with_an_error_and_the_gang_comes_back(server):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from penstock.router.topk import RouterSeam
+from penstock.workers.architectures import SUPPORTED, UNSTEERABLE
 from penstock.workers.loader import _moe_modules
 
 MODEL_TYPES = ["qwen3_moe", "deepseek_v3", "deepseek_v2", "mixtral", "olmoe"]
@@ -19,7 +20,7 @@ def router_of(directory: Path) -> tuple[torch.nn.Module, int]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    _, routers = _moe_modules(model, 8)
+    _, routers = _moe_modules(model)
     return routers[-1], model.config.num_experts_per_tok
 
 
@@ -79,6 +80,37 @@ def test_a_selection_steers_and_the_model_still_weighs(checkpoint: Callable[[str
         probabilities = logits.softmax(dim=-1)[:, chosen]
         torch.testing.assert_close(steered_weights, probabilities / probabilities.sum(dim=-1, keepdim=True))
     assert torch.isfinite(steered_weights).all()
+
+
+@pytest.mark.parametrize("model_type", [name for name in SUPPORTED if name not in UNSTEERABLE])
+def test_in_every_architecture_the_selection_reaches_the_experts(
+    checkpoint: Callable[[str], Path], model_type: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(model_type), dtype=torch.float32).eval()
+    experts, routers = _moe_modules(model)
+    seen: list[torch.Tensor] = []
+    for module in experts:
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    ids = torch.arange(20, 31)[None]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        top_k = seen[0].shape[-1]
+        seams = [RouterSeam(router, 8, top_k) for router in routers]
+        for seam in seams:
+            seam.selection = lambda scores, k: torch.topk(scores, k, dim=-1)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        chosen = torch.tensor([6, 1, 3][:top_k])
+        for seam in seams:
+            seam.selection = lambda scores, k: (scores[:, chosen], chosen.expand(len(scores), k))
+        seen.clear()
+        steered = model(ids).logits
+    assert len(seen) == len(experts)
+    for selected in seen:
+        assert selected.tolist() == [chosen.tolist()] * 11
+    assert torch.isfinite(steered).all()
+    assert not torch.allclose(steered, expected)
 
 
 class _Odd(torch.nn.Module):

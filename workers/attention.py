@@ -10,11 +10,23 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from .kv_cache import PagedKVCache
 
 ATTENTION = "penstock"
+
+# What layers pass on and what changes nothing here: positions and visibility follow from the plan
+_IGNORED = {
+    "cache_position",
+    "dropout",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "use_cache",
+}
 
 
 def bind(model: torch.nn.Module, cache: PagedKVCache) -> None:
@@ -24,23 +36,39 @@ def bind(model: torch.nn.Module, cache: PagedKVCache) -> None:
             module.penstock_cache = cache  # type: ignore[assignment]
 
 
+def window_mask(*, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any) -> int | None:
+    """Stand in for transformers' mask functions: return the sliding window of the layers that ask, None for no window.
+
+    Some layers do not hand their window to the attention function, so it is taken from where their mask is made.
+    """
+    if use_vmap:  # a condition was added to causality
+        raise ValueError("model: its attention mask is more than causal, which is not supported")
+    return local_size
+
+
 def paged_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: int | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend each group's queries to its own context.
 
-    query [1, heads, T, D], key and value [1, kv_heads, slots, D]; returns [1, T, heads, D of value].
+    query [1, heads, T, D], key and value [1, kv_heads, slots, D], ``s_aux`` [heads] the heads' sinks;
+    ``attention_mask`` is what ``window_mask`` returned. Returns [1, T, heads, D of value]. Raises ``ValueError``
+    naming ``model`` for a feature that is not known here.
     """
-    if kwargs.get("softcap") is not None:
-        raise ValueError("model: attention with a soft cap is not supported")
-    sinks = kwargs.get("s_aux")
+    if not isinstance(attention_mask, int | None):
+        raise ValueError("model: its attention makes a mask of its own, which is not supported")
+    window = sliding_window if attention_mask is None else attention_mask
+    for name, given in kwargs.items():
+        if given is not None and name not in _IGNORED:
+            raise ValueError(f"model: its attention uses {name}, which is not supported")
     cache: Any = module.penstock_cache
     rows = cache.rows
     packed = query[0].transpose(0, 1)
@@ -51,16 +79,18 @@ def paged_attention(
     for group in rows.groups:
         r, n = group.rows.shape
         stop = start + group.num_slots
-        queries = packed[group.rows].transpose(1, 2)
+        queries = (packed.unflatten(0, (r, n)) if group.is_whole else packed[group.rows]).transpose(1, 2)
         key_, value_ = (states[start:stop].unflatten(0, (r, -1)).transpose(1, 2) for states in (keys, values))
-        mask = group.mask(sliding_window)
-        if sinks is None:
+        mask = group.mask(window)
+        if s_aux is None:
             result = scaled_dot_product_attention(
                 queries, key_, value_, attn_mask=mask, scale=scaling, enable_gqa=grouped
             )
         else:
-            result = attend_with_sinks(queries, key_, value_, mask, sinks, scaling)
+            result = attend_with_sinks(queries, key_, value_, mask, s_aux, scaling)
         flat = result.transpose(1, 2).reshape(r * n, *output.shape[1:])
+        if group.is_whole:
+            return flat[None], None
         output[group.packed_rows] = flat[group.scatter]
         start = stop
     return output[None], None
@@ -70,22 +100,25 @@ def attend_with_sinks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     sinks: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
     """Attention whose softmax has one more place, the head's learned sink, that holds no value (GPT-OSS).
 
-    query [R, heads, N, D], key and value [R, kv_heads, S, D], mask [R, 1, N, S] bool, sinks [heads]. torch's own
-    attention has no such argument.
+    query [R, heads, N, D], key and value [R, kv_heads, S, D], mask [R, 1, N, S] bool or None for all, sinks
+    [heads]. torch's own attention has no such argument.
     """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+    scores = query @ key.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     place = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
     weights = torch.softmax(torch.cat([scores, place], dim=-1).float(), dim=-1)[..., :-1]
     return weights.to(value.dtype) @ value
 
 
 AttentionInterface.register(ATTENTION, paged_attention)
+AttentionMaskInterface.register(ATTENTION, window_mask)

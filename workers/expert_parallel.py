@@ -9,7 +9,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .dispatch import Dispatcher
-from .experts import run_experts
+from .experts import ExpertShard
 from .plan import LayerCounts
 
 EXPERTS = "penstock"
@@ -26,6 +26,7 @@ class ExpertParallel:
         for layer, module in enumerate(expert_modules):
             module.penstock = self  # type: ignore[assignment]
             module.penstock_layer = layer  # type: ignore[assignment]
+        self.shards = [ExpertShard(module) for module in expert_modules]
         self.begin(None)
 
     def begin(self, valid: torch.Tensor | None) -> None:
@@ -41,8 +42,8 @@ class ExpertParallel:
         if self.valid is not None:
             expert_ids = torch.where(self.valid[:, None], expert_ids, self.num_experts)
         received = self.dispatcher.dispatch(hidden, expert_ids, weights)
-        partial, num_active = run_experts(module, received.hidden, received.expert_ids, received.weights)
         layer, counts = int(module.penstock_layer), self.counts  # type: ignore[arg-type]
+        partial, num_active = self.shards[layer].run(received.hidden, received.expert_ids, received.weights)
         counts.rows[layer] = hidden.shape[0] if self.valid is None else int(self.valid.sum())
         counts.experts[layer] = num_active
         counts.rows_sent[layer] = received.rows_sent

@@ -69,8 +69,13 @@ class PagedKVCache(Cache):
         keys, values = self._pools[layer_idx]
         keys.index_copy_(0, self.rows.write_slots, key_states[0].transpose(0, 1))
         values.index_copy_(0, self.rows.write_slots, value_states[0].transpose(0, 1))
-        slots = self.rows.gather_slots
-        return keys.index_select(0, slots).transpose(0, 1)[None], values.index_select(0, slots).transpose(0, 1)[None]
+        return self._context(keys).transpose(0, 1)[None], self._context(values).transpose(0, 1)[None]
+
+    def _context(self, pool: torch.Tensor) -> torch.Tensor:
+        """Return the slots the groups read [slots, heads, D], as a view where they lie together."""
+        assert self.rows is not None
+        span = self.rows.gather_span
+        return pool.index_select(0, self.rows.gather_slots) if span is None else pool[span]
 
     def set_blocks(self, request_id: int, first_block: int, new_blocks: list[int]) -> None:
         """Cut the request's table at ``first_block`` and append; repeating it changes nothing."""

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..router.placement import Placement
-from .architectures import check_supported
+from .architectures import ROUTER_CLASS, check_supported
 from .attention import ATTENTION
-from .checkpoint import CheckpointReader, LazyTensor, load_config, resolve
+from .checkpoint import CheckpointReader, load_config, resolve
 from .expert_parallel import EXPERTS
+from .quantization import Weights, check_quantization, is_quantized, open_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,17 +45,19 @@ def inspect(model: str, revision: str | None = None) -> tuple[Path, PreTrainedCo
     directory = resolve(model, revision)
     config = load_config(directory)
     check_supported(config.model_type)
-    with CheckpointReader(directory):
-        return directory, config
+    check_quantization(config)
+    with CheckpointReader(directory) as reader:
+        open_weights(reader, config, torch.float32)
+    return directory, config
 
 
 def resolve_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
-    """Return the type to compute in; ``auto`` takes the checkpoint's."""
+    """Return the type to compute in; ``auto`` takes the checkpoint's, bfloat16 where a quantised one names none."""
     chosen = getattr(torch, dtype) if dtype != "auto" else config.dtype
     if isinstance(chosen, str):
         chosen = getattr(torch, chosen)
     if chosen is None:
-        return torch.float32
+        return torch.bfloat16 if is_quantized(config) else torch.float32
     if chosen not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype: the checkpoint's {chosen} is not supported; choose bfloat16 or float32")
     return chosen
@@ -77,20 +80,19 @@ def load(
 
     # Every rank would print one; whoever started the ranks shows their progress
     disable_progress_bar()
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("model: quantised checkpoints are not supported; expected bfloat16 or float32 weights")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS
         )
-    experts, routers = _moe_modules(model, placement.num_experts)
+    experts, routers = _moe_modules(model)
     owned = placement.experts_of(rank)
     for module in experts:
         _shrink(module, placement.num_experts, len(owned))
 
     mapping = get_model_conversion_mapping(model)
     with CheckpointReader(directory) as reader:
-        tensors = _owned_tensors(reader, model, mapping, placement.num_experts, owned)
+        weights = open_weights(reader, config, dtype)
+        tensors = _owned_tensors(weights, model, mapping, placement.num_experts, owned)
         load_config_ = LoadStateDictConfig(
             weight_mapping=mapping,  # type: ignore[arg-type]
             dtype=dtype,
@@ -114,7 +116,7 @@ def load(
     return LoadedModel(model, config, experts, routers, bytes_read, total)
 
 
-def _moe_modules(model: torch.nn.Module, num_experts: int) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
+def _moe_modules(model: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
     """Return the experts modules and their routers, in layer order."""
     experts, routers = [], []
     for block in model.modules():
@@ -122,25 +124,19 @@ def _moe_modules(model: torch.nn.Module, num_experts: int) -> tuple[list[torch.n
         mine = [child for child in children if _is_experts(child)]
         if not mine:
             continue
-        # A router holds one row of weights per expert; shared experts and their gates do not
-        theirs = [child for child in children if _is_router(child, num_experts)]
+        theirs = [child for child in children if ROUTER_CLASS.search(type(child).__name__)]
         if len(mine) != 1 or len(theirs) != 1:
             raise ValueError(f"model: {type(block).__name__} has {len(mine)} experts and {len(theirs)} routers")
         experts += mine
         routers += theirs
     if not experts:
-        raise ValueError("model: it has no Mixture-of-Experts layer")
+        raise ValueError("model: it has no layer of experts behind transformers' experts interface")
     return experts, routers
 
 
 def _is_experts(module: torch.nn.Module) -> bool:
     # What transformers' decorator for experts classes sets, in all versions we support
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
-
-
-def _is_router(module: torch.nn.Module, num_experts: int) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and len(weight) == num_experts and type(module) is not torch.nn.Linear
 
 
 def _shrink(module: torch.nn.Module, num_experts: int, num_local: int) -> None:
@@ -153,8 +149,8 @@ def _shrink(module: torch.nn.Module, num_experts: int, num_local: int) -> None:
 
 
 def _owned_tensors(
-    reader: CheckpointReader, model: PreTrainedModel, mapping: list[Any], num_experts: int, owned: list[int]
-) -> dict[str, LazyTensor]:
+    weights: Weights, model: PreTrainedModel, mapping: list[Any], num_experts: int, owned: list[int]
+) -> dict[str, Any]:
     """Return the tensors to load: dense ones whole, owned experts renumbered or sliced, no others."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -168,21 +164,21 @@ def _owned_tensors(
     }
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    tensors: dict[str, LazyTensor] = {}
-    for key in reader.keys():  # noqa: SIM118 - a reader is no mapping
+    tensors: dict[str, Any] = {}
+    for key in weights.keys():  # noqa: SIM118 - no mapping
         numbered = _EXPERT_KEY.match(key)
         if numbered:
             number = int(numbered["number"])
             if number in local:
-                tensors[f"{numbered['head']}{local[number]}{numbered['tail']}"] = LazyTensor(reader, key)
+                tensors[f"{numbered['head']}{local[number]}{numbered['tail']}"] = weights.lazy(key)
             elif number >= num_experts:
                 raise ValueError(f"model: the weights hold {key}, but config.json names {num_experts} experts")
             continue
         experts = None
-        if reader.shape(key)[:1] == [num_experts]:
+        if weights.shape(key)[:1] == [num_experts]:
             target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
             experts = owned if target in expert_parameters else None
-        tensors[key] = LazyTensor(reader, key, experts)
+        tensors[key] = weights.lazy(key, experts)
     return tensors
 
 

@@ -20,6 +20,8 @@ class ModelInfo:
     num_experts_per_tok: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
+    steerable: bool = True
+    """Whether a policy may choose a row's experts instead of the model's own router."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,10 +37,16 @@ class AttentionGroup:
     """[R, S]"""
     visible: torch.Tensor
     """[R, 1, N, S] bool: what each query may attend to without a sliding window."""
+    is_whole: bool
+    """The [R, N] queries are the step's rows in order, none padded."""
+    sees_all: bool
+    """Every query may attend to all S slots, as one row of one request may."""
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> torch.Tensor:
-        """Return the visibility under a sliding window of ``window`` tokens; layers share it."""
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """Return the visibility under a sliding window of ``window`` tokens, None for all; layers share it."""
+        if self.sees_all and (window is None or self.visible.shape[-1] <= window):
+            return None
         if window not in self.masks:
             if window is None:
                 self.masks[window] = self.visible
@@ -64,6 +70,8 @@ class PackedRows:
     """[T] KV slot of each row."""
     gather_slots: torch.Tensor
     """[sum of R x S] KV slots that the groups read, in group order."""
+    gather_span: slice | None
+    """The same slots where they follow one another, and so need not be copied."""
     groups: list[AttentionGroup]
     sampled_rows: torch.Tensor
     """[sum over requests of N - first_sampled_row] packed rows that yield a token."""
@@ -146,20 +154,29 @@ def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch
     gathered: list[np.ndarray] = []
     groups = [
         _group([plan.requests[i] for i in members], [starts[i] for i in members], [positions[i] for i in members],
-               [slots[i] for i in members], gathered)
+               [slots[i] for i in members], gathered, len(token_ids))
         for members in ([narrow] if narrow else []) + [[i] for i in wide]
     ]  # fmt: skip
+    slots_read = np.concatenate(gathered)
     write = [s[request.committed_len :] for s, request in zip(slots, plan.requests, strict=True)]
     return PackedRows(
         token_ids=torch.tensor(token_ids),
         positions=torch.from_numpy(np.concatenate(positions)),
         valid=None,
         write_slots=torch.from_numpy(np.concatenate(write)),
-        gather_slots=torch.from_numpy(np.concatenate(gathered)),
+        gather_slots=torch.from_numpy(slots_read),
+        gather_span=_span(slots_read),
         groups=groups,
         sampled_rows=torch.tensor(sampled, dtype=torch.int64),
         scored_rows=torch.tensor(scored, dtype=torch.int64),
     )
+
+
+def _span(slots: np.ndarray) -> slice | None:
+    """Return ``slots`` as a slice if each follows the one before."""
+    first, last = int(slots[0]), int(slots[-1])
+    is_span = last - first + 1 == len(slots) and bool((np.diff(slots) == 1).all())
+    return slice(first, last + 1) if is_span else None
 
 
 def _group(
@@ -168,6 +185,7 @@ def _group(
     positions: list[np.ndarray],
     slots: list[np.ndarray],
     gathered: list[np.ndarray],
+    num_rows_of_step: int,
 ) -> AttentionGroup:
     r, n, s = len(requests), max(len(p) for p in positions), max(len(x) for x in slots)
     rows = np.zeros((r, n), dtype=np.int64)
@@ -200,6 +218,8 @@ def _group(
         query_positions=torch.from_numpy(query_positions),
         key_positions=torch.from_numpy(key_positions),
         visible=torch.from_numpy(visible)[:, None],
+        is_whole=r * n == sum(map(len, positions)) == num_rows_of_step,
+        sees_all=bool(visible.all()),
     )
 
 
@@ -213,6 +233,8 @@ def _padding_row(scratch_slot: int) -> PackedRows:
         query_positions=zero[None],
         key_positions=zero[None],
         visible=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        is_whole=True,
+        sees_all=True,
     )
     return PackedRows(
         token_ids=zero,
@@ -220,6 +242,7 @@ def _padding_row(scratch_slot: int) -> PackedRows:
         valid=torch.zeros(1, dtype=torch.bool),
         write_slots=zero + scratch_slot,
         gather_slots=zero + scratch_slot,
+        gather_span=slice(scratch_slot, scratch_slot + 1),
         groups=[group],
         sampled_rows=torch.zeros(0, dtype=torch.int64),
         scored_rows=torch.zeros(0, dtype=torch.int64),

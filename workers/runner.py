@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -12,15 +15,19 @@ from ..router.placement import Placement, contiguous
 from ..router.topk import RouterSeam
 from . import attention
 from .adjustments import Texts, adjust
+from .architectures import UNSTEERABLE
 from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
 from .expert_parallel import ExpertParallel
+from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
 from .loader import inspect, load, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
 from .model_info import ModelInfo, RankInfo
-from .plan import Logprobs, RankPlan, RankResult
+from .packed_weights import pack_dense, packs_weights
+from .plan import Logprobs, RankPlan, RankResult, RequestPlan
 from .rows import PackedRows, pack
 from .sampler import accept, sample
+from .sampling_params import TokenSampling
 
 
 class ModelRunner:
@@ -40,7 +47,9 @@ class ModelRunner:
         num_ranks: int = 1,
         max_model_len: int | None = None,
         block_size: int = 16,
-        kv_cache_bytes: int = 256 << 20,
+        kv_cache_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        max_num_batched_tokens: int = 512,
     ) -> None:
         started = time.perf_counter()
         self.rank, self.num_ranks = rank, num_ranks
@@ -49,34 +58,43 @@ class ModelRunner:
         text_config = config.get_text_config()
         self.dtype = resolve_dtype(config, dtype)
         num_experts = _num_experts(text_config)
-        self.top_k = int(text_config.num_experts_per_tok)
+        self.top_k = _num_experts_per_tok(text_config)
         self.placement: Placement = contiguous(num_experts, num_ranks)
         limit = int(text_config.max_position_embeddings)
         if max_model_len is not None and max_model_len > limit:
             raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
         loaded = load(directory, config, self.dtype, self.device, self.placement, rank)
         self.model = loaded.model
+        all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
         self.hidden_size = int(text_config.hidden_size)
         self.log = CollectiveLog()
+        packed = packs_weights(self.dtype, self.device)
+        if packed:
+            pack_dense(self.model, loaded.expert_modules, loaded.routers)
+        self.activation_dtype = torch.float32 if packed else self.dtype
         self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
-        self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers]
+        steerable = config.model_type not in UNSTEERABLE
+        self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
-        self.cache.allocate(kv_cache_bytes, self.device)
+        pool_bytes = self._pool_bytes(kv_cache_bytes, gpu_memory_utilization, max_num_batched_tokens)
+        self.cache.allocate(pool_bytes, self.device)
         self.texts = Texts()
         self.generation = -1
         self.max_model_len = max_model_len or limit
         # One block is scratch for padding rows
         needed = (-(-self.max_model_len // block_size) + 1) * self.cache.block_bytes
-        if needed > kv_cache_bytes:
+        if needed > pool_bytes:
             fits = self.cache.num_blocks * block_size
+            field = (
+                "gpu_memory_utilization" if kv_cache_bytes is None and self.device.type == "cuda" else "kv_cache_bytes"
+            )
             raise ValueError(
-                f"kv_cache_bytes: {kv_cache_bytes} holds {fits} tokens; max_model_len {self.max_model_len} needs "
+                f"{field}: {pool_bytes} bytes of KV hold {fits} tokens; max_model_len {self.max_model_len} needs "
                 f"at least {needed}"
             )
-        expert_bytes = sum(p.nbytes for module in loaded.expert_modules for p in module.parameters())
-        all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
+        expert_bytes = sum(shard.num_bytes for shard in self.experts.shards)
         self.info = RankInfo(
             rank=rank,
             model=ModelInfo(
@@ -91,6 +109,7 @@ class ModelRunner:
                 num_experts_per_tok=self.top_k,
                 max_model_len=self.max_model_len,
                 eos_token_ids=_eos_token_ids(directory, text_config),
+                steerable=steerable,
             ),
             num_local_experts=len(self.placement.experts_of(rank)),
             expert_bytes=expert_bytes,
@@ -105,7 +124,7 @@ class ModelRunner:
     def connect(self, group: dist.ProcessGroup | None) -> None:
         """Dispatch over ``group`` (the default group when None) from the next step on."""
         assert self.num_ranks > 1, "one rank needs no process group"
-        hidden_bytes = self.hidden_size * torch.empty((), dtype=self.dtype).element_size()
+        hidden_bytes = self.hidden_size * self.activation_dtype.itemsize
         self.experts.dispatcher = AllToAllDispatcher(
             self.placement, self.rank, group, self.log, self.device, hidden_bytes, self.top_k
         )
@@ -179,9 +198,52 @@ class ModelRunner:
         for router in self.routers:
             router.audit = True
         plan = RankPlan(generation=-1, step_id=-1, row_bucket=1)
-        self._forward(pack(plan, {}, self.cache.block_size, 0))
+        try:
+            self._forward(pack(plan, {}, self.cache.block_size, 0))
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            if str(error).startswith("model: "):
+                raise
+            raise ValueError(f"model: {type(self.model).__name__} does not run over a paged cache: {error}") from error
         for router in self.routers:
             router.audit = False
+
+    def _pool_bytes(self, requested: int | None, utilization: float, max_rows: int) -> int:
+        if self.device.type == "cpu":
+            return fixed_pool_bytes(requested, psutil.virtual_memory().available)
+        if requested is not None:
+            return fixed_pool_bytes(requested, torch.cuda.mem_get_info(self.device)[0])
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._run_largest_step(max_rows)
+        activation_bytes = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        return gpu_pool_bytes(total=total, free=free, activation_bytes=activation_bytes, utilization=utilization)
+
+    @torch.inference_mode()
+    def _run_largest_step(self, max_rows: int) -> None:
+        """Run a step of ``max_rows`` sampled rows beside those that the other ranks might send, before the pool exists.
+
+        All are padding to the experts: which of them a row visits is not known, what it takes to move rows is.
+        """
+        requests = [
+            RequestPlan(
+                request_id=rank,
+                committed_len=0,
+                first_block=0,
+                new_blocks=[],
+                token_ids=[0] * max_rows,
+                parents=list(range(-1, max_rows - 1)),
+                first_sampled_row=max_rows if rank else 0,
+                sampling=TokenSampling(),
+            )
+            for rank in range(self.num_ranks)
+        ]
+        plan = RankPlan(generation=-1, step_id=-1, row_bucket=max_rows * self.num_ranks, requests=requests)
+        blocks = np.arange(-(-max_rows // self.cache.block_size))
+        rows = pack(plan, dict.fromkeys(range(self.num_ranks), blocks), self.cache.block_size, 0)
+        self._forward(replace(rows, valid=torch.zeros(len(rows.token_ids), dtype=torch.bool)))
 
 
 def _resolve_device(device: str, rank: int) -> torch.device:
@@ -193,11 +255,19 @@ def _resolve_device(device: str, rank: int) -> torch.device:
 
 
 def _num_experts(config: object) -> int:
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         value = getattr(config, name, None)
         if value:
             return int(value)
     raise ValueError("model: config.json names no number of experts")
+
+
+def _num_experts_per_tok(config: object) -> int:
+    for name in ("num_experts_per_tok", "moe_topk", "top_k_experts"):
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    raise ValueError("model: config.json names no number of experts per token")
 
 
 def _eos_token_ids(directory: Path, config: object) -> tuple[int, ...]:

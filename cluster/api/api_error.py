@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from typing import Any
 
 from pydantic import ValidationError
 
-from ..engine.backend import EngineDeadError
+from ..engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
 
 _FIELD = re.compile(r"([A-Za-z_][\w.\[\]-]*): ")
 _MAX_MESSAGE_CHARS = 1000
+_TYPES = {408: "timeout_error", 429: "rate_limit_error"}
+"""What is not the request's own fault."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The JSON that the client gets."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @classmethod
@@ -66,9 +69,14 @@ class ApiError(Exception):
 
     @classmethod
     def from_failure(cls, error: Exception) -> ApiError:
-        """503, which clients retry, if the engine cannot serve; otherwise 500."""
+        """503, 429 and 408, which clients retry, if the engine cannot serve, now or in time; otherwise 500."""
         if isinstance(error, EngineDeadError):
             return cls(503, str(error), code="engine_dead", headers={"Retry-After": "1"})
+        if isinstance(error, QueueFullError):
+            retry_after = {"Retry-After": str(math.ceil(error.retry_after_s))}
+            return cls(429, str(error), code="queue_full", headers=retry_after)
+        if isinstance(error, RequestTimeoutError):
+            return cls(408, str(error), code="request_timeout")
         logger.error("internal error", exc_info=error)
         # What comes from another process may be its whole traceback: that is for the log
         lines = str(error).splitlines()

@@ -104,7 +104,8 @@ class ChatTokenizer:
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # Only batches let other threads run meanwhile, and a long text may take seconds
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeError) as error:  # what the bindings raise for a lone surrogate
             raise ValueError(f"{field}: expected text that can be written as UTF-8") from error
 

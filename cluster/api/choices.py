@@ -20,17 +20,17 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
             async for only_item in only:
                 yield 0, only_item
         return
-    # None: a stream has ended
-    arrived: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
+    # None: a stream has ended. Bounded: streams wait for a slow reader, and merge what they get meanwhile
+    arrived: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(len(streams))
 
     async def pump(index: int, stream: AsyncGenerator[T, None]) -> None:
         try:
             async with aclosing(stream):
                 async for item in stream:
-                    arrived.put_nowait((index, item))
-            arrived.put_nowait(None)
+                    await arrived.put((index, item))
+            await arrived.put(None)
         except Exception as error:
-            arrived.put_nowait(error)
+            await arrived.put(error)
 
     pumps = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
     try:

@@ -1,268 +1,267 @@
-"""Prometheus metrics, under vLLM's names after the prefix ``penstock:``.
+"""Prometheus metrics, under vLLM's names after the prefix ``penstock:``, each gang with its name as the label ``gang``.
 
-The engine's totals are read when /metrics is; what only the server can see is observed as requests end.
+All of them are counted by the engines, so that every server answers for all gangs and for all other servers.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
-from contextlib import aclosing
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
-from ..engine.output import ABORT, ERROR, EngineStats
-from .text_stream import TextDelta
+from ..engine.histogram import HistogramSnapshot
+from ..engine.output import EngineStats
 
 PREFIX = "penstock:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_GANG = "gang"
+_MEANS = (f"{PREFIX}kv_cache_usage_perc", f"{PREFIX}decode_experts_per_layer")
+"""What several gangs have on average; all else they have together."""
 
-_TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5)
-_LATENCY_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0)
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A gauge or counter: a number per gang or, with ``label``, several."""
+
+    family: type[GaugeMetricFamily] | type[CounterMetricFamily]
+    name: str
+    text: str
+    read: Callable[[EngineStats], float | Mapping[str, float]]
+    label: str | None = None
+
+    def collect(self, gangs: Mapping[str, EngineStats]) -> Metric:
+        metric = self.family(PREFIX + self.name, self.text, labels=[_GANG, *([self.label] if self.label else [])])
+        for gang, stats in gangs.items():
+            value = self.read(stats)
+            if isinstance(value, Mapping):
+                for key, count in value.items():
+                    metric.add_metric([gang, key], count)
+            else:
+                metric.add_metric([gang], value)
+        return metric
 
 
-class ServerMetrics:
-    """What one server observes. It has a registry of its own: several servers may live in one process."""
+@dataclass(frozen=True, slots=True)
+class _Latency:
+    """A histogram of seconds; ``name`` is that of ``EngineStats.latencies``."""
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self.time_to_first_token = Histogram(
-            f"{PREFIX}time_to_first_token_seconds",
-            "Arrival of a request to its first token. "
-            "PromQL: histogram_quantile(0.99, sum by (le) (rate(penstock:time_to_first_token_seconds_bucket[5m])))",
-            buckets=_TTFT_BUCKETS,
-            registry=self._registry,
-        )
-        self.time_per_output_token = Histogram(
-            f"{PREFIX}time_per_output_token_seconds",
-            "Mean time per token after the first, one observation a request. "
-            "PromQL: histogram_quantile(0.5, sum by (le) (rate(penstock:time_per_output_token_seconds_bucket[5m])))",
-            buckets=_TOKEN_BUCKETS,
-            registry=self._registry,
-        )
-        self.e2e_request_latency = Histogram(
-            f"{PREFIX}e2e_request_latency_seconds",
-            "Arrival of a request to its last token. "
-            "PromQL: histogram_quantile(0.99, sum by (le) (rate(penstock:e2e_request_latency_seconds_bucket[5m])))",
-            buckets=_LATENCY_BUCKETS,
-            registry=self._registry,
-        )
-        self.request_success = Counter(
-            f"{PREFIX}request_success",
-            "Requests ended, by what the client was told: stop, length, abort (it went away) or error. "
-            "PromQL: sum by (finished_reason) (rate(penstock:request_success_total[5m]))",
-            ["finished_reason"],
-            registry=self._registry,
-        )
-        self.unknown_fields = Counter(
-            f"{PREFIX}unknown_request_fields",
-            "Fields of request bodies that were ignored because no API we know has them. "
-            "PromQL: sum by (endpoint) (increase(penstock:unknown_request_fields_total[1d]))",
-            ["endpoint"],
-            registry=self._registry,
-        )
+    name: str
+    text: str
 
-    async def observe(self, deltas: AsyncGenerator[TextDelta, None], arrived: float) -> AsyncGenerator[TextDelta, None]:
-        """Pass a request's text on and record how it went; ``arrived`` is a ``time.perf_counter()``."""
-        reason: str | None = ABORT
-        first = None
-        try:
-            async with aclosing(deltas):
-                async for delta in deltas:
-                    now = time.perf_counter()
-                    if first is None:
-                        first = now
-                        self.time_to_first_token.observe(first - arrived)
-                    if delta.generation is not None:
-                        reason = delta.generation.finish_reason
-                        self.e2e_request_latency.observe(now - arrived)
-                        if delta.num_tokens > 1:
-                            self.time_per_output_token.observe((now - first) / (delta.num_tokens - 1))
-                    yield delta
-        except ValueError:
-            # before the first token it is the client's mistake and no request was served
-            reason = None if first is None else ERROR
-            raise
-        except Exception:
-            reason = ERROR
-            raise
-        finally:
-            if reason is not None:
-                self.request_success.labels(reason).inc()
+    def collect(self, gangs: Mapping[str, EngineStats]) -> Metric:
+        name = f"{PREFIX}{self.name}_seconds"
+        query = f"histogram_quantile(0.99, sum by (le) (rate({name}_bucket[5m])))"
+        metric = HistogramMetricFamily(name, f"{self.text} PromQL: {query}", labels=[_GANG])
+        for gang, stats in gangs.items():
+            histogram = stats.latencies[self.name]
+            metric.add_metric([gang], _buckets(histogram), histogram.total)
+        return metric
 
-    def render(self, engine: EngineStats | None) -> bytes:
-        """Return the text that /metrics answers; ``engine`` is None while there is none that answers."""
-        snapshot = CollectorRegistry(auto_describe=False)
-        snapshot.register(EngineCollector(engine))
-        return generate_latest(snapshot) + generate_latest(self._registry)
+
+def _buckets(histogram: HistogramSnapshot) -> list[tuple[str, float]]:
+    bounds = [*(f"{bound:g}" for bound in histogram.bounds), "+Inf"]
+    return list(zip(bounds, accumulate(histogram.counts), strict=True))
+
+
+def _gauge(name: str, text: str, read: Callable[[EngineStats], float]) -> _Value:
+    return _Value(GaugeMetricFamily, name, text, read)
+
+
+def _counter(
+    name: str, text: str, read: Callable[[EngineStats], float | Mapping[str, float]], label: str | None = None
+) -> _Value:
+    return _Value(CounterMetricFamily, name, text, read, label)
+
+
+_METRICS: tuple[_Value | _Latency, ...] = (
+    _gauge(
+        "num_requests_running",
+        "Requests in steps now. PromQL: sum(penstock:num_requests_running)",
+        lambda stats: stats.num_requests_running,
+    ),
+    _gauge(
+        "num_requests_waiting",
+        "Requests in the queue. PromQL: sum(penstock:num_requests_waiting)",
+        lambda stats: stats.num_requests_waiting,
+    ),
+    _gauge(
+        "kv_cache_usage_perc",
+        "Used share of the KV blocks, all ranks together; 1 is full. PromQL: max(penstock:kv_cache_usage_perc)",
+        lambda stats: stats.num_kv_blocks_used / stats.num_kv_blocks if stats.num_kv_blocks else 0.0,
+    ),
+    _counter(
+        "num_preemptions",
+        "Times a running request lost its KV to older ones, to be computed again. "
+        "PromQL: sum(rate(penstock:num_preemptions_total[5m]))",
+        lambda stats: stats.num_preemptions,
+    ),
+    _counter(
+        "prompt_tokens",
+        "Prompt tokens computed, each once. PromQL: sum(rate(penstock:prompt_tokens_total[1m]))",
+        lambda stats: stats.num_prompt_tokens,
+    ),
+    _counter(
+        "generation_tokens",
+        "Tokens generated. PromQL: sum(rate(penstock:generation_tokens_total[1m]))",
+        lambda stats: stats.num_generation_tokens,
+    ),
+    _counter(
+        "request_success",
+        "Requests ended: stop, length, abort (the client went away), timeout or error. "
+        "PromQL: sum by (finished_reason) (rate(penstock:request_success_total[5m]))",
+        lambda stats: stats.num_requests_finished,
+        "finished_reason",
+    ),
+    _counter(
+        "request_queue_full",
+        "Requests refused because the queue was full. PromQL: sum(rate(penstock:request_queue_full_total[5m]))",
+        lambda stats: stats.num_requests_refused,
+    ),
+    _counter(
+        "unknown_request_fields",
+        "Fields of request bodies that were ignored because no API we know has them. "
+        "PromQL: sum by (endpoint) (increase(penstock:unknown_request_fields_total[1d]))",
+        lambda stats: stats.unknown_request_fields,
+        "endpoint",
+    ),
+    _Latency("time_to_first_token", "Arrival of a request at its gang to its first token."),
+    _Latency(
+        "inter_token_latency",
+        "Between the outputs of a request; tokens that came in one step, accepted drafts among them, are one output.",
+    ),
+    _Latency("time_per_output_token", "Mean time per token after the first, one observation a request."),
+    _Latency("e2e_request_latency", "Arrival of a request at its gang to its last token."),
+    _Latency("request_queue_time", "Arrival of a request at its gang to a place and blocks for it."),
+    _Latency("request_prefill_time", "From there to its first token."),
+    _Latency("request_decode_time", "Its first token to its last."),
+    _counter(
+        "engine_steps", "Steps committed. PromQL: rate(penstock:engine_steps_total[1m])", lambda stats: stats.num_steps
+    ),
+    _counter(
+        "engine_failed_steps",
+        "Steps discarded and planned again. PromQL: increase(penstock:engine_failed_steps_total[1h])",
+        lambda stats: stats.num_failed_steps,
+    ),
+    _counter(
+        "engine_step_seconds",
+        "Time spent in steps. "
+        "PromQL, mean step: rate(penstock:engine_step_seconds_total[1m]) / rate(penstock:engine_steps_total[1m])",
+        lambda stats: stats.step_wall_s,
+    ),
+    _counter(
+        "spec_decode_num_drafts",
+        "Drafts verified. PromQL, mean accepted length: 1 + sum(rate("
+        "penstock:spec_decode_num_accepted_tokens_total[1m])) / sum(rate(penstock:spec_decode_num_drafts_total[1m]))",
+        lambda stats: stats.spec_decode_num_drafts,
+    ),
+    _counter(
+        "spec_decode_num_draft_tokens",
+        "Tokens drafted. PromQL, acceptance: sum(rate(penstock:spec_decode_num_accepted_tokens_total[1m])) "
+        "/ sum(rate(penstock:spec_decode_num_draft_tokens_total[1m]))",
+        lambda stats: stats.spec_decode_num_draft_tokens,
+    ),
+    _counter(
+        "spec_decode_num_accepted_tokens",
+        "Drafted tokens accepted. PromQL: sum(rate(penstock:spec_decode_num_accepted_tokens_total[1m]))",
+        lambda stats: stats.spec_decode_num_accepted_tokens,
+    ),
+    _counter(
+        "spec_decode_num_accepted_tokens_per_pos",
+        "Drafted tokens accepted at each place in the draft. PromQL, acceptance by place: "
+        "sum by (position) (rate(penstock:spec_decode_num_accepted_tokens_per_pos_total[1m])) "
+        "/ scalar(sum(rate(penstock:spec_decode_num_drafts_total[1m])))",
+        lambda stats: {str(i): n for i, n in enumerate(stats.spec_decode_num_accepted_tokens_per_pos)},
+        "position",
+    ),
+    _counter(
+        "decode_steps",
+        "Steps without prompt rows. PromQL: rate(penstock:decode_steps_total[1m])",
+        lambda stats: stats.num_decode_steps,
+    ),
+    _counter(
+        "decode_tokens",
+        "Tokens generated by decode steps. "
+        "PromQL, tokens a step: rate(penstock:decode_tokens_total[1m]) / rate(penstock:decode_steps_total[1m])",
+        lambda stats: stats.decode_tokens,
+    ),
+    _gauge(
+        "decode_experts_per_layer",
+        "Mean distinct experts computed per MoE layer and decode step, all ranks together, since the start. "
+        "PromQL: avg(penstock:decode_experts_per_layer)",
+        lambda stats: stats.decode_experts_per_layer,
+    ),
+    _counter(
+        "decode_payload_bytes",
+        "Bytes of rows that ranks needed of each other in decode steps. PromQL, bytes a token: "
+        "rate(penstock:decode_payload_bytes_total[1m]) / rate(penstock:decode_tokens_total[1m])",
+        lambda stats: stats.decode_payload_bytes,
+    ),
+    _counter(
+        "expert_rows_sent",
+        "Rows sent between ranks. PromQL: rate(penstock:expert_rows_sent_total[1m])",
+        lambda stats: stats.rows_sent,
+    ),
+    _counter(
+        "expert_payload_bytes",
+        "Bytes of rows that ranks needed of each other. PromQL: rate(penstock:expert_payload_bytes_total[1m])",
+        lambda stats: stats.payload_bytes,
+    ),
+    _counter(
+        "expert_wire_bytes",
+        "Bytes that went between ranks, padding included. "
+        "PromQL, overhead: "
+        "rate(penstock:expert_wire_bytes_total[1m]) / rate(penstock:expert_payload_bytes_total[1m])",
+        lambda stats: stats.wire_bytes,
+    ),
+)
 
 
 class EngineCollector:
-    """The engine's totals at one moment, as metrics."""
+    """The totals of all gangs, by name, at one moment; none is there while no engine answers."""
 
-    def __init__(self, stats: EngineStats | None) -> None:
-        self._stats = stats
+    def __init__(self, gangs: Mapping[str, EngineStats]) -> None:
+        self._gangs = gangs
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric with its PromQL."""
-        stats = self._stats
-        yield _gauge("engine_up", "1 if the engine answers. PromQL: min(penstock:engine_up)", float(stats is not None))
-        if stats is None:
-            return
-        yield _gauge(
-            "num_requests_running",
-            "Requests in steps now. PromQL: sum(penstock:num_requests_running)",
-            stats.num_requests_running,
-        )
-        yield _gauge(
-            "num_requests_waiting",
-            "Requests in the queue. PromQL: sum(penstock:num_requests_waiting)",
-            stats.num_requests_waiting,
-        )
-        yield _gauge(
-            "kv_cache_usage_perc",
-            "Used share of the KV blocks, all ranks together; 1 is full. PromQL: max(penstock:kv_cache_usage_perc)",
-            stats.num_kv_blocks_used / stats.num_kv_blocks if stats.num_kv_blocks else 0.0,
-        )
-        yield _counter(
-            "prompt_tokens",
-            "Prompt tokens computed. PromQL: rate(penstock:prompt_tokens_total[1m])",
-            stats.num_prompt_tokens,
-        )
-        yield _counter(
-            "generation_tokens",
-            "Tokens generated. PromQL: rate(penstock:generation_tokens_total[1m])",
-            stats.num_generation_tokens,
-        )
-        finished = CounterMetricFamily(
-            f"{PREFIX}engine_requests_finished",
-            "Requests ended, by what the engine did; one that a stop string ended is an abort here. "
-            "PromQL: sum by (finished_reason) (rate(penstock:engine_requests_finished_total[5m]))",
-            labels=["finished_reason"],
-        )
-        for reason, count in stats.num_requests_finished.items():
-            finished.add_metric([reason], count)
-        yield finished
-        yield from self._steps(stats)
-        yield from self._spec_decode(stats)
-        yield from self._experts(stats)
-
-    def _steps(self, stats: EngineStats) -> Iterator[Metric]:
-        yield _counter(
-            "engine_steps", "Steps committed. PromQL: rate(penstock:engine_steps_total[1m])", stats.num_steps
-        )
-        yield _counter(
-            "engine_failed_steps",
-            "Steps discarded and planned again. PromQL: increase(penstock:engine_failed_steps_total[1h])",
-            stats.num_failed_steps,
-        )
-        yield _counter(
-            "engine_step_seconds",
-            "Time spent in steps. "
-            "PromQL, mean step: rate(penstock:engine_step_seconds_total[1m]) / rate(penstock:engine_steps_total[1m])",
-            stats.step_wall_s,
-        )
-
-    def _spec_decode(self, stats: EngineStats) -> Iterator[Metric]:
-        yield _counter(
-            "spec_decode_num_drafts",
-            "Drafts verified. PromQL, mean accepted length: 1 + rate("
-            "penstock:spec_decode_num_accepted_tokens_total[1m]) / rate(penstock:spec_decode_num_drafts_total[1m])",
-            stats.spec_decode_num_drafts,
-        )
-        yield _counter(
-            "spec_decode_num_draft_tokens",
-            "Tokens drafted. PromQL, acceptance: rate(penstock:spec_decode_num_accepted_tokens_total[1m]) "
-            "/ rate(penstock:spec_decode_num_draft_tokens_total[1m])",
-            stats.spec_decode_num_draft_tokens,
-        )
-        yield _counter(
-            "spec_decode_num_accepted_tokens",
-            "Drafted tokens accepted. PromQL: rate(penstock:spec_decode_num_accepted_tokens_total[1m])",
-            stats.spec_decode_num_accepted_tokens,
-        )
-        per_pos = CounterMetricFamily(
-            f"{PREFIX}spec_decode_num_accepted_tokens_per_pos",
-            "Drafted tokens accepted at each place in the draft. PromQL, acceptance by place: "
-            "sum by (position) (rate(penstock:spec_decode_num_accepted_tokens_per_pos_total[1m])) "
-            "/ scalar(sum(rate(penstock:spec_decode_num_drafts_total[1m])))",
-            labels=["position"],
-        )
-        for position, count in enumerate(stats.spec_decode_num_accepted_tokens_per_pos):
-            per_pos.add_metric([str(position)], count)
-        yield per_pos
-
-    def _experts(self, stats: EngineStats) -> Iterator[Metric]:
-        yield _counter(
-            "decode_steps",
-            "Steps without prompt rows. PromQL: rate(penstock:decode_steps_total[1m])",
-            stats.num_decode_steps,
-        )
-        yield _counter(
-            "decode_tokens",
-            "Tokens generated by decode steps. "
-            "PromQL, tokens a step: rate(penstock:decode_tokens_total[1m]) / rate(penstock:decode_steps_total[1m])",
-            stats.decode_tokens,
-        )
-        yield _gauge(
-            "decode_experts_per_layer",
-            "Mean distinct experts computed per MoE layer and decode step, all ranks together, since the start. "
-            "PromQL: avg(penstock:decode_experts_per_layer)",
-            stats.decode_experts_per_layer,
-        )
-        yield _counter(
-            "decode_payload_bytes",
-            "Bytes of rows that ranks needed of each other in decode steps. PromQL, bytes a token: "
-            "rate(penstock:decode_payload_bytes_total[1m]) / rate(penstock:decode_tokens_total[1m])",
-            stats.decode_payload_bytes,
-        )
-        yield _counter(
-            "expert_rows_sent",
-            "Rows sent between ranks. PromQL: rate(penstock:expert_rows_sent_total[1m])",
-            stats.rows_sent,
-        )
-        yield _counter(
-            "expert_payload_bytes",
-            "Bytes of rows that ranks needed of each other. PromQL: rate(penstock:expert_payload_bytes_total[1m])",
-            stats.payload_bytes,
-        )
-        yield _counter(
-            "expert_wire_bytes",
-            "Bytes that went between ranks, padding included. "
-            "PromQL, overhead: "
-            "rate(penstock:expert_wire_bytes_total[1m]) / rate(penstock:expert_payload_bytes_total[1m])",
-            stats.wire_bytes,
-        )
+        up = "1 if an engine answers. PromQL: min(penstock:engine_up)"
+        yield GaugeMetricFamily(f"{PREFIX}engine_up", up, value=float(bool(self._gangs)))
+        if self._gangs:
+            yield from (metric.collect(self._gangs) for metric in _METRICS)
 
 
-def engine_samples(stats: EngineStats) -> dict[str, float]:
-    """Return the engine's totals under the names they have in /metrics."""
-    return flatten(EngineCollector(stats).collect())
+def render(gangs: Mapping[str, EngineStats]) -> bytes:
+    """Return the text that /metrics answers."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(EngineCollector(gangs))
+    return generate_latest(registry)
+
+
+def engine_samples(gangs: Mapping[str, EngineStats]) -> dict[str, float]:
+    """Return the totals under the names they have in /metrics, all gangs together; see `flatten`."""
+    return flatten(EngineCollector(gangs).collect())
 
 
 def parse_samples(text: str) -> dict[str, float]:
-    """Return the samples of a /metrics text."""
+    """Return the samples of a /metrics text, all gangs together; see `flatten`."""
     return flatten(text_string_to_metric_families(text))
 
 
 def flatten(families: Iterable[Metric]) -> dict[str, float]:
-    """Return {name with its labels: value}; of histograms only ``_count`` and ``_sum``."""
-    samples = {}
+    """Return {name with its labels: value}; of histograms only ``_count`` and ``_sum``.
+
+    The label ``gang`` is left out: gangs are added up, or averaged where a sum means nothing.
+    """
+    values: defaultdict[str, list[float]] = defaultdict(list)
     for family in families:
         for sample in family.samples:
             if sample.name.endswith(("_bucket", "_created")):
                 continue
-            labels = ",".join(f'{name}="{value}"' for name, value in sample.labels.items())
-            samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
-    return samples
-
-
-def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(PREFIX + name, text, value=value)
-
-
-def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
-    return CounterMetricFamily(PREFIX + name, text, value=value)
+            labels = ",".join(f'{name}="{value}"' for name, value in sample.labels.items() if name != _GANG)
+            values[sample.name + (f"{{{labels}}}" if labels else "")].append(sample.value)
+    return {name: sum(found) / (len(found) if name in _MEANS else 1) for name, found in values.items()}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -23,7 +22,7 @@ from .choices import merge
 from .completion_format import CompletionFormat
 from .event_stream import EventStream, while_connected
 from .generation import Generation
-from .metrics import CONTENT_TYPE, ServerMetrics
+from .metrics import CONTENT_TYPE, render
 from .middleware import ApiKeyMiddleware, RequestIdMiddleware
 from .prompts import EncodedPrompt, encode_chat, encode_completion
 from .protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
@@ -41,7 +40,6 @@ def create_app(state: ServingState | None = None, *, api_key: str | None = None)
     """
     app = FastAPI(title="Penstock", docs_url=None, redoc_url=None)
     app.state.serving = state
-    app.state.metrics = ServerMetrics()
     if api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=api_key)
     app.add_middleware(RequestIdMiddleware)
@@ -67,31 +65,26 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Answer Prometheus text."""
     state: ServingState | None = request.app.state.serving
-    stats = None
-    if state is not None:
-        with suppress(EngineDeadError):  # engine_up says so
-            stats = await state.backend.stats()
-    return Response(request.app.state.metrics.render(stats), headers={"Content-Type": CONTENT_TYPE})
+    stats = await state.backend.stats() if state is not None else {}
+    return Response(render(stats), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def create_completion(request: Request) -> Response:
     """Continue one prompt or several."""
-    arrived = time.perf_counter()
     state = serving(request)
     body = await read_body(request, CompletionRequest)
     prompts = await encode_completion(state, body, _admit(request, state, body))
     answer = CompletionFormat(_options(f"cmpl-{uuid.uuid4().hex}", state, body, prompts, echo=bool(body.echo)))
-    return await _respond(request, state, body, answer, arrived)
+    return await _respond(request, state, body, answer)
 
 
 async def create_chat_completion(request: Request) -> Response:
     """Write the assistant's next turn."""
-    arrived = time.perf_counter()
     state = serving(request)
     body = await read_body(request, ChatCompletionRequest)
     prompt = await encode_chat(state, body, _admit(request, state, body))
     answer = ChatFormat(_options(f"chatcmpl-{uuid.uuid4().hex}", state, body, [prompt]))
-    return await _respond(request, state, body, answer, arrived)
+    return await _respond(request, state, body, answer)
 
 
 async def _check_health(request: Request) -> None:
@@ -112,7 +105,7 @@ def _admit(request: Request, state: ServingState, body: GenerationRequest) -> Sa
         raise ApiError.from_value_error(error, rename={"max_tokens": body.max_tokens_field}) from error
     unknown = body.num_unknown_fields
     if unknown:
-        request.app.state.metrics.unknown_fields.labels(request.url.path).inc(unknown)
+        state.backend.count_unknown_fields(request.url.path, unknown)
     return sampling
 
 
@@ -133,16 +126,14 @@ def _options(
     )
 
 
-async def _respond(
-    request: Request, state: ServingState, body: GenerationRequest, answer: ResponseFormat, arrived: float
-) -> Response:
+async def _respond(request: Request, state: ServingState, body: GenerationRequest, answer: ResponseFormat) -> Response:
     options = answer.options
     wanted = [(prompt, one) for prompt in options.prompts for one in prompt.sampling.choices()]
     texts = [
         stream_text(state.backend, state.tokenizer, f"{options.request_id}-{index}", prompt.token_ids, one)
         for index, (prompt, one) in enumerate(wanted)
     ]
-    deltas = merge([request.app.state.metrics.observe(text, arrived) for text in texts])
+    deltas = merge(texts)
     try:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(deltas.aclose)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import anyio.to_thread
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
@@ -13,6 +14,8 @@ BodyT = TypeVar("BodyT", bound=BaseModel)
 
 MAX_BODY_BYTES = 32 << 20
 """Longer request bodies are refused unread."""
+_INLINE_BYTES = 1 << 16
+"""Bodies up to this long are parsed on the event loop."""
 
 
 async def read_body(request: Request, model: type[BodyT]) -> BodyT:
@@ -27,7 +30,9 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
         if len(body) > MAX_BODY_BYTES:
             raise ApiError(413, f"body: longer than {MAX_BODY_BYTES} bytes", param="body", code="body_too_large")
     try:
-        return model.model_validate_json(bytes(body))
+        if len(body) <= _INLINE_BYTES:
+            return model.model_validate_json(bytes(body))
+        return await anyio.to_thread.run_sync(model.model_validate_json, bytes(body))
     except ValidationError as error:
         raise ApiError.from_validation(error) from error
 

@@ -55,6 +55,8 @@ async def stream_text(
         async for output in outputs:
             delta = text.take(output)
             if delta.generation is not None:
+                if output.finish_reason is None:
+                    backend.stopped(request_id)
                 break
             yield delta
         else:
@@ -92,7 +94,7 @@ class RequestText:
         if token_ids:
             self._last = time.perf_counter()
             self._first = self._first if self._num_steps else self._last
-            self._num_steps += 1
+            self._num_steps += output.num_steps
         if output.finish_reason not in (None, STOP, LENGTH):
             raise RequestFailedError(output.error or f"the request ended with {output.finish_reason}")
         is_text = output.stop_token_id is None or self._sampling.include_stop_str_in_output

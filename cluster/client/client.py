@@ -58,7 +58,8 @@ class Client(Protocol):
 
     ``max_tokens`` defaults as in the HTTP API: 16 for text and token ids, the rest of ``max_model_len`` for a chat.
     Raises ``ValueError`` naming the field the server refuses, ``EngineDeadError`` if the engine cannot serve,
-    ``ConnectionError`` if nobody answers and ``TimeoutError`` if not in time.
+    ``QueueFullError`` if too many requests wait, ``ConnectionError`` if nobody answers and ``TimeoutError`` if the
+    answer is not complete in time.
     """
 
     def generate(self, prompt: Prompt, **sampling: Any) -> Generation:

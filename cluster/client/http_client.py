@@ -15,7 +15,7 @@ from ...workers.sampling_params import SamplingParams
 from ..api.generation import Generation
 from ..api.metrics import parse_samples
 from ..config import API_KEY_VARIABLE
-from ..engine.backend import EngineDeadError
+from ..engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
 from .client import Prompt
 from .http_answer import StreamedAnswer, read_choices
 
@@ -309,8 +309,12 @@ def _plain_errors() -> Iterator[None]:
         message = error.body.get("message", error.message) if isinstance(error.body, dict) else error.message
         if status == 503 or error.code == "engine_dead":
             raise EngineDeadError(message) from error
+        if status == 408 or error.code == "request_timeout":
+            raise RequestTimeoutError(message) from error
+        if isinstance(error, openai.RateLimitError):
+            raise QueueFullError(message, float(error.response.headers.get("Retry-After", 1))) from error
         if status in (401, 403):
             raise PermissionError(message) from error
-        if 400 <= status < 500 and status not in (408, 429):
+        if 400 <= status < 500:
             raise ValueError(message) from error
         raise RuntimeError(message) from error

@@ -14,6 +14,7 @@ from ..api.chat_tokenizer import ChatTokenizer
 from ..api.generation import Generation, TokenLogprob
 from ..api.text_stream import RequestText
 from ..config import EngineConfig
+from ..engine.backend import RequestTimeoutError
 from ..engine.drafter import make_drafter
 from ..engine.engine import Engine, check_prompt
 from ..engine.output import STOP, EngineStats, RequestStats
@@ -93,7 +94,8 @@ class LLM:
         """Continue each prompt (text, or token ids) and return the results in order: ``n`` of each prompt in turn.
 
         ``params`` are fields of `SamplingParams`, unless ``sampling`` is given. All prompts are checked before any is
-        run; ``ValueError`` names the field at fault.
+        run; ``ValueError`` names the field at fault. Raises ``RequestTimeoutError`` if one takes longer than
+        ``request_timeout_s``.
         """
         if sampling is not None and params:
             raise ValueError(f"sampling: given together with {', '.join(sorted(params))}; give one or the other")
@@ -132,6 +134,8 @@ class LLM:
                     live[request_id] = prompt, RequestText(self.tokenizer, prompt, choice)
             while len(done) < len(live):
                 for output in self._engine.step():
+                    if output.error is not None:
+                        raise RequestTimeoutError(output.error)
                     prompt, text = live[output.request_id]
                     generation = text.take(output).generation
                     if generation is not None:

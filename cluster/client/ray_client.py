@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from ...workers.sampling_params import SamplingParams
 from ..api.generation import Generation
-from ..engine.backend import EngineDeadError
+from ..engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
 from .client import Prompt
 
 
@@ -184,7 +184,7 @@ def _plain_errors() -> Any:
     try:
         yield
     except RayTaskError as error:
-        if isinstance(error.cause, ValueError | EngineDeadError):
+        if isinstance(error.cause, ValueError | EngineDeadError | QueueFullError | RequestTimeoutError):
             raise error.cause from None
         raise
     except RayActorError as error:

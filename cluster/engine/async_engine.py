@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from ...workers.model_info import RankInfo
 from ...workers.sampling_params import SamplingParams
+from .backend import EngineDeadError
 from .engine import Engine
 from .engine_thread import EngineThread
 from .output import EngineStats, RequestOutput
@@ -34,14 +35,25 @@ class AsyncEngine:
         async def submit() -> None:
             self.thread.submit(request_id, prompt_token_ids, sampling)
 
-        async def abort() -> None:
-            self.thread.abort(request_id)
+        async def abort(reason: str) -> None:
+            self.thread.abort(request_id, reason)
 
         return self._router.read(request_id, submit, abort)
 
-    async def stats(self) -> EngineStats:
-        """Return the engine's totals."""
-        return await asyncio.wrap_future(self.thread.stats())
+    def stopped(self, request_id: str) -> None:
+        """Say that the reader found its stop string."""
+        self._router.stopped(request_id)
+
+    def count_unknown_fields(self, endpoint: str, num_fields: int) -> None:
+        """Add to the engine's totals what only a server sees."""
+        self.thread.count_unknown_fields(endpoint, num_fields)
+
+    async def stats(self) -> dict[str, EngineStats]:
+        """Return the totals of the only engine; none if it is dead."""
+        try:
+            return {"0": self.thread.stats()}
+        except EngineDeadError:
+            return {}
 
     async def ranks(self) -> list[RankInfo]:
         """Return what every rank loaded."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
 
 from ...workers.model_info import RankInfo
@@ -14,6 +14,22 @@ class EngineDeadError(RuntimeError):
     """The engine cannot serve any more; its message says why."""
 
 
+class QueueFullError(RuntimeError):
+    """As many requests wait as may; this one was refused and nothing of it is kept."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)  # both, so that it can be pickled
+        self.retry_after_s = retry_after_s
+        """When the requests that wait now will have left the queue, by the pace of late; at least 1."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class RequestTimeoutError(TimeoutError):
+    """The request took longer than ``request_timeout_s`` and was dropped."""
+
+
 class Backend(Protocol):
     """An engine seen from asyncio: in this process (`AsyncEngine`) or behind a Ray actor (`GangBackend`)."""
 
@@ -22,14 +38,24 @@ class Backend(Protocol):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs until one carries a ``finish_reason``.
 
-        Closing the iterator early (client gone, stop string found) aborts the request and frees its blocks.
+        Closing the iterator early (client gone, stop string found) aborts the request and frees its blocks. A reader
+        that lags gets several steps' tokens in one output.
         Raises ``ValueError`` naming the field if the prompt is empty, holds an id outside the vocabulary or, with
-        ``max_tokens``, exceeds ``max_model_len``; ``EngineDeadError`` if the engine died.
+        ``max_tokens``, exceeds ``max_model_len``; ``QueueFullError``, ``RequestTimeoutError``, and ``EngineDeadError``
+        if the engine died.
         """
         ...
 
-    async def stats(self) -> EngineStats:
-        """Return the engine's totals."""
+    def stopped(self, request_id: str) -> None:
+        """Say that the reader found its stop string: closing the iterator then ends the request as ``stop``."""
+        ...
+
+    def count_unknown_fields(self, endpoint: str, num_fields: int) -> None:
+        """Add to the totals what only a server sees, so that every server reports the counts of all."""
+        ...
+
+    async def stats(self) -> Mapping[str, EngineStats]:
+        """Return the totals of every engine that answers, by its name: of all gangs, not of one that was asked."""
         ...
 
     async def ranks(self) -> list[RankInfo]:

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 from ...workers.model_info import ModelInfo
 from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan, StepFailedError, StepPlan, StepResult
@@ -16,7 +17,7 @@ from .backend import EngineDeadError
 from .block_pool import BlockPool
 from .controller import Controller, FixedDraftLen
 from .drafter import Drafter, make_drafter
-from .output import ABORT, ERROR, LENGTH, STOP, EngineStats, RequestOutput, RequestStats
+from .output import ABORT, ERROR, LENGTH, STOP, TIMEOUT, EngineStats, RequestOutput, RequestStats
 from .ranks import Ranks
 from .request import Request
 from .scheduler import Scheduler
@@ -45,7 +46,7 @@ class Engine:
         self.model: ModelInfo = ranks.infos[0].model
         self.controller = controller or FixedDraftLen(config.draft_len)
         self.counters = Counters(self.model.num_moe_layers)
-        self._clock = clock
+        self.clock = clock
         pools = [BlockPool(info.num_kv_blocks, config.block_size) for info in ranks.infos]
         self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens)
         self._requests: dict[str, Request] = {}
@@ -62,10 +63,18 @@ class Engine:
         """Whether ``step`` has anything to do."""
         return bool(self._requests)
 
-    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> SamplingParams:
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        arrival_s: float | None = None,
+    ) -> SamplingParams:
         """Queue a request and return its sampling with the seed that was drawn if it had none.
 
-        Raises ``ValueError`` naming the field; then nothing has changed.
+        ``arrival_s``: when it came, by the engine's clock, if not now. Raises ``ValueError`` naming the field; then
+        nothing has changed.
         """
         if request_id in self._requests:
             raise ValueError(f"request_id: {request_id!r} is in use")
@@ -79,7 +88,7 @@ class Engine:
             token_ids=list(prompt_token_ids),
             num_prompt_tokens=len(prompt_token_ids),
             max_total_tokens=check_prompt(self.model, prompt_token_ids, sampling),
-            arrival_s=self._clock(),
+            arrival_s=self.clock() if arrival_s is None else arrival_s,
         )
         self._next_key += 1
         self._requests[request_id] = self._by_key[request.key] = request
@@ -95,15 +104,14 @@ class Engine:
         if request is None:
             return None
         self._finish(request, reason)
-        return request.stats(self._clock())
+        return request.stats(self.clock())
 
     def step(self) -> list[RequestOutput]:
         """Run one step and return what it adds to each request.
 
         Raises ``EngineDeadError`` after ``max_step_retries`` failures in a row.
         """
-        for request in self.scheduler.admit():
-            request.admitted_s = self._clock()
+        self._admit()
         drafts = self._propose()
         plan = self.scheduler.schedule(self._generation, self._step_id, drafts)
         if plan is None:
@@ -116,24 +124,42 @@ class Engine:
             _check_lock_step(result)
         except StepFailedError as error:
             self._discard(error)
-            return []
+            return self._expire()
         except BaseException:
             # Interrupted: ranks may still answer this step, so its number must not come again
             self._void()
             raise
         self._step_id += 1
         self._failures_in_row = 0
-        return self._commit(plan, result)
+        return self._commit(plan, result) + self._expire()
+
+    def _admit(self) -> None:
+        now = self.clock()
+        for request in self.scheduler.admit():
+            if request.admitted_s is None:
+                request.admitted_s = now
+                self.counters.latencies.admitted(request, now)
+
+    def _expire(self) -> list[RequestOutput]:
+        """End the requests that have taken too long; those that came first come first."""
+        limit = self.config.request_timeout_s
+        if limit is None:
+            return []
+        now = self.clock()
+        expired = list(takewhile(lambda request: now - request.arrival_s > limit, self._requests.values()))
+        return self._end(expired, TIMEOUT, f"the request took longer than request_timeout_s = {limit:g} s")
 
     def fail_all(self, message: str) -> list[RequestOutput]:
         """End every request with an error; for a caller that gives the engine up."""
-        requests = list(self._requests.values())
+        return self._end(list(self._requests.values()), ERROR, message)
+
+    def _end(self, requests: Sequence[Request], reason: str, message: str) -> list[RequestOutput]:
         outputs = [
-            RequestOutput(request.request_id, request.num_output_tokens, [], finish_reason=ERROR, error=message)
+            RequestOutput(request.request_id, request.num_output_tokens, [], finish_reason=reason, error=message)
             for request in requests
         ]
         for request in requests:
-            self._finish(request, ERROR)
+            self._finish(request, reason)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -171,7 +197,7 @@ class Engine:
         self._must_recover = True
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
-        now = self._clock()
+        now = self.clock()
         outputs = []
         for rank_plan, rank_result in zip(plan.ranks, result.ranks, strict=True):
             for part, tokens in self._parts(rank_plan, rank_result):
@@ -191,20 +217,22 @@ class Engine:
     def _commit_request(
         self, request: Request, part: RequestPlan, tokens: list[int], logprobs: Logprobs | None, now: float
     ) -> RequestOutput | None:
+        request.committed_len += part.first_sampled_row + len(tokens)
+        self.counters.add_prompt(request)
         if not tokens:
-            request.committed_len += len(part.token_ids)
             return self._end_of_prompt(request, now) if request.is_complete else None
         num_drafted = len(part.token_ids) - part.first_sampled_row - 1
         offset = request.num_output_tokens
         kept, reason, stop_token = self._truncate(request, tokens)
         num_accepted = min(len(tokens) - 1, len(kept))
         request.token_ids += kept
-        request.committed_len += part.first_sampled_row + len(tokens)
         request.num_steps += 1
         request.num_draft_tokens += num_drafted
         request.num_accepted_tokens += num_accepted
+        self.counters.latencies.tokens(request, now)
         if request.first_token_s is None:
             request.first_token_s = now
+        request.last_token_s = now
         self.counters.add_tokens(len(kept), num_drafted, num_accepted)
         self.controller.observe(request, num_drafted, num_accepted)
         stats = request.stats(now) if reason else None
@@ -239,7 +267,7 @@ class Engine:
 
     def _finish(self, request: Request, reason: str) -> None:
         self.scheduler.remove(request)
-        self.counters.finished(reason, request.num_prompt_tokens)
+        self.counters.finished(request, reason, self.clock())
         self._drafters.pop(request.key, None)
         self.controller.forget(request)
         del self._requests[request.request_id], self._by_key[request.key]

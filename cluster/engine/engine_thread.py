@@ -7,13 +7,15 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TypeVar
 
 from ...workers.model_info import RankInfo
 from ...workers.sampling_params import SamplingParams
 from .backend import EngineDeadError
 from .engine import Engine, check_prompt
-from .output import EngineStats, RequestOutput
+from .output import ABORT, EngineStats, RequestOutput
+from .queue_limit import QueueLimit
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -22,13 +24,17 @@ T = TypeVar("T")
 class EngineThread:
     """Steps ``engine`` while it has requests. ``deliver`` is called in the thread with every step's outputs.
 
-    Requests and aborts take effect between steps, in the order in which they came.
+    Requests and aborts take effect between steps, in the order in which they came. A request that finds the queue full
+    is refused at once; totals are those after the last step and can be read at any time.
     """
 
     def __init__(self, engine: Engine, deliver: Callable[[list[RequestOutput]], None]) -> None:
         self._engine, self._deliver = engine, deliver
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._death: str | None = None
+        self._limit = QueueLimit(engine.config.max_queued_requests, engine.scheduler.num_open, clock=engine.clock)
+        self._num_drained = 0
+        self._stats = engine.stats()
         self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
         self._thread.start()
 
@@ -38,26 +44,35 @@ class EngineThread:
         return self._engine.ranks.infos
 
     def submit(self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
-        """Queue a request; raises ``ValueError`` naming the field, or ``EngineDeadError``."""
+        """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``."""
         self.check_health()
         check_prompt(self._engine.model, prompt_token_ids, sampling)
-        prompt = list(prompt_token_ids)
+        prompt, arrival_s = list(prompt_token_ids), self._engine.clock()
+        self._limit.take()
 
         def add() -> None:
             try:
-                self._engine.add_request(request_id, prompt, sampling)
+                self._engine.add_request(request_id, prompt, sampling, arrival_s=arrival_s)
             except ValueError as error:  # all but the id was checked above, and ids are unique to their readers
                 logger.error("request dropped: %s", error)
+            finally:
+                self._limit.seen()
 
         self._inbox.put(add)
 
-    def abort(self, request_id: str) -> None:
-        """Drop a request; unknown or finished ones are ignored."""
-        self._inbox.put(lambda: self._engine.abort(request_id))
+    def abort(self, request_id: str, reason: str = ABORT) -> None:
+        """Drop a request; unknown or finished ones are ignored. ``reason``: see ``Engine.abort``."""
+        self._inbox.put(lambda: self._engine.abort(request_id, reason))
 
-    def stats(self) -> Future[EngineStats]:
-        """Ask for the totals between two steps."""
-        return self.call(self._engine.stats)
+    def count_unknown_fields(self, endpoint: str, num_fields: int) -> None:
+        """Add to the totals what only a server sees."""
+        counts = self._engine.counters.unknown_request_fields
+        self._inbox.put(lambda: counts.update({endpoint: num_fields}))
+
+    def stats(self) -> EngineStats:
+        """Return the totals after the last step; raises ``EngineDeadError`` if the engine gave up."""
+        self.check_health()
+        return replace(self._stats, num_requests_refused=self._limit.num_refused)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run ``function`` in the thread between two steps."""
@@ -92,7 +107,11 @@ class EngineThread:
             try:
                 if self._death is not None:
                     self._deliver_errors()
-                elif outputs := self._engine.step():
+                    continue
+                outputs = self._engine.step()
+                # First, so that whoever has the last token of a request finds it counted
+                self._publish()
+                if outputs:
                     self._deliver(outputs)
             except EngineDeadError as error:
                 self._die(str(error))
@@ -104,12 +123,22 @@ class EngineThread:
         """Obey what has come in, waiting for it while there is nothing to step; False when told to stop."""
         while True:
             try:
-                command = self._inbox.get(block=not self._engine.has_requests)
+                command = self._inbox.get_nowait()
             except queue.Empty:
-                return True
+                if self._engine.has_requests:
+                    return True
+                self._publish()
+                command = self._inbox.get()
             if command is None:
                 return False
             command()
+
+    def _publish(self) -> None:
+        scheduler = self._engine.scheduler
+        num_drained = scheduler.num_admissions - scheduler.num_preemptions
+        self._limit.update(len(scheduler.waiting), scheduler.num_open, num_drained - self._num_drained)
+        self._num_drained = num_drained
+        self._stats = self._engine.stats()
 
     def _die(self, message: str) -> None:
         self._death = message

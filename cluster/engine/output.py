@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...workers.plan import Logprobs
+from .histogram import HistogramSnapshot
 
 STOP = "stop"
 LENGTH = "length"
 ABORT = "abort"
 ERROR = "error"
+TIMEOUT = "timeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class RequestStats:
     """From arrival to the first token."""
     total_s: float
     """From arrival to the last token."""
+    num_preemptions: int = 0
+    """Times it lost its KV to older requests and was computed again."""
 
     @property
     def acceptance(self) -> float:
@@ -51,7 +55,7 @@ class RequestOutput:
     """Index in the output of the first of ``token_ids``: a reader drops what it has and treats a gap as an error."""
     token_ids: list[int]
     finish_reason: str | None = None
-    """stop, length, abort or error once the request has ended."""
+    """stop, length, abort, timeout or error once the request has ended."""
     stop_token_id: int | None = None
     """The EOS or stop token that ended it; it is the last of ``token_ids`` and not part of the text."""
     stats: RequestStats | None = None
@@ -60,6 +64,24 @@ class RequestOutput:
     """Of ``token_ids``, if the request asks for them."""
     prompt_logprobs: Logprobs | None = None
     """Of the prompt's tokens from the second on: with the first output, if the request asks for them."""
+    num_steps: int = 1
+    """Steps whose tokens these are: more than one if its reader lagged."""
+
+    def followed_by(self, later: RequestOutput) -> RequestOutput:
+        """Return this and the request's next output as one; this one's lists go over to it."""
+        assert later.offset == self.offset + len(self.token_ids), "outputs of a request follow one another"
+        # In place: a reader may lag by thousands of steps
+        self.token_ids.extend(later.token_ids)
+        if self.logprobs is not None and later.logprobs is not None:
+            self.logprobs.extend(later.logprobs)
+        return replace(
+            later,
+            offset=self.offset,
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            num_steps=self.num_steps + later.num_steps,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +91,18 @@ class EngineStats:
     num_steps: int
     num_failed_steps: int
     num_prompt_tokens: int
+    """Prompt tokens computed, each once: a replay adds nothing."""
     num_generation_tokens: int
     num_requests_finished: dict[str, int]
     """By finish reason."""
+    num_requests_refused: int
+    """Requests refused because the queue was full."""
+    unknown_request_fields: dict[str, int]
+    """Fields of request bodies that no API we know has, by endpoint."""
     num_requests_running: int
     num_requests_waiting: int
+    num_preemptions: int
+    """Times a running request lost its KV to older ones and waited again."""
     num_kv_blocks: int
     num_kv_blocks_used: int
     spec_decode_num_drafts: int
@@ -92,3 +121,5 @@ class EngineStats:
     wire_bytes: int
     step_wall_s: float
     """Time spent in steps."""
+    latencies: dict[str, HistogramSnapshot]
+    """Seconds, by the name of what was measured (`Latencies`)."""

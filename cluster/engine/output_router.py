@@ -2,69 +2,105 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from .backend import EngineDeadError
-from .output import ERROR, RequestOutput
+from .backend import EngineDeadError, RequestTimeoutError
+from .mailbox import Mailbox
+from .output import ABORT, STOP, TIMEOUT, RequestOutput
+
+
+@dataclass(slots=True)
+class _Reader:
+    """One live request."""
+
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    num_received: int = 0
+    """Tokens delivered, read or not."""
+    reason: str = ABORT
+    """What the request counts as if its reader leaves now."""
+    failure: str | None = None
+    """Why no more outputs will come."""
 
 
 class OutputRouter:
-    """One queue per live request. Delivered twice, tokens are dropped; missing ones are an error.
+    """One mailbox per live request. Delivered twice, tokens are dropped; missing ones are an error.
 
     Belongs to one event loop; ``deliver`` is called on it.
     """
 
     def __init__(self) -> None:
-        self._queues: dict[str, asyncio.Queue[RequestOutput]] = {}
+        self._readers: dict[str, _Reader] = {}
 
     def deliver(self, outputs: Iterable[RequestOutput]) -> None:
         """Hand each output to its reader; those of readers who have gone are dropped."""
         for output in outputs:
-            reader = self._queues.get(output.request_id)
-            if reader is not None:
-                reader.put_nowait(output)
+            reader = self._readers.get(output.request_id)
+            if reader is not None and reader.failure is None:
+                _deliver(reader, output)
 
     def fail_all(self, message: str) -> None:
         """Give every reader an error: no more outputs will come."""
-        for request_id, reader in self._queues.items():
-            reader.put_nowait(RequestOutput(request_id, 0, [], finish_reason=ERROR, error=message))
+        for reader in self._readers.values():
+            _fail(reader, message)
+
+    def stopped(self, request_id: str) -> None:
+        """Have the request end as ``stop`` when its reader leaves, which has found what it looked for."""
+        if request_id in self._readers:
+            self._readers[request_id].reason = STOP
 
     async def read(
-        self, request_id: str, submit: Callable[[], Awaitable[None]], abort: Callable[[], Awaitable[None]]
+        self, request_id: str, submit: Callable[[], Awaitable[None]], abort: Callable[[str], Awaitable[None]]
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Submit a request and yield its outputs in order, each token once.
+        """Submit a request and yield its outputs in order, each token once, several steps in one if the reader lags.
 
-        Raises what ``submit`` raises and ``EngineDeadError``. ``abort`` is called when the reader leaves before the
-        request has ended.
+        Raises what ``submit`` raises, ``RequestTimeoutError`` and ``EngineDeadError``. ``abort`` is called, with what
+        the request counts as, when the reader leaves before the request has ended.
         """
-        if request_id in self._queues:
+        if request_id in self._readers:
             raise ValueError(f"request_id: {request_id!r} is in use")
-        reader = self._queues[request_id] = asyncio.Queue()
-        submitted = ended = False
-        num_received = 0
+        reader = self._readers[request_id] = _Reader()
+        ended = False
         try:
-            # Before the wait: cancelled in it, the request may have been taken nevertheless
-            submitted = True
-            await submit()
+            try:
+                await submit()
+            except Exception:
+                # Refused; cancelled in the wait, on the other hand, the request may have been taken nevertheless
+                ended = True
+                raise
             while not ended:
-                output = await reader.get()
-                if output.finish_reason == ERROR:
-                    ended = True
-                    raise EngineDeadError(output.error or "the engine failed")
-                if output.offset > num_received:
-                    raise EngineDeadError(f"output tokens {num_received} to {output.offset - 1} were lost")
-                known = num_received - output.offset
-                fresh = output.token_ids[known:]
-                num_received += len(fresh)
-                ended = output.finish_reason is not None
-                if fresh or ended:
-                    logprobs = output.logprobs.cut(known) if output.logprobs is not None else None
-                    yield replace(output, offset=num_received - len(fresh), token_ids=fresh, logprobs=logprobs)
+                for output in await reader.mailbox.take():
+                    ended = output.finish_reason is not None
+                    if output.error is None:
+                        yield output
+                        continue
+                    if output.token_ids:
+                        yield replace(output, finish_reason=None, error=None)
+                    raise (RequestTimeoutError if output.finish_reason == TIMEOUT else EngineDeadError)(output.error)
+                if reader.failure is not None:
+                    raise EngineDeadError(reader.failure)
         finally:
-            del self._queues[request_id]
-            if submitted and not ended:
+            del self._readers[request_id]
+            if not ended:
                 with suppress(EngineDeadError):  # aborting what was never taken is ignored
-                    await abort()
+                    await abort(reader.reason)
+
+
+def _deliver(reader: _Reader, output: RequestOutput) -> None:
+    if output.offset > reader.num_received:
+        lost = f"output tokens {reader.num_received} to {output.offset - 1} were lost"
+        _fail(reader, lost)
+        return
+    known = reader.num_received - output.offset
+    fresh = output.token_ids[known:]
+    if not fresh and output.finish_reason is None:
+        return
+    logprobs = output.logprobs.cut(known) if output.logprobs is not None else None
+    reader.mailbox.put([replace(output, offset=reader.num_received, token_ids=fresh, logprobs=logprobs)])
+    reader.num_received += len(fresh)
+
+
+def _fail(reader: _Reader, message: str) -> None:
+    reader.failure = message
+    reader.mailbox.wake()

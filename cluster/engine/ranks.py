@@ -41,6 +41,8 @@ def make_runner(config: EngineConfig, rank: int) -> ModelRunner:
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         kv_cache_bytes=config.kv_cache_bytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_num_batched_tokens=config.max_num_batched_tokens,
     )
 
 

@@ -15,7 +15,7 @@ class Request:
 
     request_id: str
     key: int
-    """The engine's own number for it, unique for the engine's life; what plans carry."""
+    """The engine's own number for it, in order of arrival, unique for the engine's life; what plans carry."""
     sampling: SamplingParams
     token_sampling: TokenSampling
     token_ids: list[int]
@@ -37,9 +37,14 @@ class Request:
     """Of the prompt's tokens from the second on, as far as they have been computed."""
     admitted_s: float | None = None
     first_token_s: float | None = None
+    last_token_s: float | None = None
+    num_prompt_computed: int = 0
+    """Prompt tokens whose KV has been valid at some time."""
     num_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_preemptions: int = 0
+    """Times it lost its KV to older requests and was replayed."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -48,7 +53,7 @@ class Request:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Known tokens without KV: 1 while decoding, more while the prompt is being computed."""
+        """Known tokens without KV: 1 while decoding, more while the prompt is computed or the request replayed."""
         return len(self.token_ids) - self.committed_len
 
     @property
@@ -100,4 +105,5 @@ class Request:
             queue_s=admitted - self.arrival_s,
             ttft_s=first_token - self.arrival_s,
             total_s=now - self.arrival_s,
+            num_preemptions=self.num_preemptions,
         )

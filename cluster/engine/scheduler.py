@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import insort
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -9,18 +11,28 @@ from ...workers.plan import RankPlan, RequestPlan, StepPlan
 from .block_pool import BlockPool
 from .request import Request
 
+_WATERMARK = 0.01
+"""Share of a rank's blocks that stays free when a request joins others, for those to grow into (vLLM's value)."""
+
 
 class Scheduler:
     """Continuous batching over several ranks: running requests first, then waiting ones in order of arrival.
 
-    A request stays on the rank that admitted it. Prompts are computed in chunks within ``max_num_batched_tokens``;
-    decoding requests (their last token and drafts) come first, so a long prompt never stalls them.
+    A request takes the blocks of all its known tokens when it is admitted and further ones as it grows. When a rank has
+    none left, its drafts go first, then the request that arrived last: it waits again, in its place by arrival, and is
+    replayed as a prompt. So the oldest request of a rank always advances, and every request becomes the oldest. Prompts
+    are computed in chunks within ``max_num_batched_tokens``; decoding requests (their last token and drafts) come
+    first, so a long prompt never stalls them.
+
+    Every pool must hold the longest request.
     """
 
     def __init__(self, pools: Sequence[BlockPool], max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pools = list(pools)
         self.running: list[list[Request]] = [[] for _ in pools]
         self.waiting: deque[Request] = deque()
+        self.num_admissions = 0
+        self.num_preemptions = 0
         self._released: list[list[int]] = [[] for _ in pools]
         self._max_num_seqs, self._max_rows = max_num_seqs, max_num_batched_tokens
 
@@ -28,6 +40,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests that hold KV."""
         return sum(map(len, self.running))
+
+    @property
+    def num_open(self) -> int:
+        """Requests that could start besides those that run, right after ``admit``; none while others wait."""
+        return 0 if self.waiting else sum(self._max_num_seqs - len(requests) for requests in self.running)
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -38,33 +55,67 @@ class Scheduler:
         if request.rank < 0:
             self.waiting.remove(request)
             return
-        self.running[request.rank].remove(request)
-        self.pools[request.rank].release(request.blocks, request.max_total_tokens)
-        self._released[request.rank].append(request.key)
-        request.blocks = []
+        self._leave_rank(request)
 
     def admit(self) -> list[Request]:
-        """Give waiting requests a rank while one has a place and blocks; return those admitted.
+        """Give running requests the blocks they need next and waiting ones a rank; return those admitted.
 
-        First come, first served: a request that does not fit yet holds up those behind it, so none starves.
+        First come, first served: a request that does not fit yet holds up those behind it, so none starves. Requests
+        that lose their blocks to older ones wait again.
         """
+        for rank in range(len(self.pools)):
+            self._grow(rank)
         admitted = []
         while self.waiting:
             request = self.waiting[0]
-            open_ranks = [
-                rank
-                for rank, pool in enumerate(self.pools)
-                if len(self.running[rank]) < self._max_num_seqs and pool.can_reserve(request.max_total_tokens)
-            ]
+            open_ranks = [rank for rank in range(len(self.pools)) if self._fits(request, rank)]
             if not open_ranks:
                 break
             rank = min(open_ranks, key=lambda r: (sum(q.num_pending_tokens for q in self.running[r]), r))
             self.waiting.popleft()
             request.rank = rank
-            self.pools[rank].reserve(request.max_total_tokens)
+            self.pools[rank].grow(request.blocks, len(request.token_ids))
             self.running[rank].append(request)
             admitted.append(request)
+        self.num_admissions += len(admitted)
         return admitted
+
+    def _fits(self, request: Request, rank: int) -> bool:
+        running, pool = self.running[rank], self.pools[rank]
+        if len(running) >= self._max_num_seqs:
+            return False
+        watermark = math.ceil(_WATERMARK * pool.num_blocks) if running else 0
+        return pool.blocks_for(len(request.token_ids)) + watermark <= pool.num_free
+
+    def _grow(self, rank: int) -> None:
+        """Let every running request hold its known tokens, the oldest first; preempt the youngest while it cannot."""
+        pool = self.pools[rank]
+        for request in sorted(self.running[rank], key=_arrival):
+            if request.rank != rank:  # preempted for one before it
+                continue
+            if pool.room(request.blocks) < len(request.token_ids):
+                # What rejected drafts have left behind
+                for other in self.running[rank]:
+                    pool.shrink(other.blocks, len(other.token_ids))
+                    other.num_blocks_sent = min(other.num_blocks_sent, len(other.blocks))
+            while request.rank == rank and pool.room(request.blocks) < len(request.token_ids):
+                self._preempt(max(self.running[rank], key=_arrival))
+            if request.rank == rank:
+                pool.grow(request.blocks, len(request.token_ids))
+
+    def _preempt(self, request: Request) -> None:
+        self._leave_rank(request)
+        request.committed_len = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        insort(self.waiting, request, key=_arrival)
+
+    def _leave_rank(self, request: Request) -> None:
+        """Take the request's place and blocks away; its rank learns with the next plan."""
+        self.running[request.rank].remove(request)
+        self.pools[request.rank].shrink(request.blocks, 0)
+        self._released[request.rank].append(request.key)
+        request.rank, request.num_blocks_sent = -1, 0
 
     def schedule(self, generation: int, step_id: int, drafts: Mapping[int, Sequence[int]]) -> StepPlan | None:
         """Plan the next step; None when no request has a row to run.
@@ -96,7 +147,8 @@ class Scheduler:
             # One token always comes on top of the drafts, so drafting all that is left would be one too many
             # and drafts must not take the rows that others need to go on at all
             others = len(requests) - place - 1
-            draft = draft[: max(0, min(budget - known - others, request.num_tokens_left - 1))]
+            room = self.pools[rank].room(request.blocks) - request.committed_len - known
+            draft = draft[: max(0, min(budget - known - others, request.num_tokens_left - 1, room))]
             plans.append(self._plan_request(request, known, draft, is_last_chunk))
             budget -= known + len(draft)
         return plans
@@ -129,3 +181,7 @@ class Scheduler:
         """Raise ``RuntimeError`` if any KV block is lost or held twice."""
         for pool, requests in zip(self.pools, self.running, strict=True):
             pool.check_integrity([request.blocks for request in requests])
+
+
+def _arrival(request: Request) -> int:
+    return request.key

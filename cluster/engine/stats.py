@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from ...workers.plan import StepPlan, StepResult
-from .output import EngineStats
+from .latencies import Latencies
+from .output import LENGTH, STOP, EngineStats
+from .request import Request
 from .scheduler import Scheduler
 
 
@@ -19,6 +21,8 @@ class Counters:
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self.num_finished: Counter[str] = Counter()
+        self.unknown_request_fields: Counter[str] = Counter()
+        self.latencies = Latencies()
         self.num_drafts = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
@@ -58,10 +62,17 @@ class Counters:
             for position in range(num_accepted):
                 self.accepted_per_pos[position] += 1
 
-    def finished(self, reason: str, num_prompt_tokens: int) -> None:
+    def add_prompt(self, request: Request) -> None:
+        """Count the prompt tokens of ``request`` that have been computed since the last time."""
+        computed = min(request.committed_len, request.num_prompt_tokens)
+        self.num_prompt_tokens += max(0, computed - request.num_prompt_computed)
+        request.num_prompt_computed = max(computed, request.num_prompt_computed)
+
+    def finished(self, request: Request, reason: str, now: float) -> None:
         """Count one request that ended."""
         self.num_finished[reason] += 1
-        self.num_prompt_tokens += num_prompt_tokens
+        if reason in (STOP, LENGTH):
+            self.latencies.finished(request, now)
 
     def snapshot(self, scheduler: Scheduler) -> EngineStats:
         """Return the totals beside the scheduler's present state."""
@@ -72,8 +83,11 @@ class Counters:
             num_prompt_tokens=self.num_prompt_tokens,
             num_generation_tokens=self.num_generation_tokens,
             num_requests_finished=dict(self.num_finished),
+            num_requests_refused=0,  # whoever refuses them counts them
+            unknown_request_fields=dict(self.unknown_request_fields),
             num_requests_running=scheduler.num_running,
             num_requests_waiting=len(scheduler.waiting),
+            num_preemptions=scheduler.num_preemptions,
             num_kv_blocks=sum(pool.num_blocks for pool in scheduler.pools),
             num_kv_blocks_used=sum(pool.num_used for pool in scheduler.pools),
             spec_decode_num_drafts=self.num_drafts,
@@ -88,4 +102,5 @@ class Counters:
             payload_bytes=self.payload_bytes,
             wire_bytes=self.wire_bytes,
             step_wall_s=self.step_wall_s,
+            latencies=self.latencies.snapshot(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
 from ..engine.engine import Engine
 from ..engine.engine_thread import EngineThread
-from ..engine.output import EngineStats, RequestOutput
+from ..engine.mailbox import Mailbox
+from ..engine.output import ABORT, EngineStats, RequestOutput
 from ..transport.remote_ranks import RemoteRanks
 from ..transport.step_plane import LOOPBACK
+from .load_summary import load_summary
 
+logger = logging.getLogger(__name__)
 RENEW_S = 2.0
 LEASE_S = 10.0
 
@@ -30,6 +34,9 @@ class Coordinator:
     """
 
     def __init__(self, config: EngineConfig, workers: Sequence[Any], nodes: Sequence[str]) -> None:
+        # The process is the actor's own: its log has what we say, and the warnings of others
+        logging.basicConfig()
+        logging.getLogger(__name__.split(".")[0]).setLevel(logging.INFO)
         self._config, self._workers = config, list(workers)
         host = ray.util.get_node_ip_address()
         if set(nodes) == {host}:  # one machine: nothing need be heard outside it
@@ -39,7 +46,7 @@ class Coordinator:
         self._loaded: list[RankInfo] = []
         self._thread: EngineThread | None = None
         self._loop = asyncio.get_event_loop()
-        self._readers: dict[str, asyncio.Queue[list[RequestOutput]]] = {}
+        self._readers: dict[str, Mailbox] = {}
         self._reader_of: dict[str, str] = {}
         self._heard_s: dict[str, float] = {}
 
@@ -49,6 +56,7 @@ class Coordinator:
             worker.run.remote(settings) for worker, settings in zip(self._workers, self._ranks.settings, strict=True)
         ]
         await asyncio.to_thread(self._ranks.wait_loaded, self._loaded.append)
+        logger.info("loaded\n%s", load_summary(self._ranks.infos, self._config.block_size))
         self._thread = EngineThread(Engine(self._config, self._ranks), self._deliver)
         self._leases = asyncio.create_task(self._end_leases())
 
@@ -57,13 +65,16 @@ class Coordinator:
         return len(self._loaded), len(self._workers)
 
     async def attach(self, reader_id: str) -> AsyncIterator[list[RequestOutput]]:
-        """Stream the outputs of the requests that ``reader_id`` submits, one list a step, the first one empty."""
-        outputs = self._readers[reader_id] = asyncio.Queue()
+        """Stream the outputs of the requests that ``reader_id`` submits, one list a step, the first one empty.
+
+        A reader that lags gets several steps in one.
+        """
+        mailbox = self._readers[reader_id] = Mailbox()
         self._heard_s[reader_id] = self._loop.time()
         try:
             yield []
             while reader_id in self._readers:
-                yield await outputs.get()
+                yield await mailbox.take()
         finally:
             await self._detach(reader_id)
 
@@ -83,15 +94,15 @@ class Coordinator:
     async def _detach(self, reader_id: str) -> None:
         """Forget a reader and abort its requests."""
         self._heard_s.pop(reader_id, None)
-        if (outputs := self._readers.pop(reader_id, None)) is not None:
-            outputs.put_nowait([])  # wakes its stream, which then ends
+        if (mailbox := self._readers.pop(reader_id, None)) is not None:
+            mailbox.wake()  # its stream then ends
         for request_id in [r for r, reader in self._reader_of.items() if reader == reader_id]:
             await self.abort(request_id)
 
     async def submit(
         self, reader_id: str, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
     ) -> None:
-        """Queue a request; raises ``ValueError`` naming the field, or ``EngineDeadError``."""
+        """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``."""
         if reader_id not in self._readers:
             raise EngineDeadError("this reader is not attached; send the request again")
         if request_id in self._reader_of:
@@ -99,14 +110,18 @@ class Coordinator:
         self._running().submit(request_id, prompt_token_ids, sampling)
         self._reader_of[request_id] = reader_id
 
-    async def abort(self, request_id: str) -> None:
-        """Drop a request; unknown or finished ones are ignored."""
+    async def abort(self, request_id: str, reason: str = ABORT) -> None:
+        """Drop a request; unknown or finished ones are ignored. ``reason``: see ``Engine.abort``."""
         if self._reader_of.pop(request_id, None) is not None:
-            self._running().abort(request_id)
+            self._running().abort(request_id, reason)
+
+    async def count_unknown_fields(self, endpoint: str, num_fields: int) -> None:
+        """Add to the engine's totals what only an ingress sees."""
+        self._running().count_unknown_fields(endpoint, num_fields)
 
     async def stats(self) -> EngineStats:
-        """Return the engine's totals."""
-        return await asyncio.wrap_future(self._running().stats())
+        """Return the engine's totals; raises ``EngineDeadError``."""
+        return self._running().stats()
 
     async def ranks(self) -> list[RankInfo]:
         """Return what every rank loaded."""
@@ -150,4 +165,4 @@ class Coordinator:
                 del self._reader_of[output.request_id]
         for reader_id, batch in by_reader.items():
             if reader_id in self._readers:
-                self._readers[reader_id].put_nowait(batch)
+                self._readers[reader_id].put(batch)

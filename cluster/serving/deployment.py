@@ -6,24 +6,24 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 
+from ...workers.model_info import RankInfo
 from ..config import EngineConfig
+from ..engine.backend import EngineDeadError
 from .app import build_app, on_gpu
+from .deployment_error import DeploymentFailedError
+from .gang_directory import GangDirectory
 from .http_server import Address
-from .resources import COORDINATOR_PREFIX, NAMESPACE, bundles
+from .resources import bundles
 
 _POLL_S = 0.2
 _VALUE_ERROR = re.compile(r"^\S*ValueError\S*: (?P<message>[a-z_\[\]0-9.]+: .*)$", re.MULTILINE)
-
-
-class DeploymentFailedError(RuntimeError):
-    """The application did not come up; the message says why."""
 
 
 @contextmanager
@@ -91,6 +91,14 @@ def application_status(app_name: str = "default") -> str:
     return "not there" if found is None else str(found.status.value)
 
 
+def loaded_ranks(app_name: str = "default") -> list[RankInfo]:
+    """Return what the ranks of a gang of the application loaded; nothing if it has just gone."""
+    for coordinator in GangDirectory(app_name).coordinators().values():
+        with suppress(RayError, EngineDeadError):
+            return ray.get(coordinator.ranks.remote(), timeout=5)
+    return []
+
+
 def undeploy(app_name: str = "default") -> None:
     """Take the application down; on a cluster of others Serve itself stays."""
     serve.delete(app_name)
@@ -111,16 +119,13 @@ def _check_resources(config: EngineConfig) -> None:
 
 def _loading(app_name: str, num_ranks: int) -> tuple[str, int, int]:
     """Ask the coordinator, once it exists, how many ranks have loaded."""
-    prefix = f"{COORDINATOR_PREFIX}{app_name}:"
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix):
-            try:
-                handle = ray.get_actor(actor["name"], namespace=NAMESPACE)
-                progress: Any = ray.get(handle.progress.remote(), timeout=5)
-            except (ValueError, RayError):  # just gone, or busy: the next poll tells
-                break
-            done, total = progress
-            return ("loading experts" if done < total else "starting the ingress"), done, total
+    for coordinator in GangDirectory(app_name).coordinators().values():
+        try:
+            progress: Any = ray.get(coordinator.progress.remote(), timeout=5)
+        except RayError:  # just gone, or busy: the next poll tells
+            break
+        done, total = progress
+        return ("loading experts" if done < total else "starting the ingress"), done, total
     return "starting workers", 0, num_ranks
 
 

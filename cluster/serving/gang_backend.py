@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,23 +13,30 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ...workers.model_info import RankInfo
 from ...workers.sampling_params import SamplingParams
-from ..engine.backend import EngineDeadError
+from ..engine.backend import EngineDeadError, QueueFullError
 from ..engine.output import EngineStats, RequestOutput
 from ..engine.output_router import OutputRouter
 from .coordinator import RENEW_S
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 0.5
+_MAX_BATCHES = 64
+"""Batches on their way at most: while this process lags further, the coordinator merges steps instead."""
+_STATS_S = 5.0
+"""Longest wait for a gang's totals: one that hangs must not hide the others'."""
 
 
 class GangBackend:
     """Streams from the coordinator that ``find`` returns; asks again when that coordinator dies.
 
-    Requests that were live then end with ``EngineDeadError``. Create it on the event loop that will use it.
+    ``find_all`` returns the coordinators of all gangs by name. Requests that were live when theirs dies end with
+    ``EngineDeadError``. Create it on the event loop that will use it.
     """
 
-    def __init__(self, find: Callable[[], Awaitable[Any]]) -> None:
-        self._find = find
+    def __init__(
+        self, find: Callable[[], Awaitable[Any]], find_all: Callable[[], Awaitable[Mapping[str, Any]]]
+    ) -> None:
+        self._find, self._find_all = find, find_all
         self._router = OutputRouter()
         self._reader_id = ""
         self._coordinator: Any = None
@@ -49,14 +56,30 @@ class GangBackend:
         async def submit() -> None:
             await _call(coordinator, "submit", reader_id, request_id, list(prompt_token_ids), sampling)
 
-        async def abort() -> None:
-            await _call(coordinator, "abort", request_id)
+        async def abort(reason: str) -> None:
+            await _call(coordinator, "abort", request_id, reason)
 
         return self._router.read(request_id, submit, abort)
 
-    async def stats(self) -> EngineStats:
-        """Return the engine's totals."""
-        return await _call(self._coordinator, "stats")
+    def stopped(self, request_id: str) -> None:
+        """Say that the reader found its stop string."""
+        self._router.stopped(request_id)
+
+    def count_unknown_fields(self, endpoint: str, num_fields: int) -> None:
+        """Add to this gang's totals what only a server sees; nobody waits for it."""
+        if self._coordinator is not None:
+            self._coordinator.count_unknown_fields.remote(endpoint, num_fields)
+
+    async def stats(self) -> dict[str, EngineStats]:
+        """Return the totals of every gang that answers, by its name."""
+        coordinators = await self._find_all()
+        asked = [asyncio.wait_for(_call(coordinator, "stats"), _STATS_S) for coordinator in coordinators.values()]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return {
+            name: answer
+            for name, answer in zip(coordinators, answers, strict=True)
+            if not isinstance(answer, BaseException)
+        }
 
     async def ranks(self) -> list[RankInfo]:
         """Return what every rank loaded."""
@@ -73,7 +96,10 @@ class GangBackend:
                 coordinator = await self._find()
                 # A new name each time: the coordinator may still be forgetting the last one
                 self._reader_id = uuid.uuid4().hex
-                async for batch in coordinator.attach.options(num_returns="streaming").remote(self._reader_id):
+                attach = coordinator.attach.options(
+                    num_returns="streaming", _generator_backpressure_num_objects=_MAX_BATCHES
+                )
+                async for batch in attach.remote(self._reader_id):
                     outputs = await batch
                     if not self._attached.is_set():
                         self._coordinator = coordinator
@@ -106,7 +132,7 @@ async def _call(coordinator: Any, method: str, *args: Any) -> Any:
     try:
         return await getattr(coordinator, method).remote(*args)
     except RayTaskError as error:
-        if isinstance(error.cause, ValueError | EngineDeadError):
+        if isinstance(error.cause, ValueError | EngineDeadError | QueueFullError):
             raise error.cause from None
         raise
     except RayActorError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from ..client.client import Prompt
 from ..client.prompt_stream import stream_prompt
 from ..config import EngineConfig
 from .gang_backend import GangBackend
+from .gang_directory import GangDirectory
 from .http_server import Address, listen
 
 if TYPE_CHECKING:
@@ -40,8 +42,13 @@ class Ingress:
         self, gang: Any, config: EngineConfig, address: Address | None = None
     ) -> None:
         global _state, _api_key
+        from ray import serve
+
         tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
-        self._backend = GangBackend(lambda: gang.coordinator.remote())
+        directory = GangDirectory(serve.get_replica_context().app_name)
+        self._backend = GangBackend(
+            lambda: gang.coordinator.remote(), lambda: asyncio.to_thread(directory.coordinators)
+        )
         await self._backend.attached()
         _api_key = config.api_key
         self._state = _state = await ServingState.create(self._backend, tokenizer, config.model_names, config.model)
@@ -51,7 +58,7 @@ class Ingress:
     async def stream(self, prompt: Prompt, params: dict[str, Any]) -> AsyncGenerator[TextDelta, None]:
         """Generate one output piece by piece; ``params`` are fields of `SamplingParams`.
 
-        Raises ``ValueError`` naming the field, ``EngineDeadError``.
+        Raises ``ValueError`` naming the field, ``EngineDeadError``, ``QueueFullError``, ``RequestTimeoutError``.
         """
         state = self._state
         deltas = stream_prompt(self._backend, state.tokenizer, state.max_model_len, prompt, params)
@@ -60,7 +67,7 @@ class Ingress:
                 yield delta
 
     async def stats(self) -> dict[str, float]:
-        """Return the engine's metrics by name."""
+        """Return the engines' metrics by name, all gangs together."""
         from ..api.metrics import engine_samples
 
         return engine_samples(await self._backend.stats())

@@ -16,6 +16,7 @@ from ..client.http_client import HttpClient
 from ..config import EngineConfig
 from ..engine.drafter import make_drafter
 from .interrupts import interruptible, uninterruptible
+from .load_summary import load_summary
 from .local_ray import LocalRay, check_port
 
 console = Console(soft_wrap=True, highlight=False)
@@ -40,7 +41,7 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
                 task = progress.add_task("starting Ray", total=config.expert_parallel_size)
                 local = stack.enter_context(LocalRay(config)) if address is None else None
                 # Only now: Ray reads its environment when it is imported
-                from .deployment import application_status, attach, deploy, undeploy
+                from .deployment import application_status, attach, deploy, loaded_ranks, undeploy
 
                 if address is not None:
                     stack.enter_context(attach(address))
@@ -55,6 +56,8 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
                 )
                 stack.callback(undeploy)
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            if infos := loaded_ranks():
+                console.print(load_summary(infos, config.block_size))
             _announce(config, url, local)
             if sample:
                 show_sample(url)

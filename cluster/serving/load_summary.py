@@ -1,0 +1,36 @@
+"""What was loaded, in a few lines for whoever started it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from rich.filesize import decimal
+
+from ...workers.model_info import RankInfo
+
+
+def load_summary(infos: Sequence[RankInfo], block_size: int) -> str:
+    """Return the model on one line and, on one each, the ranks that hold the same; ``infos`` in rank order."""
+    model = infos[0].model
+    head = (
+        f"{model.architecture}, {model.dtype}, max_model_len {model.max_model_len}; {model.num_experts} experts, "
+        f"{model.num_experts_per_tok} per token, in {model.num_moe_layers} of {model.num_layers} layers"
+    )
+    return "\n".join([head, *(_ranks(list(same), block_size) for _, same in groupby(infos, key=_holdings))])
+
+
+def _holdings(info: RankInfo) -> RankInfo:
+    return replace(info, rank=0, load_s=0.0, bytes_read=0)
+
+
+def _ranks(infos: Sequence[RankInfo], block_size: int) -> str:
+    first, last = infos[0], infos[-1]
+    who = f"rank {first.rank}" if first is last else f"ranks {first.rank}-{last.rank}, each"
+    return (
+        f"{who}: {first.num_local_experts} experts a layer, {decimal(first.expert_bytes)}; all else "
+        f"{decimal(first.dense_bytes)}; KV {first.num_kv_blocks} blocks x {block_size} = "
+        f"{first.num_kv_blocks * block_size} tokens, {decimal(first.num_kv_blocks * first.kv_block_bytes)}; "
+        f"loaded in {max(info.load_s for info in infos):.1f} s"
+    )

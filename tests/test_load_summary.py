@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+from penstock.cluster.serving.load_summary import load_summary
+from penstock.workers.model_info import ModelInfo, RankInfo
+
+MODEL = ModelInfo(
+    architecture="OlmoeForCausalLM",
+    model_type="olmoe",
+    dtype="bfloat16",
+    vocab_size=50304,
+    hidden_size=2048,
+    num_layers=17,
+    num_moe_layers=16,
+    num_experts=64,
+    num_experts_per_tok=8,
+    max_model_len=4096,
+    eos_token_ids=(2,),
+)
+RANK = RankInfo(
+    rank=0,
+    model=MODEL,
+    num_local_experts=32,
+    expert_bytes=6_400_000_000,
+    dense_bytes=950_000_000,
+    bytes_read=7_350_000_000,
+    checkpoint_bytes=13_800_000_000,
+    num_kv_blocks=1000,
+    kv_block_bytes=2_100_000,
+    load_s=12.34,
+)
+
+
+def test_ranks_that_hold_the_same_share_a_line() -> None:
+    assert load_summary([RANK, replace(RANK, rank=1, load_s=20.0, bytes_read=1)], 16) == (
+        "OlmoeForCausalLM, bfloat16, max_model_len 4096; 64 experts, 8 per token, in 16 of 17 layers\n"
+        "ranks 0-1, each: 32 experts a layer, 6.4 GB; all else 950.0 MB; KV 1000 blocks x 16 = 16000 tokens, 2.1 GB; "
+        "loaded in 20.0 s"
+    )
+
+
+def test_ranks_that_differ_have_lines_of_their_own() -> None:
+    infos = [RANK, replace(RANK, rank=1, num_kv_blocks=500), replace(RANK, rank=2, num_kv_blocks=500)]
+    _, first, others = load_summary(infos, 16).splitlines()
+    assert first.startswith("rank 0: 32 experts")
+    assert others.startswith("ranks 1-2, each: ")
+    assert "KV 500 blocks x 16 = 8000 tokens" in others

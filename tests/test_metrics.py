@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from penstock.cluster.api.metrics import PREFIX, engine_samples, parse_samples, render
+from penstock.cluster.config import EngineConfig
+from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.output import LENGTH, STOP, EngineStats
+from penstock.workers.sampling_params import SamplingParams
+
+from .scripted_ranks import ScriptedRanks
+
+VLLM_NAMES = """
+e2e_request_latency_seconds generation_tokens inter_token_latency_seconds kv_cache_usage_perc num_preemptions
+num_requests_running num_requests_waiting prompt_tokens request_decode_time_seconds request_prefill_time_seconds
+request_queue_time_seconds request_success spec_decode_num_accepted_tokens spec_decode_num_accepted_tokens_per_pos
+spec_decode_num_draft_tokens spec_decode_num_drafts time_per_output_token_seconds time_to_first_token_seconds
+"""
+
+
+def served(num_requests: int) -> EngineStats:
+    """Totals of an engine that has served some requests and still runs one."""
+    engine = Engine(EngineConfig(model="m", block_size=4), ScriptedRanks([10], 4, 40))
+    for index in range(num_requests):
+        engine.add_request(str(index), [4, 5, 6], SamplingParams(temperature=0, max_tokens=20))
+        while engine.has_requests:
+            engine.step()
+    engine.add_request("live", [4] * 8, SamplingParams(temperature=0, max_tokens=20))
+    engine.step()
+    return replace(engine.stats(), num_requests_refused=num_requests)
+
+
+def test_every_gang_is_named_and_every_metric_has_its_query() -> None:
+    text = render({"one": served(2), "two": served(3)}).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert {f"{PREFIX}{name}" for name in VLLM_NAMES.split()} <= set(families)
+    for name, family in families.items():
+        assert "PromQL" in family.documentation
+        assert name in family.documentation
+        if name != f"{PREFIX}engine_up":
+            assert {sample.labels["gang"] for sample in family.samples} <= {"one", "two"}
+    assert f'{PREFIX}generation_tokens_total{{gang="one"}} 41.0' in text
+    assert f'{PREFIX}generation_tokens_total{{gang="two"}} 61.0' in text
+    assert f'{PREFIX}time_to_first_token_seconds_bucket{{gang="two",le="+Inf"}} 4.0' in text
+    assert f'{PREFIX}time_to_first_token_seconds_count{{gang="two"}} 4.0' in text
+
+
+def test_a_client_sees_all_gangs_as_one() -> None:
+    gangs = {"one": served(2), "two": served(3)}
+    samples = engine_samples(gangs)
+    assert parse_samples(render(gangs).decode()) == samples
+    assert samples[f'{PREFIX}request_success_total{{finished_reason="length"}}'] == 5
+    assert samples[f"{PREFIX}request_queue_full_total"] == 5
+    assert samples[f"{PREFIX}e2e_request_latency_seconds_count"] == 5
+    assert samples[f"{PREFIX}num_requests_running"] == 2
+    assert samples[f"{PREFIX}prompt_tokens_total"] == 5 * 3 + 2 * 8
+    assert samples[f"{PREFIX}kv_cache_usage_perc"] == gangs["one"].num_kv_blocks_used / 10 > 0, "a mean, not a sum"
+    assert samples[f"{PREFIX}engine_up"] == 1
+
+
+def test_without_an_engine_there_is_only_the_news_of_that() -> None:
+    assert engine_samples({}) == {f"{PREFIX}engine_up": 0.0}
+
+
+def test_a_request_that_its_reader_stopped_is_a_success() -> None:
+    engine = Engine(EngineConfig(model="m", block_size=4), ScriptedRanks([10], 4, 40))
+    for name in ("stopped", "left"):
+        engine.add_request(name, [4, 5, 6], SamplingParams(temperature=0, max_tokens=20))
+    engine.step()
+    engine.abort("stopped", STOP)
+    engine.abort("left")
+    assert engine.stats().num_requests_finished == {STOP: 1, "abort": 1}
+    assert sum(engine.stats().latencies["e2e_request_latency"].counts) == 1
+    assert LENGTH not in engine.stats().num_requests_finished

@@ -1,0 +1,282 @@
+"""Quantised checkpoints, made by a quantiser of the tests' own, give the tokens of their dequantised selves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from penstock.cluster.config import EngineConfig
+from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.ranks import LocalRanks, make_runner
+from penstock.cluster.transport.process_ranks import ProcessRanks
+from penstock.router.placement import Placement, contiguous
+from penstock.workers.checkpoint import SINGLE
+from penstock.workers.loader import inspect, load, resolve_dtype
+from penstock.workers.quantization import dequantize_fp8
+from penstock.workers.sampling_params import SamplingParams
+
+# Neither divides 24, so that last blocks are not full, as in DeepSeek-V3's attention
+BLOCK = (16, 10)
+FP8 = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+NUM_EXPERTS = 8
+
+Tensors = dict[str, torch.Tensor]
+
+
+def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One matrix in float8, its blocks' factors, and what the two are worth."""
+    m, n = weight.shape
+    stored, worth = torch.empty(m, n, dtype=torch.float8_e4m3fn), torch.empty(m, n)
+    factors = torch.empty(-(-m // BLOCK[0]), -(-n // BLOCK[1]))
+    for i in range(factors.shape[0]):
+        for j in range(factors.shape[1]):
+            rows, columns = slice(i * BLOCK[0], (i + 1) * BLOCK[0]), slice(j * BLOCK[1], (j + 1) * BLOCK[1])
+            factors[i, j] = weight[rows, columns].abs().max() / 448
+            stored[rows, columns] = (weight[rows, columns] / factors[i, j]).to(torch.float8_e4m3fn)
+            worth[rows, columns] = stored[rows, columns].float() * factors[i, j]
+    return stored, factors, worth
+
+
+def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A stack of matrices [E, I, O] in 4 bits, their scales, and what the two are worth."""
+    groups = weight.transpose(1, 2).unflatten(-1, (-1, 32))
+    exponents = torch.floor(torch.log2(groups.abs().amax(dim=-1))) - 2
+    scaled = groups / 2 ** exponents[..., None]
+    table = torch.tensor([*FP4, *(-value for value in FP4)])
+    codes = (scaled[..., None] - table).abs().argmin(dim=-1)
+    worth = (table[codes] * 2 ** exponents[..., None]).flatten(-2).transpose(1, 2).contiguous()
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8), (exponents + 127).to(torch.uint8), worth
+
+
+def tensors_of(directory: Path) -> Tensors:
+    return {key: tensor for file in sorted(directory.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def write(source: Path, target: Path, tensors: Tensors, **config: Any) -> Path:
+    target.mkdir()
+    raw = json.loads((source / "config.json").read_text()) | config
+    (target / "config.json").write_text(json.dumps(raw))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / SINGLE, {"format": "pt"})
+    return target
+
+
+def fp8_of(source: Path, target: Path) -> tuple[Path, Path]:
+    """Quantise what DeepSeek does: every projection, but neither embeddings, head, routers nor norms."""
+    stored, worth = {}, {}
+    for key, tensor in tensors_of(source).items():
+        if not key.endswith((".weight", "_proj")) or tensor.dim() < 2 or ".layers." not in key or ".gate." in key:
+            stored[key] = worth[key] = tensor
+            continue
+        parts = [quantize_fp8(matrix) for matrix in tensor.reshape(-1, *tensor.shape[-2:])]
+        lead = tensor.shape[:-2]
+        stored[key], stored[f"{key}_scale_inv"], worth[key] = (
+            torch.stack([part[i] for part in parts]).view(*lead, *parts[0][i].shape) for i in range(3)
+        )
+    return (
+        write(source, target / "fp8", stored, quantization_config=FP8),
+        write(source, target / "worth", worth),
+    )
+
+
+def mxfp4_of(source: Path, target: Path) -> tuple[Path, Path]:
+    """Quantise what GPT-OSS does: the experts' two projections."""
+    stored, worth = {}, {}
+    for key, tensor in tensors_of(source).items():
+        if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[f"{key}_blocks"], stored[f"{key}_scales"], worth[key] = quantize_mxfp4(tensor)
+        else:
+            stored[key] = worth[key] = tensor
+    return (
+        write(source, target / "mxfp4", stored, quantization_config=MXFP4),
+        write(source, target / "worth", worth),
+    )
+
+
+def stacked(source: Path, target: Path) -> Path:
+    """The checkpoint with each layer's experts in one tensor, as transformers keeps them in memory."""
+    from transformers import AutoModelForCausalLM
+
+    return write(source, target, AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict())
+
+
+CASES = ("deepseek_v3", "minimax_m2", "qwen3_moe stacked", "gpt_oss")
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Path]]:
+    """A quantised checkpoint, and one of the same worth that is not."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(case: str) -> tuple[Path, Path]:
+        if case not in made:
+            target = tmp_path_factory.mktemp("quantized")
+            source = checkpoint(case.split()[0])
+            if case.endswith("stacked"):
+                source = stacked(source, target / "stacked")
+            made[case] = (mxfp4_of if case == "gpt_oss" else fp8_of)(source, target)
+        return made[case]
+
+    return make
+
+
+def generate(ranks: Any, config: EngineConfig, prompts: list[list[int]]) -> list[list[int]]:
+    engine = Engine(config, ranks)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    outputs: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    while engine.has_requests:
+        for output in engine.step():
+            outputs[output.request_id] += output.token_ids
+    assert engine.stats().num_failed_steps == 0
+    return list(outputs.values())
+
+
+def settings(directory: Path, num_ranks: int) -> EngineConfig:
+    return EngineConfig(
+        model=str(directory),
+        expert_parallel_size=num_ranks,
+        num_threads=1,
+        device="cpu",
+        max_model_len=128,
+        kv_cache_bytes=4 << 20,
+    )
+
+
+PROMPTS = [[5, 40, 9], [*range(10, 40)], [77]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_the_dequantised_model(case, quantized, checkpoint, reference):
+    directory, worth = quantized(case)
+    config = settings(directory, 1)
+    got = generate(LocalRanks(make_runner(config, 0)), config, PROMPTS)
+    assert got == [reference(worth, prompt, 20, ignore_eos=True) for prompt in PROMPTS]
+    unquantised = [reference(checkpoint(case.split()[0]), prompt, 20, ignore_eos=True) for prompt in PROMPTS]
+    assert got != unquantised, "quantisation must have changed the model, or nothing was tested"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["deepseek_v3", "gpt_oss"])
+def test_two_ranks_give_the_tokens_of_the_dequantised_model(case, quantized, reference):
+    directory, worth = quantized(case)
+    config = settings(directory, 2)
+    ranks = ProcessRanks(config)
+    try:
+        got = generate(ranks, config, PROMPTS)
+    finally:
+        ranks.close()
+    assert got == [reference(worth, prompt, 20, ignore_eos=True) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_read_and_hold_their_halves(case, quantized):
+    directory, worth = quantized(case)
+    full = load_whole(worth)
+    stored = tensors_of(directory)
+    in_file = sum(tensor.nbytes for key, tensor in stored.items() if is_expert(key))
+    assert any(tensor.itemsize == 1 for key, tensor in stored.items() if is_expert(key))
+    placement = Placement(NUM_EXPERTS, 2, (1, 0, 1, 1, 0, 1, 0, 1))
+    for rank in range(2):
+        path, config = inspect(str(directory))
+        loaded = load(path, config, torch.float32, torch.device("cpu"), placement, rank)
+        owned = placement.experts_of(rank)
+        for key, tensor in loaded.model.state_dict().items():
+            assert torch.equal(tensor, full[key][owned] if is_expert(key) else full[key]), key
+        assert loaded.checkpoint_bytes == sum(tensor.nbytes for tensor in stored.values())
+        assert loaded.bytes_read == loaded.checkpoint_bytes - in_file + in_file * len(owned) // NUM_EXPERTS
+
+
+def load_whole(directory: Path) -> Tensors:
+    path, config = inspect(str(directory))
+    whole = load(path, config, torch.float32, torch.device("cpu"), contiguous(NUM_EXPERTS, 1), 0)
+    return whole.model.state_dict()
+
+
+def is_expert(key: str) -> bool:
+    return ".experts." in key
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "gpt_oss"])
+def test_weights_are_dequantised_to_the_compute_dtype(case, quantized):
+    directory, worth = quantized(case)
+    path, config = inspect(str(directory))
+    loaded = load(path, config, torch.bfloat16, torch.device("cpu"), contiguous(NUM_EXPERTS, 1), 0)
+    full = load_whole(worth)
+    for module in loaded.expert_modules:
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+    for key, tensor in loaded.model.state_dict().items():
+        if tensor.dtype == torch.bfloat16:
+            assert torch.equal(tensor, full[key].bfloat16()), key
+
+
+def test_a_quantised_checkpoint_that_names_no_dtype_is_computed_in_bfloat16(quantized):
+    _, config = inspect(str(quantized("gpt_oss")[0]))
+    config.dtype = None
+    assert resolve_dtype(config, "auto") == torch.bfloat16
+    del config.quantization_config
+    assert resolve_dtype(config, "auto") == torch.float32
+
+
+def test_scales_of_powers_of_two_stored_in_one_byte():
+    weight = torch.randn(20, 25).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[0.5, 4.0, 1.0], [2.0, 0.25, 8.0]])
+    expected = torch.empty(20, 25)
+    for i in range(20):
+        for j in range(25):
+            expected[i, j] = weight[i, j].float() * scale[i // 16, j // 10]
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e8m0fnu):
+        assert torch.equal(dequantize_fp8(weight, scale.to(dtype), BLOCK), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantisation 'gptq' is not supported; supported: fp8, mxfp4"),
+        ({"quant_method": "bitsandbytes"}, "quantisation 'bitsandbytes'"),
+        ({"quant_method": "compressed-tensors"}, "quantisation 'compressed-tensors'"),
+        ({"bits": 4}, "quantisation None"),
+        ({"quant_method": "fp8"}, "fp8 with weight_block_size None is not supported"),
+        ({**FP8, "weight_block_size": [128]}, r"weight_block_size \[128\]"),
+        ({**FP8, "weight_block_size": [0, 128]}, r"weight_block_size \[0, 128\]"),
+        ({**FP8, "activation_scheme": "static"}, "activation_scheme"),
+    ],
+)
+def test_other_quantisations_are_refused_by_name(settings_, message, checkpoint, tmp_path):
+    source = checkpoint("qwen3_moe")
+    directory = write(source, tmp_path / "other", tensors_of(source), quantization_config=settings_)
+    with pytest.raises(ValueError, match=f"^model: .*{message}"):
+        inspect(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("case", "lost", "message"),
+    [
+        ("deepseek_v3", "down_proj.weight_scale_inv", "is float8, but the checkpoint holds no .*_scale_inv"),
+        ("gpt_oss", "down_proj_scales", "holds .*down_proj_blocks, but no .*down_proj_scales"),
+    ],
+)
+def test_weights_without_scales_are_refused_by_name(case, lost, message, quantized, tmp_path):
+    source = quantized(case)[0]
+    tensors = {key: tensor for key, tensor in tensors_of(source).items() if not key.endswith(lost)}
+    with pytest.raises(ValueError, match=f"^model: .*{message}"):
+        inspect(str(write(source, tmp_path / "lost", tensors)))
+
+
+@pytest.mark.parametrize(("case", "suffix"), [("deepseek_v3", "kv_b_proj.weight_scale_inv"), ("gpt_oss", "_scales")])
+def test_scales_of_another_shape_are_refused_by_name(case, suffix, quantized, tmp_path):
+    source = quantized(case)[0]
+    tensors = tensors_of(source)
+    key = next(key for key in tensors if key.endswith(suffix))
+    tensors[key] = tensors[key][..., :-1]
+    with pytest.raises(ValueError, match=f"^model: {key} has shape .*, expected"):
+        load_whole(write(source, tmp_path / "short", tensors))
