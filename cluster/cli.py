@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from .client_commands import bench, generate, stats
 from .config import EngineConfig
-from .engine.backend import EngineDeadError
+from .engine.backend import EngineDeadError, QueueFullError
 from .flags import EngineFlags, given
 from .serving.deployment_error import DeploymentFailedError
 from .serving.interrupts import interruptible
@@ -119,7 +119,7 @@ def main() -> None:
         # whoever read our output has left; Python would complain again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ConnectionError, TimeoutError, PermissionError, EngineDeadError) as error:
+    except (ConnectionError, TimeoutError, PermissionError, EngineDeadError, QueueFullError) as error:
         _complain(error)
         sys.exit(1)
     except DeploymentFailedError as error:

@@ -33,10 +33,11 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 OPTIONS = {
     "generate": """
         --api-key --block-size --chat --device --draft-len --drafter --dtype
-        --expert-parallel-size --frequency-penalty --ignore-eos --json --kv-cache-bytes
-        --load-timeout-s --local --max-model-len --max-num-batched-tokens --max-num-seqs --max-step-retries
+        --expert-parallel-size --frequency-penalty --gpu-memory-utilization --ignore-eos --json --kv-cache-bytes
+        --load-timeout-s --local --max-model-len --max-num-batched-tokens --max-num-seqs --max-queued-requests
+        --max-step-retries
         --max-tokens --min-p --min-tokens --model --num-threads --presence-penalty --prompt-lookup-max
-        --prompt-lookup-min --repetition-penalty --revision --seed --stats --step-timeout-s
+        --prompt-lookup-min --repetition-penalty --request-timeout-s --revision --seed --stats --step-timeout-s
         --stop --stop-token-ids --system --temperature --tokenizer --top-k --top-p --url
     """,
     "stats": "--api-key --json --url",
@@ -207,21 +208,23 @@ def test_without_a_server_the_model_answers_in_this_process(penstock):
     assert "Answer: 713" in done.stdout
 
 
-def test_stats_are_readable_and_say_what_metrics_say(server, penstock):
-    for _ in range(3):
-        assert penstock("generate", "water", "--url", server.url, "--max-tokens", "30").returncode == 0
-    lines = dict(line.split(maxsplit=1) for line in penstock("stats", "--url", server.url).stdout.splitlines())
+def test_stats_are_readable_and_say_what_metrics_say(server, backend, penstock):
+    for seconds in (0.012, 0.018, 0.03):
+        backend.latencies.time_to_first_token.observe(seconds)
+    shown = penstock("stats", "--url", server.url).stdout
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in shown.splitlines())
     assert lines["models"] == f"{MODEL} (max_model_len 200)"
     assert lines["engine"] == "up"
-    shown = penstock("stats", "--url", server.url).stdout
-    assert "3 length" in shown
-    assert "KV blocks              25.0% used" in shown
-    assert "0 prompt, 77 generated" in shown
+    assert lines["requests ended"] == "3 stop, 1 abort"
+    assert lines["KV blocks"] == "25.0% used"
+    assert lines["tokens"] == "0 prompt, 77 generated"
+    assert re.fullmatch(r"mean 20\.0 ms, p50 1\d\.\d ms, p99 3\d\.\d ms", lines["time to first token"])
+    assert lines["request latency"] == "no observations"
     found = json.loads(penstock("stats", "--url", server.url, "--json").stdout)
     assert found["models"][0]["id"] == MODEL
-    assert found["metrics"]['penstock:request_success_total{finished_reason="length"}'] == 3
+    assert found["metrics"]['penstock:request_success_total{finished_reason="stop"}'] == 3
     quantiles = found["quantiles"]["penstock:time_to_first_token_seconds"]
-    assert 0 < quantiles["p50"] <= quantiles["p99"]
+    assert 0.01 < quantiles["p50"] < quantiles["p99"] < 0.05
 
 
 def test_stats_of_a_dead_engine_say_so(server, backend, penstock):

@@ -61,6 +61,8 @@ class ServerStats:
         return [
             ("requests", f"{value('num_requests_running'):.0f} running, {value('num_requests_waiting'):.0f} waiting"),
             ("requests ended", self._ended()),
+            ("queue full", f"{value('request_queue_full_total'):,.0f} requests refused"),
+            ("preemptions", f"{value('num_preemptions_total'):,.0f}"),
             ("KV blocks", f"{value('kv_cache_usage_perc'):.1%} used"),
             (
                 "tokens",
@@ -95,7 +97,9 @@ class ServerStats:
 
 _LATENCIES: Sequence[tuple[str, str]] = (
     ("time to first token", "time_to_first_token"),
+    ("inter-token latency", "inter_token_latency"),
     ("time per output token", "time_per_output_token"),
+    ("queue time", "request_queue_time"),
     ("request latency", "e2e_request_latency"),
 )
 
