@@ -24,16 +24,30 @@ _PACKAGES = ("torch", "transformers", "triton", "ray", "pyzmq", "msgspec")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A figure that must reach ``at_least``."""
+    """A figure and the bound that it must keep: one of the two."""
 
     name: str
     figure: float
-    at_least: float
+    at_least: float | None = None
+    at_most: float | None = None
 
     @property
     def reached(self) -> bool:
-        """Whether it does."""
+        """Whether it keeps it."""
+        if self.at_most is not None:
+            return self.figure <= self.at_most
+        assert self.at_least is not None
         return self.figure >= self.at_least
+
+    @property
+    def bound(self) -> str:
+        """The bound in words."""
+        return f"at most {self.at_most:g}" if self.at_most is not None else f"at least {self.at_least:g}"
+
+    def record(self) -> dict[str, Any]:
+        """Return what a file says of it."""
+        kept = {name: value for name, value in asdict(self).items() if value is not None}
+        return {**kept, "reached": self.reached}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +113,7 @@ def run(
     print(table(measured.rows))
     for target in measured.targets:
         verdict = "reached" if target.reached else "MISSED"
-        print(f"{verdict}: {target.name}: {target.figure:.2f}, required at least {target.at_least:g}")
+        print(f"{verdict}: {target.name}: {target.figure:.2f}, required {target.bound}")
     if given.json:
         quick = " --quick" if given.quick else ""
         document: dict[str, Any] = {
@@ -107,7 +121,7 @@ def run(
             "command": f"python -m penstock.benchmarks.{name}{quick} --seed {given.seed}",
             "environment": found,
             "rows": measured.rows,
-            "targets": [{**asdict(target), "reached": target.reached} for target in measured.targets],
+            "targets": [target.record() for target in measured.targets],
         }
         given.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     missed = [target.name for target in measured.targets if not target.reached]

@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
-from dataclasses import MISSING, asdict, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
-from docstring_parser import parse_from_object
 from rich.console import Console
 from rich.markup import escape
 
+from .client_commands import bench, generate, stats
 from .config import EngineConfig
+from .engine.backend import EngineDeadError, QueueFullError
+from .flags import EngineFlags, given
 from .serving.deployment_error import DeploymentFailedError
 from .serving.interrupts import interruptible
 
 app = App(name="penstock", help="Serve Mixture-of-Experts language models, expert-parallel and speculative.")
+app.command(generate)
+app.command(stats)
+app.command(bench)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def _engine_flags() -> type:
-    """Return a dataclass with EngineConfig's fields, all None: what is not given leaves the file's value alone."""
-    docs = {entry.arg_name: entry.description or "" for entry in parse_from_object(EngineConfig).params}
-    hints = get_type_hints(EngineConfig)
-    flags = []
-    for spec in fields(EngineConfig):
-        if spec.default is MISSING:
-            continue
-        default = "" if spec.default is None else f" [default: {spec.default}]"
-        hint: Any = hints[spec.name] | None
-        annotated = Annotated[hint, Parameter(help=docs[spec.name] + default, negative=(), show_default=False)]
-        flags.append((spec.name, annotated, field(default=None)))
-    made = make_dataclass("EngineFlags", flags, kw_only=True)
-    made.__module__ = __name__  # cyclopts takes classes of the module `types` for built-in ones
-    return made
-
-
-EngineFlags = _engine_flags()
-
-
 def _config(model: str | None, file: Path | None, flags: Any) -> EngineConfig:
-    given = {name: value for name, value in asdict(flags).items() if value is not None}
+    values = given(flags)
     if model is not None:
-        given["model"] = model
-    return EngineConfig.from_yaml(file, **given) if file is not None else EngineConfig.from_mapping(given)
+        values["model"] = model
+    return EngineConfig.from_yaml(file, **values) if file is not None else EngineConfig.from_mapping(values)
 
 
 @app.command
@@ -123,13 +108,20 @@ def inflate(source: Path, target: Path, /, *, factor: int) -> None:
 
 
 def main() -> None:
-    """Run the command; users' mistakes end with one line and exit code 2, a failed deployment with 1."""
+    """Run the command; users' mistakes end with one line and exit code 2, a server that fails them with 1."""
     interruptible()
     try:
         app()
     except ValueError as error:
-        errors.print(f"[bold red]error:[/] {error}", markup=True)
+        _complain(error)
         sys.exit(2)
+    except BrokenPipeError:
+        # whoever read our output has left; Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ConnectionError, TimeoutError, PermissionError, EngineDeadError, QueueFullError) as error:
+        _complain(error)
+        sys.exit(1)
     except DeploymentFailedError as error:
         with tempfile.NamedTemporaryFile("w", prefix="penstock-", suffix=".log", delete=False) as log:
             log.write(f"{error}\n")
@@ -137,3 +129,7 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _complain(error: Exception) -> None:
+    errors.print(f"[bold red]error:[/] {escape(str(error))}", markup=True)

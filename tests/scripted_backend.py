@@ -84,6 +84,8 @@ class ScriptedBackend:
     failure: Exception | str = field(default_factory=lambda: EngineDeadError("rank 1 is gone"))
     """A string is the error of this one request."""
     dead: bool = False
+    latencies: Latencies = field(default_factory=Latencies)
+    """What it says that its requests took."""
     requests: list[SamplingParams] = field(default_factory=list)
     started: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     aborted: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
@@ -161,7 +163,7 @@ class ScriptedBackend:
             "num_kv_blocks_used": 2,
             "num_generation_tokens": 77,
             "unknown_request_fields": self.unknown_fields,
-            "latencies": Latencies().snapshot(),
+            "latencies": self.latencies.snapshot(),
         }
         return {"g": EngineStats(**{**fields, **known})}  # type: ignore[arg-type]
 

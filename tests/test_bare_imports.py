@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "cluster.client": BELOW | {"cluster.engine", "cluster.transport", "cluster.api"},
     "cluster.serving": BELOW | {"cluster.engine", "cluster.transport", "cluster.api", "cluster.client"},
     # the command line serves the shipped model
-    "cluster": BELOW | {"demo", "cluster.serving"},
+    "cluster": BELOW | {"demo", "cluster.engine", "cluster.api", "cluster.client", "cluster.serving"},
 }
 ROOMS = (*MAY_IMPORT, "demo", "benchmarks")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -25,7 +26,8 @@ SERVE_OPTIONS = """
 
 
 def _penstock(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": "", "COLUMNS": "200"}
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
+    environment = {**kept, "PATH": "", "COLUMNS": "200"}
     return subprocess.run(
         [PENSTOCK, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
     )

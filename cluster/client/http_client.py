@@ -88,13 +88,21 @@ class HttpClient:
 
     def stats(self) -> dict[str, float]:
         """Return the server's metrics by name, labels included."""
+        return parse_samples(self.metrics_text())
+
+    def metrics_text(self) -> str:
+        """Return the server's metrics in Prometheus' text format."""
         with _plain_errors():
-            return parse_samples(self._sync.get(f"{self._root}/metrics", cast_to=str))
+            return self._sync.get(f"{self._root}/metrics", cast_to=str)
 
     def models(self) -> list[str]:
         """Return the names of the models served."""
+        return [card["id"] for card in self.model_cards()]
+
+    def model_cards(self) -> list[dict[str, Any]]:
+        """Return what /v1/models says of each model served: id, max_model_len and more."""
         with _plain_errors():
-            return [model.id for model in self._sync.models.list()]
+            return [model.model_dump(exclude_unset=True) for model in self._sync.models.list()]
 
     def close(self) -> None:
         """Let go of connections."""

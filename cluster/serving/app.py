@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve import Application
 
 from ...workers.loader import inspect
 from ..config import API_KEY_VARIABLE, EngineConfig
 from ..engine.drafter import make_drafter
 from .gang import Gang
+from .http_server import Address
 from .ingress import Ingress, build_asgi_app
 from .resources import bundles
 
@@ -22,8 +24,10 @@ GANG, INGRESS = "Gang", "Ingress"
 _MAX_ONGOING = 10_000
 
 
-def build_app(args: Mapping[str, Any] | EngineConfig) -> Application:
+def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None = None) -> Application:
     """Return the application; ``args`` are the keys of `EngineConfig`.
+
+    With an ``address`` its ingress, on the cluster's head node, listens there; else Serve's proxy is the way in.
 
     Raises ``ValueError`` naming the field for a key, value or model that cannot be served, before anything starts.
     """
@@ -50,13 +54,14 @@ def build_app(args: Mapping[str, Any] | EngineConfig) -> Application:
         serve.ingress(build_asgi_app)(Ingress),
         name=INGRESS,
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, **({"resources": {HEAD_NODE_RESOURCE_NAME: 0.001}} if address else {})},
         max_ongoing_requests=_MAX_ONGOING,
         max_constructor_retry_count=1,
     )
     # Only the ingress needs the key
     api_key = config.api_key or os.environ.get(API_KEY_VARIABLE) or None
-    return ingress.bind(gang.bind(replace(config, api_key=None), gpu=gpu), replace(config, api_key=api_key))
+    keyless, keyed = replace(config, api_key=None), replace(config, api_key=api_key)
+    return ingress.bind(gang.bind(keyless, gpu=gpu), keyed, address=address)
 
 
 def _absolute(config: EngineConfig) -> EngineConfig:

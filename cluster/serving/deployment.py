@@ -19,6 +19,7 @@ from ..engine.backend import EngineDeadError
 from .app import build_app, on_gpu
 from .deployment_error import DeploymentFailedError
 from .gang_directory import GangDirectory
+from .http_server import Address
 from .resources import bundles
 
 _POLL_S = 0.2
@@ -46,17 +47,17 @@ def deploy(
     app_name: str = "default",
     on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> None:
-    """Start Serve's HTTP proxy on ``host:port`` and the application; return when it serves.
+    """Start the application, whose ingress listens on ``host:port``; return when it serves.
 
     ``on_progress(what, done, total)`` is called as it comes up. Raises ``ValueError`` naming the field for what the
     user can mend (also when it shows only while loading), ``DeploymentFailedError`` otherwise.
     """
-    app = build_app(config)
+    app = build_app(config, address=Address(host, port))
     _check_resources(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     on_progress("starting Ray Serve", 0, config.expert_parallel_size)
     serve.start(
-        http_options={"host": host, "port": port, "location": "HeadOnly"},
+        http_options={"location": "NoServer"},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     if app_name in serve.status().applications:

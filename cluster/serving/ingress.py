@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ...workers.sampling_params import SamplingParams
 from ..api.chat_tokenizer import ChatTokenizer
 from ..api.openai_api import create_app
-from ..api.protocol import DEFAULT_MAX_TOKENS
 from ..api.serving_state import ServingState
-from ..api.text_stream import TextDelta, stream_text
+from ..api.text_stream import TextDelta
 from ..client.client import Prompt
+from ..client.prompt_stream import stream_prompt
 from ..config import EngineConfig
 from .gang_backend import GangBackend
 from .gang_directory import GangDirectory
+from .http_server import Address, listen
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -35,9 +33,14 @@ def build_asgi_app() -> FastAPI:
 
 
 class Ingress:
-    """Serves HTTP through ``build_asgi_app`` and Python callers through ``stream``."""
+    """Serves HTTP and, through ``stream``, Python callers.
 
-    async def __init__(self, gang: Any, config: EngineConfig) -> None:  # type: ignore[misc]
+    With an ``address`` it listens there itself; Serve's own proxy, where there is one, gets to ``build_asgi_app``.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self, gang: Any, config: EngineConfig, address: Address | None = None
+    ) -> None:
         global _state, _api_key
         from ray import serve
 
@@ -49,25 +52,16 @@ class Ingress:
         await self._backend.attached()
         _api_key = config.api_key
         self._state = _state = await ServingState.create(self._backend, tokenizer, config.model_names, config.model)
+        if address is not None:
+            self._http = await listen(build_asgi_app(), address)
 
     async def stream(self, prompt: Prompt, params: dict[str, Any]) -> AsyncGenerator[TextDelta, None]:
         """Generate one output piece by piece; ``params`` are fields of `SamplingParams`.
 
         Raises ``ValueError`` naming the field, ``EngineDeadError``, ``QueueFullError``, ``RequestTimeoutError``.
         """
-        tokenizer = self._state.tokenizer
-        sampling = SamplingParams.from_kwargs(**params)
-        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        if is_chat:
-            token_ids = await asyncio.to_thread(tokenizer.encode_chat, prompt)  # type: ignore[arg-type]
-        elif isinstance(prompt, str):
-            token_ids = await asyncio.to_thread(tokenizer.encode, prompt)
-        else:
-            token_ids = list(prompt)  # type: ignore[arg-type]
-        if sampling.max_tokens is None and not is_chat:
-            room = max(1, self._state.max_model_len - len(token_ids))
-            sampling = replace(sampling, max_tokens=min(DEFAULT_MAX_TOKENS, room))
-        deltas = stream_text(self._backend, tokenizer, f"handle-{uuid.uuid4().hex}", token_ids, sampling)
+        state = self._state
+        deltas = stream_prompt(self._backend, state.tokenizer, state.max_model_len, prompt, params)
         async with aclosing(deltas):
             async for delta in deltas:
                 yield delta

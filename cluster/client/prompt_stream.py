@@ -1,0 +1,41 @@
+"""A prompt of any kind to a `Backend` at hand: what a client inside the cluster and one without a server share."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from ...workers.sampling_params import SamplingParams
+from ..api.chat_tokenizer import ChatTokenizer
+from ..api.protocol import DEFAULT_MAX_TOKENS
+from ..api.text_stream import TextDelta, stream_text
+from ..engine.backend import Backend
+from .client import Prompt
+
+
+async def stream_prompt(
+    backend: Backend, tokenizer: ChatTokenizer, max_model_len: int, prompt: Prompt, params: Mapping[str, Any]
+) -> AsyncGenerator[TextDelta, None]:
+    """Generate one output piece by piece; ``params`` are fields of `SamplingParams`.
+
+    Raises ``ValueError`` naming the field, ``EngineDeadError``.
+    """
+    sampling = SamplingParams.from_kwargs(**params)
+    is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if is_chat:
+        token_ids = await asyncio.to_thread(tokenizer.encode_chat, prompt)  # type: ignore[arg-type]
+    elif isinstance(prompt, str):
+        token_ids = await asyncio.to_thread(tokenizer.encode, prompt)
+    else:
+        token_ids = list(prompt)  # type: ignore[arg-type]
+    if sampling.max_tokens is None and not is_chat:
+        room = max(1, max_model_len - len(token_ids))
+        sampling = replace(sampling, max_tokens=min(DEFAULT_MAX_TOKENS, room))
+    deltas = stream_text(backend, tokenizer, f"handle-{uuid.uuid4().hex}", token_ids, sampling)
+    async with aclosing(deltas):
+        async for delta in deltas:
+            yield delta

@@ -1,0 +1,54 @@
+"""Command-line flags made from the dataclasses they fill, so that neither can say what the other does not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import MISSING, asdict, field, fields, make_dataclass
+from typing import Annotated, Any, get_type_hints
+
+from cyclopts import Parameter
+from docstring_parser import parse_from_object
+
+from ..workers.sampling_params import SamplingParams
+from .config import EngineConfig
+
+
+def _flags(name: str, source: type, *, without: Collection[str] = (), group: str = "Parameters") -> type:
+    """Return a dataclass with ``source``'s optional fields, all None: what is not given has no say."""
+    docs = {entry.arg_name: entry.description or "" for entry in parse_from_object(source).params}
+    hints = get_type_hints(source)
+    flags = []
+    for spec in fields(source):
+        if spec.default is MISSING or spec.name in without:
+            continue
+        default = "" if spec.default in (None, ()) else f" [default: {spec.default}]"
+        hint: Any = hints[spec.name] | None
+        shown = Parameter(help=docs[spec.name] + default, negative=(), show_default=False, group=group)
+        flags.append((spec.name, Annotated[hint, shown], field(default=None)))
+    made = make_dataclass(name, flags, kw_only=True)
+    made.__module__ = __name__  # cyclopts takes classes of the module `types` for built-in ones
+    return made
+
+
+EngineFlags = _flags("EngineFlags", EngineConfig)
+LocalEngineFlags = _flags(
+    "LocalEngineFlags",
+    EngineConfig,
+    without=("served_model_name", "api_key", "cpus_per_rank"),  # nobody else asks, and there is no Ray
+    group="Engine, with --local",
+)
+SamplingFlags = _flags(
+    "SamplingFlags",
+    SamplingParams,
+    # what one text on a terminal does not show, and what is for programs
+    without=(
+        *("n", "choice", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids"),
+        *("include_stop_str_in_output", "skip_special_tokens"),
+    ),
+    group="Sampling",
+)
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """Return the fields that have a value."""
+    return {name: value for name, value in asdict(flags).items() if value is not None}
