@@ -19,6 +19,8 @@ from torch.nn.functional import linear
 _SMALLEST_PACKED = 1 << 18
 """Weights of fewer elements stay in the caches, where the packed kernel's fixed cost (20 us) would show."""
 _LARGEST_HALF = torch.finfo(torch.float16).max
+_linear_fp16 = torch.ops.quantized.linear_dynamic_fp16.default
+"""The overload itself: choosing it by name costs as much as a small layer."""
 
 
 def packs_weights(dtype: torch.dtype, device: torch.device) -> bool:
@@ -53,7 +55,7 @@ class PackedLinear(nn.Module):
         """Return ``rows`` times the weight's transpose, plus the bias."""
         if self._packed is None:
             return linear(rows, self._wide, self._bias)
-        return torch.ops.quantized.linear_dynamic_fp16(rows, self._packed)
+        return _linear_fp16(rows, self._packed)
 
 
 def pack_dense(model: nn.Module, expert_modules: Collection[nn.Module], routers: Collection[nn.Module]) -> None:
