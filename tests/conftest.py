@@ -136,7 +136,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "granitemoe": {**_LOCAL, "intermediate_size": 24, "logits_scaling": 2.0},
     "granitemoe_swa": {**_LOCAL, **_WINDOWS, "intermediate_size": 24, "shared_intermediate_size": 40},
     "granitemoeshared": {**_LOCAL, "intermediate_size": 24, "shared_intermediate_size": 40},
-    "hunyuan_v1_moe": {"intermediate_size": 24, "head_dim": 8, "num_experts": 8, "moe_topk": 2},
+    "hunyuan_v1_moe": {"intermediate_size": 24, "head_dim": 8, "num_experts": 8, "moe_topk": [2, 2]},
     "hy_v3": {**_EXPERTS, **_WIDTHS, **_DENSE_FIRST, "head_dim": 8, "num_shared_experts": 1},
     "kolibri1": {
         **_LOCAL,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -103,7 +105,7 @@ def test_what_is_refused_does_not_run_indeed(model_type, reason, tiny_model, tmp
         make_runner(EngineConfig(model=str(tmp_path)), 0)
     # Past that check, loading or the probing forward finds out too
     monkeypatch.setattr("penstock.workers.loader.check_supported", lambda model_type: None)
-    found = "experts interface" if reason == "experts interface" else "does not run over a paged cache"
+    found = "experts interface" if reason == "experts interface" else "(does not run over a paged cache|0 routers)"
     with pytest.raises(ValueError, match=f"^model: .*{found}"):
         make_runner(EngineConfig(model=str(tmp_path)), 0)
 
@@ -144,6 +146,22 @@ def test_a_router_without_top_k_is_refused_where_steering_is_expected(checkpoint
     monkeypatch.setattr("penstock.workers.runner.UNSTEERABLE", {})
     with pytest.raises(ValueError, match=r"^model: its router calls topk over 8 experts 0 times"):
         make_runner(EngineConfig(model=str(checkpoint("phimoe"))), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_topk": [2, 1]}, "its layers differ in the number of experts per token"),
+        ({"moe_topk": 0}, "names no number of experts per token"),
+        ({"num_experts": 0}, "names no number of experts"),
+    ],
+)
+def test_numbers_of_experts_that_cannot_be_served_are_refused(changes, message, checkpoint, tmp_path):
+    shutil.copytree(checkpoint("hunyuan_v1_moe"), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"^model: .*{message}"):
+        make_runner(EngineConfig(model=str(tmp_path)), 0)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from penstock.cluster.serving.deployment_error import DeploymentFailedError
 
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SERVE_OPTIONS = """
---address --api-key --block-size --config --cpus-per-rank --device --draft-len --drafter --dtype --expert-parallel-size
---gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-model-len --max-num-batched-tokens
---max-num-seqs --max-queued-requests --max-step-retries --num-threads --port --prompt-lookup-max --prompt-lookup-min
---request-timeout-s --revision --served-model-name --step-timeout-s --tokenizer
+--address --api-key --block-size --config --cpus-per-rank --device --draft-len --drafter --dtype
+--expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-model-len
+--max-num-batched-tokens --max-num-seqs --max-queued-requests --max-step-retries --num-threads --port
+--prompt-lookup-max --prompt-lookup-min --request-timeout-s --revision --served-model-name --step-timeout-s
+--tokenizer
 """
 
 

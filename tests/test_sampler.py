@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.kernels.philox import gumbel, philox4x32
+from penstock.kernels.philox import MAX_GUMBEL, gumbel, philox4x32
 from penstock.workers.plan import RequestPlan
 from penstock.workers.sampler import accept, filter_logits, sample
 from penstock.workers.sampling_params import TokenSampling
@@ -207,3 +207,26 @@ def test_accept_is_the_longest_path_that_sampling_would_have_taken(case: tuple[R
     tokens, path = accept(request, sampled)
     assert path == best
     assert tokens == [sampled[row - first] for row in best[first:]]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 3, 6, 97, 4097, 50_001])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 3.0, 40.0])
+def test_tokens_that_get_no_noise_could_not_have_won(vocabulary: int, spread: float) -> None:
+    logits = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * spread
+    logits[3, vocabulary // 2] += 25
+    samplings = [
+        TokenSampling(temperature=t, top_k=k, top_p=p, seed=2**40 + i, choice=i)
+        for i, (t, k, p) in enumerate(
+            [(1.0, 0, 1.0), (0.01, 0, 1.0), (2.0, 0, 1.0), (1.0, 0, 1.0), (1, 5, 1), (1, 0, 0.7)]
+        )
+    ]
+    ids = torch.arange(vocabulary)
+    for batch in (samplings, [samplings[0]] * 6):
+        scores = filter_logits(logits, batch)
+        noise = torch.stack([gumbel(s.seed, s.choice, 9 * row, ids) for row, s in enumerate(batch)])
+        assert sample(logits, batch, [9 * row for row in range(6)]) == (scores + noise).argmax(dim=-1).tolist()
+
+
+def test_noise_is_below_its_bound() -> None:
+    largest = -torch.log(-torch.log(torch.tensor((2**23 - 0.5) * 2.0**-23, dtype=torch.float32)))
+    assert 16 < float(largest) < MAX_GUMBEL

@@ -255,19 +255,23 @@ def _resolve_device(device: str, rank: int) -> torch.device:
 
 
 def _num_experts(config: object) -> int:
-    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
-        value = getattr(config, name, None)
-        if value:
-            return int(value)
-    raise ValueError("model: config.json names no number of experts")
+    return _number(config, "experts", ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
 
 
 def _num_experts_per_tok(config: object) -> int:
-    for name in ("num_experts_per_tok", "moe_topk", "top_k_experts"):
+    return _number(config, "experts per token", ("num_experts_per_tok", "moe_topk", "top_k_experts"))
+
+
+def _number(config: object, what: str, names: tuple[str, ...]) -> int:
+    for name in names:
         value = getattr(config, name, None)
+        if isinstance(value, list):  # one per layer
+            if len(set(value)) != 1:
+                raise ValueError(f"model: its layers differ in the number of {what}, which is not supported")
+            value = value[0]
         if value:
             return int(value)
-    raise ValueError("model: config.json names no number of experts per token")
+    raise ValueError(f"model: config.json names no number of {what}")
 
 
 def _eos_token_ids(directory: Path, config: object) -> tuple[int, ...]:
