@@ -58,6 +58,19 @@ class ServerProcess:
         return used
 
 
+def name_of(process: psutil.Process) -> str:
+    """Return the role of a process of the server, or the program's name for Ray's own."""
+    role = role_of(process)
+    if role != OTHER:
+        return role
+    try:
+        words = [word for word in process.cmdline() if not word.startswith("-")]
+    except psutil.Error:
+        return OTHER
+    program = words[1:] if words and Path(words[0]).name.startswith("python") else words
+    return Path(program[0]).name if program else OTHER
+
+
 def role_of(process: psutil.Process) -> str:
     """Return what part a process of the server plays."""
     try:
