@@ -33,7 +33,7 @@ OTHER = "ray"
 
 @dataclass(frozen=True, slots=True)
 class ServerProcess:
-    """A running ``penstock serve``."""
+    """A running ``penstock serve`` or ``penstock demo``."""
 
     url: str
     pid: int
@@ -58,6 +58,19 @@ class ServerProcess:
         return used
 
 
+def name_of(process: psutil.Process) -> str:
+    """Return the role of a process of the server, or the program's name for Ray's own."""
+    role = role_of(process)
+    if role != OTHER:
+        return role
+    try:
+        words = [word for word in process.cmdline() if not word.startswith("-")]
+    except psutil.Error:
+        return OTHER
+    program = words[1:] if words and Path(words[0]).name.startswith("python") else words
+    return Path(program[0]).name if program else OTHER
+
+
 def role_of(process: psutil.Process) -> str:
     """Return what part a process of the server plays."""
     try:
@@ -68,15 +81,15 @@ def role_of(process: psutil.Process) -> str:
 
 
 @contextmanager
-def serving(arguments: Sequence[str]) -> Iterator[ServerProcess]:
-    """Run ``penstock serve`` with ``arguments`` on a free port of loopback; yield when it answers, end it after.
+def serving(command: Sequence[str]) -> Iterator[ServerProcess]:
+    """Run ``penstock`` with ``command`` (serve or demo) on a free port of loopback; yield when it answers, then end it.
 
     Raises ``RuntimeError`` with what it wrote if it does not come up.
     """
     port = _free_port()
-    command = [str(Path(sys.executable).with_name("penstock")), "serve", *arguments, "--port", str(port)]
+    program = [str(Path(sys.executable).with_name("penstock")), *command, "--port", str(port)]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT)
         try:
             server = ServerProcess(f"http://127.0.0.1:{port}", process.pid)
             deadline = time.monotonic() + START_S

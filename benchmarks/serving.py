@@ -121,7 +121,7 @@ def ways_to(model: Path) -> Iterator[Ways]:
     """Start server, client and engine for one model."""
     config = {"dtype": "float32", "device": "cpu", "num_threads": 1, "max_num_seqs": max(STREAMS)}
     flags = [word for name, value in config.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    with serving([str(model), "--served-model-name", NAME, *flags]) as server:
+    with serving(["serve", str(model), "--served-model-name", NAME, *flags]) as server:
         peers = []
         try:
             peers.append(Peer("http", server.url, NAME))

@@ -303,5 +303,6 @@ def test_the_lines_of_the_prompts_decide_the_endpoint(tmp_path):
 
 def test_bench_serve_without_its_extra_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match=r"pip install 'penstock\[bench\]'"):
         app(["bench", "serve"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -103,14 +104,20 @@ class Load:
 def run(load: Load, output: Path | None, arguments: Sequence[str] = ()) -> int:
     """Run guidellm and return its exit code; ``arguments`` are more of its own options.
 
-    Raises ``ValueError`` if it is not installed.
+    It is this environment's, or else a program of its own on the PATH. Raises ``ValueError`` if there is neither.
     """
-    if importlib.util.find_spec("guidellm") is None:
-        raise ValueError("bench serve: guidellm is not installed; run: pip install 'penstock[bench]'")
+    program = _guidellm()
     scenario = load.scenario(output)
     # in a file that only we may read: it may hold a key, and other users see command lines
     with tempfile.NamedTemporaryFile("w", prefix="penstock-bench-", suffix=".json") as file:
         json.dump(scenario, file)
         file.flush()
-        command = [sys.executable, "-m", "guidellm", "run", "--config", file.name, *arguments]
-        return subprocess.run(command, check=False).returncode
+        return subprocess.run([*program, "run", "--config", file.name, *arguments], check=False).returncode
+
+
+def _guidellm() -> list[str]:
+    if importlib.util.find_spec("guidellm") is not None:
+        return [sys.executable, "-m", "guidellm"]
+    if (program := shutil.which("guidellm")) is not None:
+        return [program]
+    raise ValueError("bench serve: guidellm is not installed; run: pip install 'penstock[bench]'")

@@ -18,8 +18,13 @@ from .resources import bundles
 # Ray replaces 127.0.0.1 by the machine's outward address; Linux has all of 127.0.0.0/8 on loopback
 _NODE_ADDRESS = "127.0.0.2" if sys.platform == "linux" else None
 _OBJECT_STORE_BYTES = 100 << 20
-_NICENESS = "RAY_worker_niceness"
-_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", _NICENESS)
+_SETTINGS = {
+    # the default, 15, gives ranks a thirtieth of the time of any other program on the machine
+    "RAY_worker_niceness": "0",
+    # every actor call is kept in the control store for a dashboard, which we do not start: memory that only grows
+    "RAY_task_events_report_interval_ms": "0",
+}
+_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", *_SETTINGS)
 _OTHER_CPUS = 1.0
 """Ingress and Serve's controller."""
 
@@ -55,8 +60,7 @@ class LocalRay:
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", str(token)
         # Keeps the address file private too: no other program's ray.init("auto") finds this Ray
         os.environ["RAY_TMPDIR"] = str(self.folder)
-        # Ray's default, 15, gives ranks a thirtieth of the time of any other program on the machine
-        os.environ[_NICENESS] = "0"
+        os.environ.update(_SETTINGS)
         import ray  # reads its environment when it is imported
 
         context: Any = ray.init(
