@@ -22,6 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# OpenMP's threads otherwise spin for milliseconds at each barrier, and where another program wants a core they spin
+# against the very thread they wait for: a step then takes ten times as long. The same for all that are compared.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 import torch
 
 from .. import demo
