@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import aiohttp
 import pytest
 
+from penstock.benchmarks.churn import slope
 from penstock.benchmarks.harness import Measurement, Options, Target, quantile, run
+from penstock.benchmarks.http_stream import COMPLETED, LEFT, LOST, REFUSED, Answer, ask
+from penstock.benchmarks.stream_peer import EnginePeer, HttpPeer, Job, Report
+from penstock.cluster.config import EngineConfig
+from penstock.cluster.engine.backend import QueueFullError
+
+from .scripted_backend import ScriptedBackend, save_tokenizer
+from .test_http_client import MODEL, served
+
+DEMO = Path(__file__).parents[1] / "demo" / "model"
 
 
 def _measure(figure: float):
@@ -54,3 +67,88 @@ def test_step_overhead_times_both_transports(tmp_path):
     for row in rows:
         assert row["steps"] == 1000
         assert 0 < row["p50_us"] <= row["p90_us"] <= row["p99_us"]
+
+
+def test_a_bound_from_above_is_kept_by_what_lies_below():
+    assert Target("growth", 15.9, at_most=16.0).reached
+    assert not Target("growth", 16.1, at_most=16.0).reached
+    assert Target("growth", 16.1, at_most=16.0).record() == {
+        "name": "growth",
+        "figure": 16.1,
+        "at_most": 16.0,
+        "reached": False,
+    }
+
+
+def test_a_line_fitted_to_memory_has_the_slope_of_its_growth():
+    noise = [0.3, -0.2, 0.1, -0.1, 0.2, -0.3]
+    assert slope([(5.0 * i, 100 + 0.5 * i + noise[i % 6]) for i in range(240)]) == pytest.approx(0.1, abs=0.001)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+async def _asked(url: str, on_event=None) -> Answer:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "water"}], "max_tokens": 30}
+    async with aiohttp.ClientSession() as session:
+        return await ask(session, url, body, on_event)
+
+
+def test_what_becomes_of_a_stream_is_told_apart(tokenizer):
+    async def leave(number: int) -> bool:
+        return number < 2
+
+    refusal = QueueFullError("64 requests wait", 3.0)
+    backends = {
+        COMPLETED: ScriptedBackend(tokenizer.vocab_size),
+        LEFT: ScriptedBackend(tokenizer.vocab_size),
+        REFUSED: ScriptedBackend(tokenizer.vocab_size, fail_at=0, failure=refusal),
+        LOST: ScriptedBackend(tokenizer.vocab_size, fail_at=3),
+    }
+    for outcome, backend in backends.items():
+        with served(backend, tokenizer) as server:
+            answer = asyncio.run(_asked(server.url, leave if outcome == LEFT else None))
+        assert answer.outcome == outcome
+        if outcome == COMPLETED:
+            assert len(answer.token_ids) == 30
+        if outcome == REFUSED:
+            assert answer.retry_after_s == 3.0
+    assert asyncio.run(_asked("http://127.0.0.1:9")).outcome == LOST
+
+
+async def _run_http(url: str, job: Job) -> Report:
+    client = HttpPeer(url, MODEL)
+    try:
+        return await client.run(job)
+    finally:
+        await client.close()
+
+
+async def _run_engine(job: Job) -> Report:
+    engine = EnginePeer(EngineConfig(model=str(DEMO), device="cpu", num_threads=1))
+    try:
+        return await engine.run(job)
+    finally:
+        await engine.close()
+
+
+def test_both_ends_of_the_serving_benchmark_count_the_same_tokens(tokenizer):
+    chats = [[{"role": "user", "content": f"{i} + 4"}] for i in range(5)]
+    job = Job(streams=2, chats=chats, max_tokens=6)
+    with served(ScriptedBackend(tokenizer.vocab_size), tokenizer) as server:
+        reports = [asyncio.run(_run_http(server.url, job)), asyncio.run(_run_engine(job))]
+    for report in reports:
+        assert [request.num_tokens for request in report.requests] == [6] * 5
+        assert all(0 < request.ttft_s <= request.total_s <= report.wall_s for request in report.requests)
+
+
+@pytest.mark.conformance
+@pytest.mark.serve
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["overload", "churn"])
+def test_what_a_server_must_withstand_it_withstands_for_a_minute(name, tmp_path):
+    command = [sys.executable, "-m", f"penstock.benchmarks.{name}", "--quick", "--check"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -128,7 +128,9 @@ def test_no_request_makes_an_error_of_ours(url, label, num_cases):
     check()
     print(f"{label}: {dict(statuses)}")
     if label.startswith("POST"):
-        assert 4 * statuses[200] >= statuses.total() >= num_cases // NUM_POSTS
+        assert statuses.total() >= num_cases // NUM_POSTS
+        if num_cases >= 1000:  # of a few, chance may make all invalid
+            assert 4 * statuses[200] >= statuses.total()
     assert httpx.get(f"{url}/health", timeout=60).status_code == 200
 
 
