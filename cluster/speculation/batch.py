@@ -26,15 +26,7 @@ class Batch:
     """One step over all ranks, before drafts: the coordinator plans for every rank at once."""
 
     requests: Sequence[RequestView]
-    prefill_rows: Sequence[int]
-    """Prompt rows that each rank is expected to run beside them; its length is the number of ranks."""
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks that run in lock-step."""
-        return len(self.prefill_rows)
-
-    @property
-    def has_prefill(self) -> bool:
-        """Whether any rank also computes part of a prompt."""
-        return any(self.prefill_rows)
+    num_ranks: int = 1
+    """Ranks that run in lock-step."""
+    has_prefill: bool = False
+    """Whether any rank is also expected to compute part of a prompt."""

@@ -23,7 +23,7 @@ class CascadeController:
     Source: "Utility-Driven Speculative Decoding for Mixture-of-Experts" (Cascade, arXiv 2506.20675).
     """
 
-    shadow_budget = 0
+    wants_trials = False
 
     def __init__(self, max_draft_len: int, start_len: int) -> None:
         self._max_draft_len, self._start_len = max_draft_len, min(start_len, max_draft_len)
@@ -31,7 +31,7 @@ class CascadeController:
         self._by_request: dict[int, PhaseMachine] = {}
         self._by_batch: dict[int, PhaseMachine] = {}
         self._ledgers: dict[int, UtilityLedger] = {}
-        self._batch = Batch((), ())
+        self._batch = Batch(())
         """The step that was planned last."""
 
     def max_draft_lens(self, batch: Batch) -> list[int]:

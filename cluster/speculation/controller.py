@@ -33,8 +33,8 @@ class Controller(Protocol):
     how often it was called.
     """
 
-    shadow_budget: int
-    """Past positions per request and step at which drafters should propose for `StepObservation.trials`; 0: none."""
+    wants_trials: bool
+    """Whether it learns from `StepObservation.trials`, so that proposals must be kept until the text has followed."""
 
     def max_draft_lens(self, batch: Batch) -> list[int]:
         """Return per request the most tokens its drafter should propose, at most its own limit; 0 calls no drafter."""

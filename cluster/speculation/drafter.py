@@ -14,10 +14,7 @@ from .suffix import SuffixDrafter
 
 
 class Drafter(Protocol):
-    """Drafts for one request. It keeps an index of the request's text, extended as that grows."""
-
-    may_shadow: bool
-    """A proposal costs microseconds, so it may be made only to be compared with the text. Never for neural ones."""
+    """Drafts for one request, in microseconds: it keeps an index of the request's text, extended as that grows."""
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Append tokens to the text, prompt first."""
@@ -44,7 +41,6 @@ class DrafterChain:
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         self._drafters = drafters
-        self.may_shadow = all(drafter.may_shadow for drafter in drafters)
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Append to the text of each."""
@@ -71,26 +67,28 @@ def _prediction(context: DraftContext, store: OutputStore) -> Drafter:
     return PredictionDrafter(context.prediction, context.num_prompt_tokens)
 
 
-_DRAFTERS: dict[str, Callable[[DraftContext, OutputStore], Drafter]] = {
+DrafterFactory = Callable[[DraftContext, OutputStore], Drafter]
+
+_DRAFTERS: dict[str, DrafterFactory] = {
     "ngram": _ngram,
     "suffix": _suffix,
     "prediction": _prediction,
 }
 
 
-def check_drafter(name: str) -> None:
-    """Raise ``ValueError`` listing the valid names for an unknown one."""
-    if name not in _DRAFTERS:
-        raise ValueError(f"drafter: {name!r} is not one of {', '.join(sorted(_DRAFTERS))}")
-
-
-def make_drafter(name: str, context: DraftContext, store: OutputStore) -> Drafter:
-    """Return a new drafter for one request; a `prediction` it carries is heard first, whatever the name.
+def drafter_factory(name: str) -> DrafterFactory:
+    """Return what makes a request's drafter; a `prediction` it carries is heard first, whatever the name.
 
     Raises ``ValueError`` listing the valid names for an unknown one.
     """
-    check_drafter(name)
-    drafter = _DRAFTERS[name](context, store)
-    if context.prediction and name != "prediction":
-        return DrafterChain([_prediction(context, store), drafter])
-    return drafter
+    if name not in _DRAFTERS:
+        raise ValueError(f"drafter: {name!r} is not one of {', '.join(sorted(_DRAFTERS))}")
+    make = _DRAFTERS[name]
+
+    def make_drafter(context: DraftContext, store: OutputStore) -> Drafter:
+        drafter = make(context, store)
+        if context.prediction and name != "prediction":
+            return DrafterChain([_prediction(context, store), drafter])
+        return drafter
+
+    return make_drafter

@@ -16,7 +16,7 @@ class FixedController:
     With 0 no drafter is called for any request, whatever its own wish.
     """
 
-    shadow_budget = 0
+    wants_trials = False
 
     def __init__(self, draft_len: int) -> None:
         self._draft_len = draft_len

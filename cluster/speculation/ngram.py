@@ -17,8 +17,6 @@ class NgramDrafter:
     O(prompt_lookup_max) whatever the context's length.
     """
 
-    may_shadow = True
-
     def __init__(self, prompt_lookup_max: int, prompt_lookup_min: int) -> None:
         self._sizes = range(prompt_lookup_max, prompt_lookup_min - 1, -1)
         self._tokens: list[int] = []

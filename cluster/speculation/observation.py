@@ -22,37 +22,34 @@ class RequestOutcome:
 
 @dataclass(frozen=True, slots=True)
 class ShadowTrial:
-    """A proposal as of a past position, compared with the text that followed. It was verified or not: no matter."""
+    """A proposal compared with the text that followed, as far as it has: verified, shortened or ignored, no matter.
+
+    Trials of one proposal continue each other: its tokens before ``first`` were right and have been told of.
+    """
 
     key: int
     evidence: Evidence
+    first: int
     num_right: int
     """Leading tokens of the proposal that the text repeated."""
     num_known: int
-    """Tokens of the proposal whose fate is known: ``num_right``, and one more unless all compared were right."""
-    in_prompt: bool
-    """The position lies in the prompt, whose author is not the model."""
+    """Tokens of the proposal whose fate is known: ``num_right``, and one more if that one was wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepObservation:
-    """One committed step. Per rank: exact counts; in all: the time from drafting to commit."""
+    """One committed step: its time from drafting to commit, and the ranks' exact counts."""
 
     step_s: float
     requests: Sequence[RequestOutcome]
     """The decoding requests of the step, on all ranks."""
     rows: Sequence[int]
-    """Rows that each rank ran, prompt rows included."""
-    prefill_rows: Sequence[int]
-    """Prompt rows among them."""
+    """Rows that each rank ran, prompt rows included; its length is the number of ranks."""
+    has_prefill: bool
+    """Whether any rank also computed part of a prompt."""
     experts: Sequence[float]
     """Distinct experts that each rank computed, a mean over MoE layers."""
     rows_sent: Sequence[float]
     """Rows that each rank sent to others, a row counting once per rank it visits; a mean over MoE layers."""
     trials: Sequence[ShadowTrial] = ()
-    """What shadow drafting found since the last step."""
-
-    @property
-    def has_prefill(self) -> bool:
-        """Whether any rank also computed part of a prompt."""
-        return any(self.prefill_rows)
+    """What shadow drafting has learned of past proposals, where the controller asks for it."""

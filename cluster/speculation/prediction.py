@@ -20,8 +20,6 @@ class PredictionDrafter:
     it if possible. A draft is what follows in the prediction, so it ends where the prediction does.
     """
 
-    may_shadow = True
-
     def __init__(self, prediction: Sequence[int], num_prompt_tokens: int) -> None:
         self._prediction = list(prediction)
         self._num_prompt_tokens_left = num_prompt_tokens

@@ -18,8 +18,6 @@ class SuffixDrafter:
     Source: SuffixDecoding (arXiv 2411.04975), with automata in place of trees.
     """
 
-    may_shadow = True
-
     def __init__(self, store: OutputStore) -> None:
         self._text = SuffixAutomaton()
         self._cursor = StoreCursor(store)
