@@ -144,6 +144,9 @@ class Run:
     time_s: float = 0.0
     """True time of all steps."""
     num_steps: int = 0
+    full_tokens: int = 0
+    full_time_s: float = 0.0
+    """Of the steps in which the batch was full: what is left of it at the end compares with nothing."""
     draft_lens: dict[int, list[int]] = field(default_factory=dict)
     """Per request, tokens verified in each of its decoding steps."""
     times_s: dict[int, list[float]] = field(default_factory=dict)
@@ -155,8 +158,8 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """Tokens per second."""
-        return self.num_tokens / self.time_s
+        """Tokens per second while the batch was full."""
+        return self.full_tokens / self.full_time_s
 
 
 def simulate(
@@ -182,7 +185,11 @@ def simulate(
     while waiting or live:
         while waiting and len(live) < batch_size:
             live.append(_admit(*waiting.pop(), live, machine.num_ranks, drafting))
+        tokens, time_s = run.num_tokens, run.time_s
         _step(controller, drafting, live, machine, rng, run, max_draft_len, prefill_chunk)
+        if len(live) == batch_size:
+            run.full_tokens += run.num_tokens - tokens
+            run.full_time_s += run.time_s - time_s
         for request in [r for r in live if not r.num_left]:
             live.remove(request)
             drafting.close(request.key, request.text)

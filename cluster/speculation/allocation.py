@@ -29,12 +29,17 @@ class Allocation:
 
 
 def allocate(
-    chains: Sequence[Chain], base_rows: Sequence[int], num_tokens: float, step_s: Callable[[int, int], float]
+    chains: Sequence[Chain],
+    base_rows: Sequence[int],
+    num_tokens: float,
+    step_s: Callable[[int, int], float],
+    max_extra_s: float,
 ) -> Allocation:
     """Return the allocation with the best expected tokens per time; of equals, that with fewest rows.
 
     ``base_rows``: rows that each rank runs anyway; ``num_tokens``: tokens that those are expected to yield;
-    ``step_s(num_rows, max_rows)``: expected time of a step by the rows of all ranks and of the rank with most.
+    ``step_s(num_rows, max_rows)``: expected time of a step by the rows of all ranks and of the rank with most;
+    ``max_extra_s``: most time that the drafts may add to it.
 
     Tokens are added one by one, the best gain per further second first. A rank that is not the fullest adds rows
     without making the fullest wait. Every stage is compared, since time may grow by steps (a graph's row bucket) or
@@ -43,6 +48,7 @@ def allocate(
     rows = list(base_rows)
     total = sum(rows)
     best_time = time = step_s(total, max(rows))
+    limit = time + max_extra_s
     best_tokens = num_tokens
     queues = [_queue(chains, rank) for rank in range(len(rows))]
     taken: list[int] = []
@@ -61,7 +67,7 @@ def allocate(
         total += 1
         num_tokens += gain
         taken.append(chain)
-        if num_tokens * best_time > best_tokens * time * (1 + 1e-9):
+        if time <= limit and num_tokens * best_time > best_tokens * time * (1 + 1e-9):
             best_tokens, best_time, num_best = num_tokens, time, len(taken)
     draft_lens = [0] * len(chains)
     for chain in taken[:num_best]:

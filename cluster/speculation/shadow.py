@@ -17,12 +17,16 @@ from .step_cost import StepCost
 
 MARGIN = 0.01
 """Expected gain in tokens per second below which nothing is drafted: estimates err, plain decoding does not."""
-EXPLORATION_SHARE = 0.005
-"""Share of all time that may be lost to steps whose only worth is to measure what a size costs."""
-EXPLORATION_GRANT_STEPS = 2.0
-"""Plain steps' worth of time that may be lost so from the start."""
+LOSS_SHARE = 0.01
+"""Share of all time that drafts may lose in the long run, whatever happens."""
+LOSS_GRANT_STEPS = 2.0
+"""Plain steps' worth of time that they may lose from the start."""
+MAX_ALLOWANCE_STEPS = 8.0
+"""Plain steps' worth of past gains that may be lost again."""
 _ENOUGH = 4
 """Measured steps of a size after which its cost counts as known."""
+_STALE_STEPS = 256
+"""Steps after which the plain step of a batch is measured again if none was."""
 
 
 class ShadowController:
@@ -30,8 +34,14 @@ class ShadowController:
 
     Gain: what became of earlier proposals, verified or not (`AcceptanceModel`): learning it costs no verification, so
     nothing is probed. Cost: `StepCost`, fitted to every step that runs anyway; sizes never run are priced by a prior,
-    and tried when the loss that the prior foresees fits a small budget. Requests with a length of their own keep it
-    and count as rows that run anyway. Steps with prompt rows verify what a step without them would, and teach no cost.
+    and tried when the loss that the prior foresees is allowed.
+
+    Loss is bounded whatever the estimates are worth: an allowance pays for the time that drafts add to a step and
+    receives what their accepted tokens were worth; it gains a small share of all time, and no draft is verified that
+    it could not pay for.
+
+    Requests with a length of their own keep it and count as rows that run anyway. Steps with prompt rows verify what
+    a step without them would, and teach no cost.
     """
 
     wants_trials = True
@@ -40,9 +50,8 @@ class ShadowController:
         self._max_draft_len = max_draft_len
         self._acceptance = AcceptanceModel()
         self._cost = StepCost(num_experts, num_experts_per_tok, num_ranks)
-        self._budget_s: float | None = None
-        """Time that may still be lost to exploration."""
-        self._planned_loss_s = 0.0
+        self._allowance_s = 0.0
+        """Time that drafts may still lose."""
         self._plain_step_s: float | None = None
         """Expected time of the planned step without drafts."""
         self._ledgers: dict[int, UtilityLedger] = {}
@@ -58,7 +67,7 @@ class ShadowController:
     def draft_lens(self, batch: Batch, proposals: Sequence[Proposal]) -> list[int]:
         """Return the lengths with the best expected tokens per second; a step without measured time has none."""
         fixed = [len(p) if r.is_fixed else 0 for r, p in zip(batch.requests, proposals, strict=True)]
-        self._planned_loss_s, self._plain_step_s = 0.0, None
+        self._plain_step_s = None
         if not batch.requests or not self._cost.is_known:
             return fixed
         base_rows = [0] * batch.num_ranks
@@ -79,7 +88,7 @@ class ShadowController:
         if step.has_prefill or not step.requests:
             return
         self._cost.learn(num_rows, max(step.rows), max(step.experts), max(step.rows_sent), step.step_s)
-        self._account(step.step_s)
+        self._account(step)
         for outcome in step.requests:
             self._draft_lens[outcome.key] = outcome.num_drafted
             ledger = self._ledgers.setdefault(outcome.key, UtilityLedger())
@@ -109,15 +118,18 @@ class ShadowController:
         return Chain(request.rank, list(accumulate(right, mul)))
 
     def _choose(self, chains: Sequence[Chain], base_rows: Sequence[int]) -> list[int]:
-        num_tokens = float(len(chains))
-        plain_s = self._plain_step_s = self._cost.step_s(sum(base_rows), max(base_rows))
-        best = allocate(chains, base_rows, num_tokens, self._cost.step_s)
+        num_tokens, num_rows = float(len(chains)), sum(base_rows)
+        self._plain_step_s = self._cost.least_s(num_rows, max(base_rows))
+        plain_s = self._cost.step_s(num_rows, max(base_rows))
+        if self._cost.num_seen(num_rows) < _ENOUGH or self._cost.steps_since(num_rows) > _STALE_STEPS:
+            return [0] * len(chains)
+        best = allocate(chains, base_rows, num_tokens, self._cost.step_s, self._allowance_s)
         if best.num_tokens * plain_s > (1 + MARGIN) * num_tokens * best.step_s:
             return best.draft_lens
         return self._explore(chains, base_rows, plain_s)
 
     def _explore(self, chains: Sequence[Chain], base_rows: Sequence[int], plain_s: float) -> list[int]:
-        """Return one token of the likeliest chain if its size is unknown and its expected loss affordable, else none."""
+        """Return one token of the likeliest chain if its size is unknown and what it may lose is allowed, else none."""
         nothing = [0] * len(chains)
         likeliest = max(range(len(chains)), key=lambda i: chains[i].gains[0] if chains[i].gains else 0.0)
         chain = chains[likeliest]
@@ -125,14 +137,20 @@ class ShadowController:
         if not chain.gains or self._cost.num_seen(num_rows) >= _ENOUGH:
             return nothing
         step_s = self._cost.step_s(num_rows, max(*base_rows, base_rows[chain.rank] + 1))
-        loss_s = step_s - plain_s * (1 + chain.gains[0] / len(chains))
-        if self._budget_s is None or loss_s > self._budget_s:
+        if step_s - plain_s > self._allowance_s:
             return nothing
-        self._planned_loss_s = loss_s
         nothing[likeliest] = 1
         return nothing
 
-    def _account(self, step_s: float) -> None:
-        if self._budget_s is None:
-            self._budget_s = EXPLORATION_GRANT_STEPS * step_s
-        self._budget_s += EXPLORATION_SHARE * step_s - max(0.0, self._planned_loss_s)
+    def _account(self, step: StepObservation) -> None:
+        plain_s = self._plain_step_s
+        if plain_s is None:
+            self._allowance_s = LOSS_GRANT_STEPS * step.step_s
+            return
+        self._allowance_s += LOSS_SHARE * plain_s
+        if any(outcome.num_drafted for outcome in step.requests):
+            num_tokens = sum(outcome.num_tokens for outcome in step.requests)
+            # One hiccup of the machine is no loss of the drafts'
+            step_s = min(step.step_s, 2 * self._cost.step_s(sum(step.rows), max(step.rows)))
+            self._allowance_s += plain_s * num_tokens / len(step.requests) - step_s
+        self._allowance_s = min(self._allowance_s, MAX_ALLOWANCE_STEPS * plain_s)

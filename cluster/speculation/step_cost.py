@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 from .experts_curve import ExpertsCurve
 
-PRIOR_FIXED_SHARE = 0.6
-"""Share of a plain step's time that more experts do not lengthen, until larger steps have been measured."""
+PRIOR_SHARES = (0.6, 0.2, 0.2)
+"""Of a plain step's time: what is fixed, what grows with rows and with experts, until larger steps were measured."""
 _PRIOR_WEIGHT = 0.5
 """Steps that the prior counts for, at twice and at four times the rows measured most."""
-_MEMORY = 32.0
+_MEMORY = 64.0
 """Steps that a number of rows remembers."""
 _FADE_STEPS = 1000.0
 """Steps after which an observation that was not renewed counts for a third."""
 _CLIP_SPREADS = 3.0
 _CLIP_FACTOR = 2.5
-_RESIDUAL_SHRINKAGE = 8.0
+_MIN_MISFIT = 0.01
+"""Least relative error of the fitted form that is reckoned with."""
+_TRUSTED_WEIGHT = 8.0
+"""Steps measured before expectations clip outliers."""
 _REFIT_STEPS = 4
 _RIDGE = 1e-4
 
@@ -61,6 +67,16 @@ class StepCost:
         """Whether any step has been measured."""
         return bool(self._bins)
 
+    def least_s(self, num_rows: int, max_rows: int) -> float:
+        """Return the lower of what is expected of a step and of the mean of those of about its size."""
+        found, expected = self._bins.get(_bin_of(num_rows)), self.step_s(num_rows, max_rows)
+        return min(found.time_s, expected) if found else expected
+
+    def steps_since(self, num_rows: int) -> float:
+        """Return how many steps ago one of about this size was measured; infinity if none was."""
+        found = self._bins.get(_bin_of(num_rows))
+        return self._num_steps - found.last_step if found else math.inf
+
     def num_seen(self, num_rows: int) -> float:
         """Return how often steps of about this size were measured lately."""
         found = self._bins.get(_bin_of(num_rows))
@@ -77,7 +93,7 @@ class StepCost:
         """
         self._num_steps += 1
         self._sent_per_row += (rows_sent / max_rows - self._sent_per_row) / min(self._num_steps, _MEMORY)
-        if sum(found.weight for found in self._bins.values()) >= _RESIDUAL_SHRINKAGE:
+        if sum(found.weight for found in self._bins.values()) >= _TRUSTED_WEIGHT:
             expected = self.step_s(num_rows, max_rows)
             step_s = min(max(step_s, expected / _CLIP_FACTOR), expected * _CLIP_FACTOR)
         features = np.array([1.0, max_rows, experts, rows_sent])
@@ -114,25 +130,34 @@ class StepCost:
             times.append(prior_time)
             weights.append(_PRIOR_WEIGHT)
         self._coefficients = _fit_nonnegative(np.array(features), np.array(times), np.array(weights))
-        for found in bins:
-            left = found.time_s - float(self._coefficients @ found.features)
-            found.residual = left * found.weight / (found.weight + _RESIDUAL_SHRINKAGE)
+        self._fit_residuals(bins)
+
+    def _fit_residuals(self, bins: Sequence[_Bin]) -> None:
+        """Add back to every size what the form misses there, as far as noise does not explain it (empirical Bayes)."""
+        misfits = [1 - float(self._coefficients @ found.features) / found.time_s for found in bins]
+        noises = [(found.spread / found.time_s) ** 2 for found in bins]
+        total = sum(found.weight for found in bins)
+        excess = [m * m * b.weight - noise for m, noise, b in zip(misfits, noises, bins, strict=True)]
+        misfit_variance = max(sum(excess) / total, _MIN_MISFIT**2)
+        for found, misfit, noise in zip(bins, misfits, noises, strict=True):
+            found.residual = misfit * found.time_s * found.weight / (found.weight + noise / misfit_variance)
 
     def _prior(self, features: np.ndarray, time_s: float, factor: int) -> tuple[np.ndarray, float]:
         """Return what a step of ``factor`` times the rows is taken to count and cost before one was seen."""
         _, rows, experts, sent = features
         num_rows = max(1, round(rows))
         growth = self._experts.experts(factor * num_rows) / self._experts.experts(num_rows)
-        prior_time = time_s * (PRIOR_FIXED_SHARE + (1 - PRIOR_FIXED_SHARE) * growth)
+        prior_time = time_s * sum(share * by for share, by in zip(PRIOR_SHARES, (1, factor, growth), strict=True))
         return np.array([1.0, factor * rows, growth * experts, factor * sent]), prior_time
 
 
 def _bin_of(num_rows: int) -> int:
-    """Return the size that stands for ``num_rows``: itself up to 16, then eighths of octaves."""
-    if num_rows <= 16:
-        return num_rows
-    step = 1 << (num_rows.bit_length() - 4)
-    return num_rows // step * step
+    """Return the largest size that is one with ``num_rows``: itself up to 32, then a sixteenth of an octave.
+
+    Powers of two, up to which graphs are padded, end a bin.
+    """
+    step = 1 << max(0, (num_rows - 1).bit_length() - 5)
+    return -(-num_rows // step) * step
 
 
 def _fit_nonnegative(features: np.ndarray, times: np.ndarray, weights: np.ndarray) -> np.ndarray:

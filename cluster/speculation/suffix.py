@@ -8,7 +8,7 @@ from .output_store import OutputStore, StoreCursor
 from .proposal import NOTHING, Evidence, Proposal
 from .suffix_automaton import SuffixAutomaton
 
-MIN_PROBABILITY = 0.1
+MIN_PROBABILITY = 0.02
 """A draft ends where its tokens' frequencies multiply to less: that text is not known well enough."""
 
 
