@@ -77,6 +77,11 @@ class StepCost:
         found = self._bins.get(_bin_of(num_rows))
         return self._num_steps - found.last_step if found else math.inf
 
+    def relative_error(self, num_rows: int) -> float:
+        """Return the standard error of the mean time of steps of about this size, relative to it; 1 if none was."""
+        found = self._bins.get(_bin_of(num_rows))
+        return found.spread / found.time_s / math.sqrt(found.weight) if found else 1.0
+
     def num_seen(self, num_rows: int) -> float:
         """Return how often steps of about this size were measured lately."""
         found = self._bins.get(_bin_of(num_rows))
