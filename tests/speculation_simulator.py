@@ -62,9 +62,11 @@ class Machine:
         """Count distinct experts on every rank."""
         spread = 1 + self.experts_noise * rng.uniform(-1, 1)
         each = measured_experts(num_rows) * spread / self.num_ranks
-        return [min(each * rng.uniform(1.0, 1.1), NUM_EXPERTS / self.num_ranks) for _ in range(self.num_ranks)] if (
-            self.num_ranks > 1
-        ) else [min(each, NUM_EXPERTS)]
+        return (
+            [min(each * rng.uniform(1.0, 1.1), NUM_EXPERTS / self.num_ranks) for _ in range(self.num_ranks)]
+            if (self.num_ranks > 1)
+            else [min(each, NUM_EXPERTS)]
+        )
 
     def step_s(self, rows: Sequence[int], experts: Sequence[float], rows_sent: Sequence[float], step: int) -> float:
         """True time of a step in lock-step."""
@@ -89,7 +91,7 @@ class Job:
     runs: Callable[[int], int] | None = None
     """By tokens of output so far; None where the drafter has nothing."""
     match_len: int = 3
-    options: SpeculationOptions = SpeculationOptions()
+    options: SpeculationOptions = field(default_factory=SpeculationOptions)
 
 
 @dataclass(frozen=True)
@@ -228,11 +230,11 @@ def _step(
             request.text.append(request.job.output[0])
             run.num_tokens += 1
     # Those whose prompt ends in this step yield their first token by it, and decode from the next
-    decoding = [r for r in live if len(r.text) > len(r.job.prompt) and r.num_left and not (has_prefill and _is_fresh(r))]
+    decoding = [
+        r for r in live if len(r.text) > len(r.job.prompt) and r.num_left and not (has_prefill and _is_fresh(r))
+    ]
     views = [
-        RequestView(
-            r.key, r.rank, len(r.text), r.job.options.limit(max_draft_len, r.num_left), r.job.options.is_fixed
-        )
+        RequestView(r.key, r.rank, len(r.text), r.job.options.limit(max_draft_len, r.num_left), r.job.options.is_fixed)
         for r in decoding
     ]
     batch = Batch(views, machine.num_ranks, has_prefill)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
 
 from .observation import ShadowTrial
 from .proposal import Evidence
@@ -22,6 +22,10 @@ _OFFSET_VARIANCE = 1.0
 """Variance between requests of the log-odds of being right."""
 _OFFSET_MEMORY = 0.95
 """Share of a request's certainty that is left after each observation."""
+
+
+_Address = tuple[str, int, int, int]
+"""Drafter, class of match length, class of frequency, draft position; negative where a cell does not ask."""
 
 
 class _Cell:
@@ -56,7 +60,7 @@ class AcceptanceModel:
     """
 
     def __init__(self) -> None:
-        self._cells: dict[tuple[str, int, int, int], _Cell] = {}
+        self._cells: dict[_Address, _Cell] = {}
         self._requests: dict[int, _Request] = {}
 
     def probabilities(self, key: int, evidence: Evidence, draft_len: int) -> list[float]:
@@ -78,8 +82,7 @@ class AcceptanceModel:
         self._requests.pop(key, None)
 
     def _logit(self, evidence: Evidence, position: int) -> float:
-        *_, finest = _addresses(evidence, position)
-        cell = self._cells.get(finest)
+        cell = self._cells.get(_finest(evidence, position))
         if cell is not None and cell.logit is not None:
             return cell.logit
         return self._estimate(evidence, position)
@@ -102,15 +105,21 @@ class AcceptanceModel:
         cell.logit = self._estimate(evidence, position)
 
 
-def _addresses(evidence: Evidence, position: int) -> Iterator[tuple[str, int, int, int]]:
-    """Yield the cells of a draft position, coarsest first."""
-    match = sum(evidence.match_len >= edge for edge in _MATCH_EDGES)
-    frequencies = evidence.frequencies
-    # A drafter without frequencies has a class of its own
-    frequency = sum(frequencies[position] > edge for edge in _FREQUENCY_EDGES) if position < len(frequencies) else -1
-    yield evidence.source, match, -2, -1
-    yield evidence.source, match, frequency, -1
-    yield evidence.source, match, frequency, min(position, _LAST_POSITION)
+def _classes(evidence: Evidence, position: int) -> tuple[int, int]:
+    """Return the classes of match length and frequency; a drafter without frequencies has a class of its own."""
+    match, frequencies = bisect_right(_MATCH_EDGES, evidence.match_len), evidence.frequencies
+    return match, bisect_left(_FREQUENCY_EDGES, frequencies[position]) if position < len(frequencies) else -1
+
+
+def _finest(evidence: Evidence, position: int) -> _Address:
+    return evidence.source, *_classes(evidence, position), min(position, _LAST_POSITION)
+
+
+def _addresses(evidence: Evidence, position: int) -> tuple[_Address, ...]:
+    """Return the cells of a draft position, coarsest first."""
+    match, frequency = _classes(evidence, position)
+    source, last = evidence.source, min(position, _LAST_POSITION)
+    return (source, match, -2, -1), (source, match, frequency, -1), (source, match, frequency, last)
 
 
 def _sigmoid(logit: float) -> float:

@@ -12,6 +12,9 @@ from .observation import RequestOutcome, StepObservation
 from .phase_machine import PhaseMachine
 from .proposal import Proposal
 
+START_LEN = 3
+"""Draft length of a request's first trial."""
+
 
 class CascadeController:
     """Runs one `PhaseMachine` per request at batch 1, and one shared by all per batch bucket above.
@@ -25,8 +28,8 @@ class CascadeController:
 
     wants_trials = False
 
-    def __init__(self, max_draft_len: int, start_len: int) -> None:
-        self._max_draft_len, self._start_len = max_draft_len, min(start_len, max_draft_len)
+    def __init__(self, max_draft_len: int) -> None:
+        self._max_draft_len = max_draft_len
         self._baseline = Baseline()
         self._by_request: dict[int, PhaseMachine] = {}
         self._by_batch: dict[int, PhaseMachine] = {}
@@ -36,10 +39,8 @@ class CascadeController:
 
     def max_draft_lens(self, batch: Batch) -> list[int]:
         """Return the machine's length, within each request's limit; requests with a length of their own keep it."""
-        machine = self._machine(batch)
-        if machine is None:
-            wanted = 0
-        else:
+        machine, wanted = self._machine(batch), 0
+        if machine is not None:
             wanted = (machine.winner or 0) if batch.has_prefill else machine.draft_len
         return [
             request.max_draft_len if request.is_fixed else min(wanted, request.max_draft_len)
@@ -100,7 +101,7 @@ class CascadeController:
             key, machines = batch_bucket(len(batch.requests)), self._by_batch
             limit = self._max_draft_len
         if key not in machines:
-            machines[key] = PhaseMachine(limit, min(self._start_len, limit))
+            machines[key] = PhaseMachine(limit, min(START_LEN, limit))
         return machines[key]
 
     def _learners(self, step: StepObservation) -> list[RequestOutcome]:

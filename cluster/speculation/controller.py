@@ -48,11 +48,11 @@ class Controller(Protocol):
         ...
 
     def observe(self, step: StepObservation) -> None:
-        """Learn what one committed step made of the drafts and of time."""
+        """Learn what one committed step made of the drafts and of time, requests that it ended included."""
         ...
 
     def forget(self, key: int) -> None:
-        """The request has ended; drop what was kept for it."""
+        """The request has ended, and its last step was observed; drop what was kept for it."""
         ...
 
     def report(self, key: int) -> RequestReport:

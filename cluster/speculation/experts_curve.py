@@ -7,6 +7,8 @@ import math
 _MAX_OCTAVE = 16
 _MEMORY = 64.0
 """Observations a knot remembers."""
+_REFRESH_STEPS = 8
+"""Observations between two readings of the curve: it moves too slowly to be read in each step."""
 
 
 class ExpertsCurve:
@@ -23,6 +25,7 @@ class ExpertsCurve:
         """Probability that one row leaves a given expert alone."""
         self._ratios = [1.0] * (_MAX_OCTAVE + 1)
         self._weights = [0.0] * (_MAX_OCTAVE + 1)
+        self._num_learned = 0
         self._curve: list[float] = []
 
     def learn(self, num_rows: int, experts: float) -> None:
@@ -35,7 +38,9 @@ class ExpertsCurve:
                 kept = min(self._weights[knot], _MEMORY)
                 self._weights[knot] = kept + share
                 self._ratios[knot] += (ratio - self._ratios[knot]) * share / (kept + share)
-        self._curve = []
+        self._num_learned += 1
+        if self._num_learned <= _REFRESH_STEPS or self._num_learned % _REFRESH_STEPS == 0:
+            self._curve = []
 
     def experts(self, num_rows: int) -> float:
         """Return the expected count for ``num_rows`` >= 1 rows."""

@@ -58,7 +58,7 @@ class StepCost:
     def __init__(self, num_experts: int, num_experts_per_tok: int, num_ranks: int) -> None:
         self._experts = ExpertsCurve(num_experts, num_experts_per_tok, num_ranks)
         self._bins: dict[int, _Bin] = {}
-        self._coefficients = np.zeros(4)
+        self._coefficients = [0.0] * 4
         self._sent_per_row = 0.0
         self._num_steps = 0
 
@@ -117,12 +117,8 @@ class StepCost:
         fixed, per_row, per_expert, per_sent = self._coefficients
         found = self._bins.get(_bin_of(num_rows))
         residual = found.residual if found else 0.0
-        return float(
-            fixed
-            + (per_row + per_sent * self._sent_per_row) * max_rows
-            + per_expert * self._experts.experts(num_rows)
-            + residual
-        )
+        per_row += per_sent * self._sent_per_row
+        return fixed + per_row * max_rows + per_expert * self._experts.experts(num_rows) + residual
 
     def _fit(self) -> None:
         bins = list(self._bins.values())
@@ -134,12 +130,12 @@ class StepCost:
             features.append(prior_features)
             times.append(prior_time)
             weights.append(_PRIOR_WEIGHT)
-        self._coefficients = _fit_nonnegative(np.array(features), np.array(times), np.array(weights))
+        self._coefficients = _fit_nonnegative(np.array(features), np.array(times), np.array(weights)).tolist()
         self._fit_residuals(bins)
 
     def _fit_residuals(self, bins: Sequence[_Bin]) -> None:
         """Add back to every size what the form misses there, as far as noise does not explain it (empirical Bayes)."""
-        misfits = [1 - float(self._coefficients @ found.features) / found.time_s for found in bins]
+        misfits = [1 - float(found.features @ self._coefficients) / found.time_s for found in bins]
         noises = [(found.spread / found.time_s) ** 2 for found in bins]
         total = sum(found.weight for found in bins)
         excess = [m * m * b.weight - noise for m, noise, b in zip(misfits, noises, bins, strict=True)]
