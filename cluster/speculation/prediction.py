@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Final
 
@@ -60,8 +61,8 @@ class PredictionDrafter:
         for size in _SYNC_SIZES:
             ends = self._ends.get(tuple(self._recent[-size:]), []) if len(self._recent) >= size else []
             if ends:
-                # Ahead of the divergence rather than behind it
-                self._settle(min(ends, key=lambda end: (end <= self._place, abs(end - self._place))), size)
+                # The first ahead of the divergence, or the last behind it
+                self._settle(ends[min(bisect_right(ends, self._place), len(ends) - 1)], size)
                 return
         window = self._prediction[self._place : self._place + _SYNC_WINDOW]
         if self._recent[-1] in window:

@@ -19,6 +19,8 @@ _FADE_STEPS = 1000.0
 """Steps after which an observation that was not renewed counts for a third."""
 _CLIP_SPREADS = 3.0
 _CLIP_FACTOR = 2.5
+_SHIFT_STEPS = 4
+"""Outliers in a row, on one side, that are taken for the truth."""
 _MIN_MISFIT = 0.01
 """Least relative error of the fitted form that is reckoned with."""
 _TRUSTED_WEIGHT = 8.0
@@ -30,20 +32,28 @@ _RIDGE = 1e-4
 class _Bin:
     """Mean step of one number of rows: its features and time, outliers clipped."""
 
-    __slots__ = ("features", "last_step", "residual", "spread", "time_s", "weight")
+    __slots__ = ("features", "last_step", "num_clipped", "residual", "spread", "time_s", "weight")
 
     def __init__(self, features: np.ndarray, time_s: float) -> None:
         self.features, self.time_s, self.spread = features, time_s, 0.2 * time_s
         self.weight, self.last_step, self.residual = 1.0, 0, 0.0
+        self.num_clipped = 0
+        """Latest steps in a row that were clipped, negative if they were too fast."""
 
     def add(self, features: np.ndarray, time_s: float) -> None:
+        error = time_s - self.time_s
+        limit = _CLIP_SPREADS * self.spread
+        if abs(error) <= limit:
+            self.num_clipped = 0
+        else:
+            self.num_clipped = max(self.num_clipped, 0) + 1 if error > 0 else min(self.num_clipped, 0) - 1
+        if abs(self.num_clipped) >= _SHIFT_STEPS:  # no outliers: the machine has changed
+            self.weight, self.num_clipped, limit = 0.0, 0, abs(error)
         share = 1 / (self.weight + 1)
         self.weight = min(self.weight + 1, _MEMORY)
         self.features = self.features + share * (features - self.features)
-        error = time_s - self.time_s
-        limit = _CLIP_SPREADS * self.spread
         self.time_s += share * min(max(error, -limit), limit)
-        self.spread += share * (min(abs(error), limit) - self.spread)
+        self.spread += min(share, 0.5) * (min(abs(error), limit) - self.spread)
 
 
 class StepCost:
