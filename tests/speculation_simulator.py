@@ -341,3 +341,47 @@ FAMILIES = {
     "extraction": Family(90, 96, 800, 0.3, 4.0),
     "chat": Family(40, 192, 400, 0.25, 8.0),
 }
+
+NOISY = {"noise": 0.2, "outliers": 0.02}
+
+
+def _measured_table(num_rows: int) -> float:
+    """A tuned bf16 kernel over many large experts: rows -> time, measured relative to one row."""
+    known = {1: 1.0, 2: 1.5, 3: 1.9, 4: 2.3, 8: 3.2, 16: 4.5, 32: 5.8, 128: 9.0, 512: 20.0}
+    low = max(n for n in known if n <= num_rows)
+    high = min((n for n in known if n >= num_rows), default=low)
+    share = (num_rows - low) / (high - low) if high > low else 0.0
+    return 1e-2 * (known[low] + share * (known[high] - known[low]))
+
+
+MACHINES = {
+    "priced": Machine(),
+    "memory bound": Machine(fixed_s=0.0, per_expert_s=1e-3),
+    "measured table": Machine(table=_measured_table),
+    "compute bound": Machine(fixed_s=1e-3, per_row_s=2e-3, per_expert_s=1e-5),
+    "free rows": Machine(fixed_s=5e-3, per_expert_s=1e-5),
+    "padded graphs": Machine(fixed_s=1e-3, per_row_s=0.3e-3, row_buckets=(1, 2, 4, 8, 16, 32, 64), per_expert_s=0.3e-3),
+}
+
+
+def jobs_of(curve: str, num_jobs: int, num_tokens: int, *, num_prompt: int = 32) -> list[Job]:
+    """Make jobs whose drafts are right by a curve: a constant, drifting, flipping, silent or bimodal over requests."""
+    curves: dict[str, Callable[[int, int], float]] = {
+        "never": lambda job, i: 0.0,
+        "seldom": lambda job, i: 0.2,
+        "sometimes": lambda job, i: 0.4,
+        "often": lambda job, i: 0.6,
+        "mostly": lambda job, i: 0.8,
+        "nearly always": lambda job, i: 0.95,
+        "drifting": lambda job, i: 0.5 + 0.45 * math.sin(i / 25),
+        "flipping fast": lambda job, i: 0.9 * (i // 16 % 2),
+        "flipping": lambda job, i: 0.9 * (i // 48 % 2),
+        "silent half the time": lambda job, i: 0.3,
+        "bimodal": lambda job, i: 0.9 * (job % 2),
+    }
+    probability = curves[curve]
+    none = 0.5 if curve == "silent half the time" else 0.0
+    return [
+        bernoulli(1000 + job, num_tokens, lambda i, job=job: probability(job, i), num_prompt=num_prompt, none=none)
+        for job in range(num_jobs)
+    ]

@@ -16,8 +16,9 @@ from .proposal import Proposal
 from .step_cost import StepCost
 
 MARGIN = 0.01
-"""Expected gain in tokens per second below which nothing is drafted: estimates err, plain decoding does not."""
-LOSS_SHARE = 0.01
+"""Expected gain in tokens per second below which nothing is drafted, beside the error of the plain step's time: where
+that is larger than the gain, plain steps are run, and measure it better."""
+LOSS_SHARE = 0.005
 """Share of all time that drafts may lose in the long run, whatever happens."""
 LOSS_GRANT_STEPS = 2.0
 """Plain steps' worth of time that they may lose from the start."""
@@ -126,7 +127,8 @@ class ShadowController:
         if self._cost.num_seen(num_rows) < _ENOUGH or is_stale:
             return [0] * len(chains)
         best = allocate(chains, base_rows, num_tokens, self._cost.step_s, self._allowance_s)
-        if best.num_tokens * plain_s > (1 + MARGIN) * num_tokens * best.step_s:
+        margin = MARGIN + self._cost.relative_error(num_rows)
+        if best.num_tokens * plain_s > (1 + margin) * num_tokens * best.step_s:
             return best.draft_lens
         return self._explore(chains, base_rows, plain_s)
 
