@@ -79,7 +79,8 @@ def test_an_adversary_gains_nothing(machine: str, clock: str) -> None:
 @pytest.mark.parametrize("right", [0.0, 0.3])
 def test_prompts_that_come_between_do_not_mislead_it(right: float, batch_size: int) -> None:
     machine = replace(PRICED, **NOISY)
-    jobs = [bernoulli(key, 256, lambda i: right, num_prompt=100) for key in range(3 * batch_size)]
+    # Of many lengths, so that prompts meet decoding requests with drafts and without alike
+    jobs = [bernoulli(key, 150 + 53 * key % 160, lambda i: right, num_prompt=100) for key in range(4 * batch_size)]
     assert relative_rate(jobs, machine, batch_size=batch_size, prefill_chunk=16) >= NO_LOSS
 
 

@@ -14,6 +14,16 @@ _SYNC_WINDOW: Final = 8
 """How far ahead of a divergence one token alone may find its place: most edits are short."""
 
 
+def num_prediction_tokens(prediction: Sequence[int], output: Sequence[int]) -> int:
+    """Return how many of ``prediction``'s tokens ``output`` has, for OpenAI's `accepted_prediction_tokens`.
+
+    Counted along the text, whatever was drafted, so that no policy changes it.
+    """
+    drafter = PredictionDrafter(prediction, num_prompt_tokens=0)
+    drafter.extend(output)
+    return min(drafter.num_followed, len(prediction))
+
+
 class PredictionDrafter:
     """Follows the output along ``prediction``; after a divergence it looks for its place again.
 

@@ -25,7 +25,8 @@ _MIN_MISFIT = 0.01
 """Least relative error of the fitted form that is reckoned with."""
 _TRUSTED_WEIGHT = 8.0
 """Steps measured before expectations clip outliers."""
-_REFIT_STEPS = 4
+_REFIT_STEPS = (4, 16)
+"""Steps between two fits: the first 64, and all later ones."""
 _RIDGE = 1e-4
 
 
@@ -119,7 +120,7 @@ class StepCost:
         else:
             self._bins[number].add(features, step_s)
         self._bins[number].last_step = self._num_steps
-        if is_new or self._num_steps % _REFIT_STEPS == 0:
+        if is_new or self._num_steps % _REFIT_STEPS[self._num_steps > 64] == 0:
             self._fit()
 
     def step_s(self, num_rows: int, max_rows: int) -> float:
