@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "kernels": set(),
     "router": {"kernels"},
     "workers": {"router", "kernels"},
-    "cluster.engine": BELOW,
+    "cluster.speculation": set(),
+    "cluster.engine": BELOW | {"cluster.speculation"},
     "cluster.transport": BELOW | {"cluster.engine"},
     "cluster.api": BELOW | {"cluster.engine"},
     "cluster.client": BELOW | {"cluster.engine", "cluster.transport", "cluster.api"},
@@ -45,7 +46,7 @@ for name in BLOCKED:
 
 import penstock
 names = ["cluster.config", "cluster.client.llm"]
-for room in ("cluster.engine", "workers", "router", "kernels"):
+for room in ("cluster.speculation", "cluster.engine", "workers", "router", "kernels"):
     package = importlib.import_module(f"penstock.{room}")
     names += [f"{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
 for name in names:

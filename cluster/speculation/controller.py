@@ -1,0 +1,60 @@
+"""Controllers decide how many drafted tokens every request verifies in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .batch import Batch
+from .observation import StepObservation
+from .proposal import Proposal
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReport:
+    """What a controller can say of one request, for `usage` and for metrics."""
+
+    phase: str
+    """off, fixed, baseline, test, set, disabled (cascade) or shadow."""
+    draft_len: int
+    """The length it would verify next (cascade, fixed) or verified last (shadow)."""
+    utility: float | None = None
+    """Tokens per step over the step's time relative to plain decoding, so far; above 1 speculation has paid."""
+    baseline_s: float | None = None
+    """Time of a plain step that ``utility`` was measured against."""
+
+
+class Controller(Protocol):
+    """Chooses draft lengths and learns from what became of them. Pure state: no clock, no randomness of its own.
+
+    In each step: `max_draft_lens`, then the drafters propose, then `draft_lens`; `observe` once the step has
+    committed. A step that failed is planned again with the same calls and no `observe`, so neither may depend on
+    how often it was called.
+    """
+
+    wants_trials: bool
+    """Whether it learns from `StepObservation.trials`, so that proposals must be kept until the text has followed."""
+
+    def max_draft_lens(self, batch: Batch) -> list[int]:
+        """Return per request the most tokens its drafter should propose, at most its own limit; 0 calls no drafter."""
+        ...
+
+    def draft_lens(self, batch: Batch, proposals: Sequence[Proposal]) -> list[int]:
+        """Return per request how many tokens of its proposal to verify, in [0, its length and the request's limit].
+
+        ``proposals``: aligned with ``batch.requests``; empty where no drafter was called or had anything.
+        """
+        ...
+
+    def observe(self, step: StepObservation) -> None:
+        """Learn what one committed step made of the drafts and of time, requests that it ended included."""
+        ...
+
+    def forget(self, key: int) -> None:
+        """The request has ended, and its last step was observed; drop what was kept for it."""
+        ...
+
+    def report(self, key: int) -> RequestReport:
+        """Return what is known of a live request."""
+        ...

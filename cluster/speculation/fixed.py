@@ -1,0 +1,45 @@
+"""The same draft length always; with length 0, no speculation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .batch import Batch
+from .controller import RequestReport
+from .observation import StepObservation
+from .proposal import Proposal
+
+
+class FixedController:
+    """Every request drafts ``draft_len`` tokens in every step, or fewer where its own limit is lower.
+
+    With 0 no drafter is called for any request, whatever its own wish.
+    """
+
+    wants_trials = False
+
+    def __init__(self, draft_len: int) -> None:
+        self._draft_len = draft_len
+
+    def max_draft_lens(self, batch: Batch) -> list[int]:
+        """Return the configured length, within each request's limit."""
+        if not self._draft_len:
+            return [0] * len(batch.requests)
+        return [
+            request.max_draft_len if request.is_fixed else min(self._draft_len, request.max_draft_len)
+            for request in batch.requests
+        ]
+
+    def draft_lens(self, batch: Batch, proposals: Sequence[Proposal]) -> list[int]:
+        """Return the lengths of the proposals: all of them are verified."""
+        return [len(proposal) for proposal in proposals]
+
+    def observe(self, step: StepObservation) -> None:
+        """Nothing is learned."""
+
+    def forget(self, key: int) -> None:
+        """Nothing is kept."""
+
+    def report(self, key: int) -> RequestReport:
+        """Return the configured length."""
+        return RequestReport("fixed" if self._draft_len else "off", self._draft_len)

@@ -1,0 +1,49 @@
+"""What one request may say about its own speculation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MODES = ("auto", "off", "fixed")
+MAX_DRAFT_LEN = 64
+"""The largest draft length that anything may ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationOptions:
+    """A request's wish. It can only lower what the server allows: a server that is `off` stays off.
+
+    Raises ``ValueError`` naming the field and its valid range.
+    """
+
+    mode: str = "auto"
+    """auto: the server's controller decides; off: no drafts; fixed: always as many as `max_draft_len` says."""
+    max_draft_len: int | None = None
+    """Most tokens drafted in one step; the server's limit when absent."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"speculation.mode: {self.mode!r} is not one of {', '.join(MODES)}")
+        length = self.max_draft_len
+        if length is None:
+            return
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= MAX_DRAFT_LEN:
+            raise ValueError(f"speculation.max_draft_len: {length!r} is not an integer in [0, {MAX_DRAFT_LEN}]")
+        if self.mode == "off" and length:
+            raise ValueError(f"speculation.max_draft_len: {length} is not 0, and speculation.mode is off")
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the request overrides the controller with a length of its own."""
+        return self.mode == "fixed"
+
+    def limit(self, max_draft_len: int, num_tokens_left: int) -> int:
+        """Return the most tokens it may draft now, 0 if none.
+
+        ``max_draft_len``: the server's limit; ``num_tokens_left``: tokens it may still generate, of which every
+        step yields one beside the accepted drafts.
+        """
+        if self.mode == "off":
+            return 0
+        wanted = max_draft_len if self.max_draft_len is None else min(self.max_draft_len, max_draft_len)
+        return max(0, min(wanted, num_tokens_left - 1))

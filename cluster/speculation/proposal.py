@@ -1,0 +1,35 @@
+"""What a drafter proposes, and why it may be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What speaks for a proposal. Acceptance is learned per evidence, so it must be cheap and mean the same later."""
+
+    source: str = ""
+    """Name of the drafter."""
+    match_len: int = 0
+    """Tokens before the proposal that also stood before the text it was copied from."""
+    frequencies: Sequence[float] = ()
+    """Per proposed token, in [0, 1]: the share of earlier occurrences of the text before it that it followed.
+
+    Smoothed, (agreeing + 1) / (all + 2), so that many occurrences count for more than one.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Guesses of the tokens that come next, in order; empty when there is none."""
+
+    token_ids: Sequence[int] = ()
+    evidence: Evidence = Evidence()
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+NOTHING = Proposal()

@@ -1,0 +1,160 @@
+"""Shadow: draft lengths chosen in every step by expected gain over expected time, for the whole batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
+
+from .acceptance import AcceptanceModel
+from .allocation import Chain, allocate
+from .baseline import UtilityLedger
+from .batch import Batch, RequestView
+from .controller import RequestReport
+from .observation import StepObservation
+from .proposal import Proposal
+from .step_cost import StepCost
+
+MARGIN = 0.01
+"""Expected gain in tokens per second below which nothing is drafted, beside the error of the plain step's time: where
+that is larger than the gain, plain steps are run, and measure it better."""
+LOSS_SHARE = 0.005
+"""Share of all time that drafts may lose in the long run, whatever happens."""
+LOSS_GRANT_STEPS = 2.0
+"""Plain steps' worth of time that they may lose from the start."""
+MAX_ALLOWANCE_STEPS = 8.0
+"""Plain steps' worth of past gains that may be lost again."""
+_ENOUGH = 4
+"""Measured steps of a size after which its cost counts as known."""
+_REFRESH = 0.3
+"""The plain step of a batch is measured again after this many steps over its squared relative error: 32 steps after
+four measurements by a clock with 20 % noise, hundreds where time is steady."""
+
+
+class ShadowController:
+    """Verifies a drafted token where its expected gain exceeds the rate of the batch times its marginal time.
+
+    Gain: what became of earlier proposals, verified or not (`AcceptanceModel`): learning it costs no verification, so
+    nothing is probed. Cost: `StepCost`, fitted to every step that runs anyway; sizes never run are priced by a prior,
+    and tried when the loss that the prior foresees is allowed.
+
+    Loss is bounded whatever the estimates are worth: an allowance pays for the time that drafts add to a step and
+    receives what their accepted tokens were worth; it gains a small share of all time, and no draft is verified that
+    it could not pay for.
+
+    Requests with a length of their own keep it and count as rows that run anyway. Steps with prompt rows verify what
+    a step without them would, and teach no cost.
+    """
+
+    wants_trials = True
+
+    def __init__(self, max_draft_len: int, num_experts: int, num_experts_per_tok: int, num_ranks: int) -> None:
+        self._max_draft_len = max_draft_len
+        self._acceptance = AcceptanceModel()
+        self._cost = StepCost(num_experts, num_experts_per_tok, num_ranks)
+        self._allowance_s = 0.0
+        """Time that drafts may still lose."""
+        self._plain_step_s: float | None = None
+        """Expected time of the planned step without drafts."""
+        self._ledgers: dict[int, UtilityLedger] = {}
+        self._draft_lens: dict[int, int] = {}
+
+    def max_draft_lens(self, batch: Batch) -> list[int]:
+        """Return each request's limit: a proposal is worth its comparison with the text even if never verified."""
+        return [
+            request.max_draft_len if request.is_fixed else min(self._max_draft_len, request.max_draft_len)
+            for request in batch.requests
+        ]
+
+    def draft_lens(self, batch: Batch, proposals: Sequence[Proposal]) -> list[int]:
+        """Return the lengths with the best expected tokens per second; a step without measured time has none."""
+        fixed = [len(p) if r.is_fixed else 0 for r, p in zip(batch.requests, proposals, strict=True)]
+        self._plain_step_s = None
+        if not batch.requests or not self._cost.is_known:
+            return fixed
+        base_rows = [0] * batch.num_ranks
+        for request, length in zip(batch.requests, fixed, strict=True):
+            base_rows[request.rank] += 1 + length
+        chains = [self._chain(r, p) for r, p in zip(batch.requests, proposals, strict=True)]
+        chosen = self._choose(chains, base_rows)
+        return [length + own for length, own in zip(chosen, fixed, strict=True)]
+
+    def observe(self, step: StepObservation) -> None:
+        """Learn gain from the trials, and cost from the counts and the time."""
+        for trial in step.trials:
+            self._acceptance.learn(trial)
+        num_rows = sum(step.rows)
+        if not num_rows:
+            return
+        self._cost.learn_experts(num_rows, max(step.experts))
+        if step.has_prefill or not step.requests:
+            return
+        self._cost.learn(num_rows, max(step.rows), max(step.experts), max(step.rows_sent), step.step_s)
+        self._account(step)
+        for outcome in step.requests:
+            self._draft_lens[outcome.key] = outcome.num_drafted
+            ledger = self._ledgers.setdefault(outcome.key, UtilityLedger())
+            ledger.add(outcome.num_tokens, step.step_s, self._plain_step_s)
+
+    def forget(self, key: int) -> None:
+        """Drop the request's own estimates; what all requests taught stays."""
+        self._acceptance.forget(key)
+        self._ledgers.pop(key, None)
+        self._draft_lens.pop(key, None)
+
+    def report(self, key: int) -> RequestReport:
+        """Return the length last verified, and the request's utility against the expected plain step."""
+        ledger = self._ledgers.get(key)
+        return RequestReport(
+            phase="shadow",
+            draft_len=self._draft_lens.get(key, 0),
+            utility=ledger.utility if ledger else None,
+            baseline_s=ledger.baseline_s if ledger else None,
+        )
+
+    def _chain(self, request: RequestView, proposal: Proposal) -> Chain:
+        if request.is_fixed:
+            return Chain(request.rank, ())
+        draft_len = min(len(proposal), self._max_draft_len, request.max_draft_len)
+        right = self._acceptance.probabilities(request.key, proposal.evidence, draft_len)
+        return Chain(request.rank, list(accumulate(right, mul)))
+
+    def _choose(self, chains: Sequence[Chain], base_rows: Sequence[int]) -> list[int]:
+        num_tokens, num_rows = float(len(chains)), sum(base_rows)
+        self._plain_step_s = self._cost.least_s(num_rows, max(base_rows))
+        plain_s = self._cost.step_s(num_rows, max(base_rows))
+        is_stale = self._cost.steps_since(num_rows) * self._cost.relative_error(num_rows) ** 2 > _REFRESH
+        if self._cost.num_seen(num_rows) < _ENOUGH or is_stale:
+            return [0] * len(chains)
+        best = allocate(chains, base_rows, num_tokens, self._cost.step_s, self._allowance_s)
+        margin = MARGIN + self._cost.relative_error(num_rows)
+        if best.num_tokens * plain_s > (1 + margin) * num_tokens * best.step_s:
+            return best.draft_lens
+        return self._explore(chains, base_rows, plain_s)
+
+    def _explore(self, chains: Sequence[Chain], base_rows: Sequence[int], plain_s: float) -> list[int]:
+        """Return one token of the likeliest chain if its size is unknown and what it may lose is allowed, else none."""
+        nothing = [0] * len(chains)
+        likeliest = max(range(len(chains)), key=lambda i: chains[i].gains[0] if chains[i].gains else 0.0)
+        chain = chains[likeliest]
+        num_rows = sum(base_rows) + 1
+        if not chain.gains or self._cost.num_seen(num_rows) >= _ENOUGH:
+            return nothing
+        step_s = self._cost.step_s(num_rows, max(*base_rows, base_rows[chain.rank] + 1))
+        if step_s - plain_s > self._allowance_s:
+            return nothing
+        nothing[likeliest] = 1
+        return nothing
+
+    def _account(self, step: StepObservation) -> None:
+        plain_s = self._plain_step_s
+        if plain_s is None:
+            self._allowance_s = LOSS_GRANT_STEPS * step.step_s
+            return
+        self._allowance_s += LOSS_SHARE * plain_s
+        if any(outcome.num_drafted for outcome in step.requests):
+            num_tokens = sum(outcome.num_tokens for outcome in step.requests)
+            # One hiccup of the machine is no loss of the drafts'
+            step_s = min(step.step_s, 2 * self._cost.step_s(sum(step.rows), max(step.rows)))
+            self._allowance_s += plain_s * num_tokens / len(step.requests) - step_s
+        self._allowance_s = min(self._allowance_s, MAX_ALLOWANCE_STEPS * plain_s)

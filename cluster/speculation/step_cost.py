@@ -1,0 +1,190 @@
+"""What a step costs: its time fitted online to what ranks count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .experts_curve import ExpertsCurve
+
+PRIOR_SHARES = (0.6, 0.2, 0.2)
+"""Of a plain step's time: what is fixed, what grows with rows and with experts, until larger steps were measured."""
+_PRIOR_WEIGHT = 0.5
+"""Steps that the prior counts for, at twice and at four times the rows measured most."""
+_MEMORY = 64.0
+"""Steps that a number of rows remembers."""
+_FADE_STEPS = 1000.0
+"""Steps after which an observation that was not renewed counts for a third."""
+_CLIP_SPREADS = 3.0
+_CLIP_FACTOR = 2.5
+_SHIFT_STEPS = 4
+"""Outliers in a row, on one side, that are taken for the truth."""
+_MIN_MISFIT = 0.01
+"""Least relative error of the fitted form that is reckoned with."""
+_TRUSTED_WEIGHT = 8.0
+"""Steps measured before expectations clip outliers."""
+_REFIT_STEPS = (4, 16)
+"""Steps between two fits: the first 64, and all later ones."""
+_RIDGE = 1e-4
+
+
+class _Bin:
+    """Mean step of one number of rows: its features and time, outliers clipped."""
+
+    __slots__ = ("features", "last_step", "num_clipped", "residual", "spread", "time_s", "weight")
+
+    def __init__(self, features: np.ndarray, time_s: float) -> None:
+        self.features, self.time_s, self.spread = features, time_s, 0.2 * time_s
+        self.weight, self.last_step, self.residual = 1.0, 0, 0.0
+        self.num_clipped = 0
+        """Latest steps in a row that were clipped, negative if they were too fast."""
+
+    def add(self, features: np.ndarray, time_s: float) -> None:
+        error = time_s - self.time_s
+        limit = _CLIP_SPREADS * self.spread
+        if abs(error) <= limit:
+            self.num_clipped = 0
+        else:
+            self.num_clipped = max(self.num_clipped, 0) + 1 if error > 0 else min(self.num_clipped, 0) - 1
+        if abs(self.num_clipped) >= _SHIFT_STEPS:  # no outliers: the machine has changed
+            self.weight, self.num_clipped, limit = 0.0, 0, abs(error)
+        share = 1 / (self.weight + 1)
+        self.weight = min(self.weight + 1, _MEMORY)
+        self.features = self.features + share * (features - self.features)
+        self.time_s += share * min(max(error, -limit), limit)
+        self.spread += min(share, 0.5) * (min(abs(error), limit) - self.spread)
+
+
+class StepCost:
+    """t = a + b rows + c experts + d rows sent, in lock-step over all ranks.
+
+    Every layer ends when its slowest rank does, phase by phase (attention, dispatch, experts, combine), so each
+    feature is that of the rank with most of it. Steps are averaged per total number of rows, robustly, and the
+    coefficients are fitted to those means: what was measured at other sizes is not forgotten while one size rules.
+    Coefficients are never negative. What the fit leaves at a size seen often (a CUDA graph's padding) is added back.
+    """
+
+    def __init__(self, num_experts: int, num_experts_per_tok: int, num_ranks: int) -> None:
+        self._experts = ExpertsCurve(num_experts, num_experts_per_tok, num_ranks)
+        self._bins: dict[int, _Bin] = {}
+        self._coefficients = [0.0] * 4
+        self._sent_per_row = 0.0
+        self._num_steps = 0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether any step has been measured."""
+        return bool(self._bins)
+
+    def least_s(self, num_rows: int, max_rows: int) -> float:
+        """Return the lower of what is expected of a step and of the mean of those of about its size."""
+        found, expected = self._bins.get(_bin_of(num_rows)), self.step_s(num_rows, max_rows)
+        return min(found.time_s, expected) if found else expected
+
+    def steps_since(self, num_rows: int) -> float:
+        """Return how many steps ago one of about this size was measured; infinity if none was."""
+        found = self._bins.get(_bin_of(num_rows))
+        return self._num_steps - found.last_step if found else math.inf
+
+    def relative_error(self, num_rows: int) -> float:
+        """Return the standard error of the mean time of steps of about this size, relative to it; 1 if none was."""
+        found = self._bins.get(_bin_of(num_rows))
+        return found.spread / found.time_s / math.sqrt(found.weight) if found else 1.0
+
+    def num_seen(self, num_rows: int) -> float:
+        """Return how often steps of about this size were measured lately."""
+        found = self._bins.get(_bin_of(num_rows))
+        return found.weight if found else 0.0
+
+    def learn_experts(self, num_rows: int, experts: float) -> None:
+        """Take one step's count of experts, whatever its rows were for."""
+        self._experts.learn(num_rows, experts)
+
+    def learn(self, num_rows: int, max_rows: int, experts: float, rows_sent: float, step_s: float) -> None:
+        """Take one step without prompt rows.
+
+        ``num_rows``: of all ranks; the other counts are of the rank with most of them, means over MoE layers.
+        """
+        self._num_steps += 1
+        self._sent_per_row += (rows_sent / max_rows - self._sent_per_row) / min(self._num_steps, _MEMORY)
+        if sum(found.weight for found in self._bins.values()) >= _TRUSTED_WEIGHT:
+            expected = self.step_s(num_rows, max_rows)
+            step_s = min(max(step_s, expected / _CLIP_FACTOR), expected * _CLIP_FACTOR)
+        features = np.array([1.0, max_rows, experts, rows_sent])
+        number = _bin_of(num_rows)
+        is_new = number not in self._bins
+        if is_new:
+            self._bins[number] = _Bin(features, step_s)
+        else:
+            self._bins[number].add(features, step_s)
+        self._bins[number].last_step = self._num_steps
+        if is_new or self._num_steps % _REFIT_STEPS[self._num_steps > 64] == 0:
+            self._fit()
+
+    def step_s(self, num_rows: int, max_rows: int) -> float:
+        """Return the expected time of a step; ``num_rows``: of all ranks, ``max_rows``: of the rank with most."""
+        fixed, per_row, per_expert, per_sent = self._coefficients
+        found = self._bins.get(_bin_of(num_rows))
+        residual = found.residual if found else 0.0
+        per_row += per_sent * self._sent_per_row
+        return fixed + per_row * max_rows + per_expert * self._experts.experts(num_rows) + residual
+
+    def _fit(self) -> None:
+        bins = list(self._bins.values())
+        weights = [found.weight * np.exp((found.last_step - self._num_steps) / _FADE_STEPS) for found in bins]
+        features, times = [found.features for found in bins], [found.time_s for found in bins]
+        most = max(range(len(bins)), key=lambda index: weights[index])
+        for factor in (2, 4):
+            prior_features, prior_time = self._prior(features[most], times[most], factor)
+            features.append(prior_features)
+            times.append(prior_time)
+            weights.append(_PRIOR_WEIGHT)
+        self._coefficients = _fit_nonnegative(np.array(features), np.array(times), np.array(weights)).tolist()
+        self._fit_residuals(bins)
+
+    def _fit_residuals(self, bins: Sequence[_Bin]) -> None:
+        """Add back to every size what the form misses there, as far as noise does not explain it (empirical Bayes)."""
+        misfits = [1 - float(found.features @ self._coefficients) / found.time_s for found in bins]
+        noises = [(found.spread / found.time_s) ** 2 for found in bins]
+        total = sum(found.weight for found in bins)
+        excess = [m * m * b.weight - noise for m, noise, b in zip(misfits, noises, bins, strict=True)]
+        misfit_variance = max(sum(excess) / total, _MIN_MISFIT**2)
+        for found, misfit, noise in zip(bins, misfits, noises, strict=True):
+            found.residual = misfit * found.time_s * found.weight / (found.weight + noise / misfit_variance)
+
+    def _prior(self, features: np.ndarray, time_s: float, factor: int) -> tuple[np.ndarray, float]:
+        """Return what a step of ``factor`` times the rows is taken to count and cost before one was seen."""
+        _, rows, experts, sent = features
+        num_rows = max(1, round(rows))
+        growth = self._experts.experts(factor * num_rows) / self._experts.experts(num_rows)
+        prior_time = time_s * sum(share * by for share, by in zip(PRIOR_SHARES, (1, factor, growth), strict=True))
+        return np.array([1.0, factor * rows, growth * experts, factor * sent]), prior_time
+
+
+def _bin_of(num_rows: int) -> int:
+    """Return the largest size that is one with ``num_rows``: itself up to 32, then a sixteenth of an octave.
+
+    Powers of two, up to which graphs are padded, end a bin.
+    """
+    step = 1 << max(0, (num_rows - 1).bit_length() - 5)
+    return -(-num_rows // step) * step
+
+
+def _fit_nonnegative(features: np.ndarray, times: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return coefficients >= 0 of the weighted least relative squares, by dropping negative ones until none is."""
+    scale = np.maximum(features.max(axis=0), 1e-12)
+    rows = features / scale * (np.sqrt(weights) / times)[:, None]
+    goal = np.sqrt(weights)
+    active = [column for column in range(features.shape[1]) if features[:, column].any()]
+    coefficients = np.zeros(features.shape[1])
+    while active:
+        part = rows[:, active]
+        gram = part.T @ part
+        solved = np.linalg.solve(gram + _RIDGE * np.trace(gram) * np.eye(len(active)), part.T @ goal)
+        if solved.min() >= 0:
+            coefficients[active] = solved
+            break
+        active.pop(int(solved.argmin()))
+    return coefficients / scale
