@@ -62,10 +62,17 @@ class EngineConfig:
     """Bytes of the KV pool, per rank; when absent 256 MiB on a CPU, on a GPU what `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float = _bounded(0.9, low=0.01, high=1.0)
     """Share of each GPU's memory for weights, activations and KV together; without effect beside `kv_cache_bytes`."""
+    speculation: str = _bounded("fixed", of=("off", "fixed", "cascade", "shadow"))
+    """How draft lengths are chosen: off, fixed (`draft_len` always), cascade (utility measured per request by trials)
+    or shadow (expected gain against expected time, every step); docs/speculation.md."""
     drafter: str = _bounded("ngram")
-    """Where drafts come from, by name (`ngram`: prompt lookup)."""
+    """Where drafts come from, by name: ngram (prompt lookup), suffix (also earlier outputs) or prediction."""
     draft_len: int = _bounded(3, low=0, high=64)
-    """Tokens drafted per request and step; 0 decodes plainly and calls no drafter."""
+    """Tokens drafted per request and step under `fixed`; 0 decodes plainly and calls no drafter."""
+    max_draft_len: int = _bounded(7, low=1, high=64)
+    """Most tokens that `cascade` and `shadow` draft per request and step."""
+    suffix_store_tokens: int = _bounded(65536, low=0, high=1 << 24)
+    """Tokens of earlier outputs that the `suffix` drafter remembers for all requests; about 0.5 kB each."""
     prompt_lookup_max: int = _bounded(3, low=1, high=32)
     """Longest n-gram the `ngram` drafter looks up."""
     prompt_lookup_min: int = _bounded(1, low=1, high=32)

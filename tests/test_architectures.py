@@ -12,6 +12,7 @@ import torch
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
+from penstock.cluster.speculation.proposal import Proposal
 from penstock.router.placement import contiguous
 from penstock.workers.architectures import SUPPORTED, check_supported
 from penstock.workers.attention import ATTENTION, paged_attention
@@ -27,12 +28,17 @@ class Oracle:
     """Drafts the right tokens, but for every third, so that acceptance stops at every place of a draft."""
 
     def __init__(self, texts: list[list[int]]) -> None:
-        self.texts = texts
+        self.texts, self.known = texts, []
 
-    def propose(self, token_ids, draft_len):
-        start = len(token_ids)
-        text = next(text for text in self.texts if text[:start] == list(token_ids))
-        return [t if i % 3 else (t + 1) % 96 for i, t in enumerate(text[start : start + draft_len], start)]
+    def extend(self, token_ids):
+        self.known += token_ids
+
+    def propose(self, max_draft_len):
+        start = len(self.known)
+        text = next(text for text in self.texts if text[:start] == self.known)
+        return Proposal(
+            [t if i % 3 else (t + 1) % 96 for i, t in enumerate(text[start : start + max_draft_len], start)]
+        )
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
@@ -46,7 +52,7 @@ def test_tokens_are_those_of_transformers(model_type, checkpoint, reference, mon
     prompts = [[numbers.randrange(3, 96) for _ in range(n)] * (1 + n % 2) for n in (1, 6, 20, 33)]
     wanted = [reference(directory, prompt, MAX_TOKENS, ignore_eos=True) for prompt in prompts]
     texts = [prompt + output for prompt, output in zip(prompts, wanted, strict=True)]
-    monkeypatch.setattr("penstock.cluster.engine.engine.make_drafter", lambda config: Oracle(texts))
+    monkeypatch.setattr("penstock.cluster.engine.engine.drafter_factory", lambda name: lambda *_: Oracle(texts))
     for draft_len in (0, 5):
         engine = Engine(EngineConfig(model="x", draft_len=draft_len, max_num_batched_tokens=24, max_num_seqs=8), ranks)
         outputs: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}

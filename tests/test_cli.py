@@ -18,10 +18,10 @@ from penstock.cluster.serving.deployment_error import DeploymentFailedError
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SERVE_OPTIONS = """
 --address --api-key --block-size --config --cpus-per-rank --device --draft-len --drafter --dtype
---expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-model-len
---max-num-batched-tokens --max-num-seqs --max-queued-requests --max-step-retries --num-threads --port
---prompt-lookup-max --prompt-lookup-min --request-timeout-s --revision --served-model-name --step-timeout-s
---tokenizer
+--expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-draft-len
+--max-model-len --max-num-batched-tokens --max-num-seqs --max-queued-requests --max-step-retries --num-threads --port
+--prompt-lookup-max --prompt-lookup-min --request-timeout-s --revision --served-model-name --speculation
+--step-timeout-s --suffix-store-tokens --tokenizer
 """
 
 
@@ -41,7 +41,10 @@ def test_the_options_of_serve():
 
 def test_every_option_says_what_it_does_and_its_default():
     shown = " ".join(_penstock("serve", "--help").stdout.split())
-    assert "Tokens drafted per request and step; 0 decodes plainly and calls no drafter. [default: 3]" in shown
+    assert (
+        "Tokens drafted per request and step under `fixed`; 0 decodes plainly and calls no drafter. [default: 3]"
+        in shown
+    )
 
 
 def test_flags_are_the_configuration_and_nothing_else():

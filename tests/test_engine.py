@@ -12,12 +12,15 @@ import torch
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine import engine as engine_module
 from penstock.cluster.engine.backend import EngineDeadError
-from penstock.cluster.engine.drafter import NgramDrafter
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.engine_thread import EngineThread
 from penstock.cluster.engine.output import ABORT, ERROR, LENGTH, STOP, RequestOutput
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
-from penstock.cluster.engine.request import Request
+from penstock.cluster.speculation.batch import Batch
+from penstock.cluster.speculation.fixed import FixedController
+from penstock.cluster.speculation.ngram import NgramDrafter
+from penstock.cluster.speculation.observation import StepObservation
+from penstock.cluster.speculation.proposal import Proposal
 from penstock.kernels.philox import gumbel
 from penstock.workers.plan import StepFailedError, StepPlan, StepResult
 from penstock.workers.runner import ModelRunner
@@ -89,7 +92,15 @@ def generate(engine: Engine, prompts: Sequence[list[int]], sampling: SamplingPar
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"draft_len": 0}, {"draft_len": 7, "max_num_batched_tokens": 9, "max_num_seqs": 8}]
+    "options",
+    [
+        {},
+        {"draft_len": 0},
+        {"draft_len": 7, "max_num_batched_tokens": 9, "max_num_seqs": 8},
+        {"speculation": "off"},
+        {"speculation": "cascade"},
+        {"speculation": "shadow", "drafter": "suffix", "max_num_batched_tokens": 9, "max_num_seqs": 8},
+    ],
 )
 def test_greedy_tokens_are_those_of_transformers(
     make_engine: Callable[..., Engine],
@@ -98,7 +109,9 @@ def test_greedy_tokens_are_those_of_transformers(
     options: dict[str, Any],
 ) -> None:
     expected = [reference(checkpoint("qwen3_moe"), prompt, 20, ignore_eos=True) for prompt in PROMPTS]
-    assert generate(make_engine(**options), PROMPTS, Greedy) == expected
+    engine = make_engine(**options)
+    assert generate(engine, PROMPTS, Greedy) == expected
+    assert generate(engine, PROMPTS, Greedy) == expected, "what it has learned changes nothing"
 
 
 def test_an_abort_frees_blocks_and_leaves_the_others_alone(make_engine: Callable[..., Engine]) -> None:
@@ -132,20 +145,25 @@ def test_no_drafter_is_made_or_asked_without_drafts(
     asked: list[int] = []
 
     class Spy(NgramDrafter):
-        def propose(self, token_ids: Sequence[int], draft_len: int) -> list[int]:
-            asked.append(draft_len)
-            return super().propose(token_ids, draft_len)
+        def propose(self, max_draft_len: int) -> Proposal:
+            asked.append(max_draft_len)
+            return super().propose(max_draft_len)
 
-    engines = [make_engine(draft_len=draft_len) for draft_len in (0, 3)]
     made: list[Spy] = []
-    monkeypatch.setattr(engine_module, "make_drafter", lambda config: made.append(Spy(config)) or made[-1])
+    monkeypatch.setattr(
+        engine_module, "drafter_factory", lambda name: lambda context, store: made.append(Spy(3, 1)) or made[-1]
+    )
+    engines = [make_engine(draft_len=0), make_engine(speculation="off"), make_engine(speculation="cascade")]
     plain = generate(engines[0], PROMPTS, Greedy)
     assert (made, asked) == ([], [])
     assert engines[0].stats().spec_decode_num_draft_tokens == 0
+    assert generate(engines[1], PROMPTS, Greedy) == plain
+    # Cascade measures plain steps before it drafts at all
+    assert generate(engines[2], PROMPTS[:1], replace(Greedy, max_tokens=4)) == [plain[0][:4]]
+    assert (made, asked) == ([], [])
     assert generate(make_engine(draft_len=3), PROMPTS, Greedy) == plain
     assert set(asked) == {1, 2, 3}, "never more than may still come, never nothing"
-    # One a request, and the one that a new engine makes to check the name
-    assert len(made) == 1 + len(PROMPTS)
+    assert len(made) == len(PROMPTS), "one a request"
 
 
 class Failing:
@@ -236,27 +254,27 @@ def test_a_step_that_was_interrupted_is_never_planned_again_under_its_number(
     assert len({(plan.generation, plan.step_id) for plan in plans}) == len(plans)
 
 
-class Restless:
+class Restless(FixedController):
     """A controller that changes its mind every time, and checks what it is told."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
+        super().__init__(max(lengths))
         self.lengths, self.asked = lengths, 0
         self.drafted = self.accepted = 0
         self.every: list[int] = []
 
-    def draft_len(self, request: Request) -> int:
-        assert request.is_decoding
+    def max_draft_lens(self, batch: Batch) -> list[int]:
         self.asked += 1
-        return self.lengths[self.asked % len(self.lengths)]
+        return [min(self.lengths[self.asked % len(self.lengths)], request.max_draft_len) for request in batch.requests]
 
-    def forget(self, request: Request) -> None:
-        pass
-
-    def observe(self, request: Request, num_drafted: int, num_accepted: int) -> None:
-        assert 0 <= num_accepted <= num_drafted
-        self.drafted += num_drafted
-        self.accepted += num_accepted
-        self.every.append(num_accepted)
+    def observe(self, step: StepObservation) -> None:
+        assert sum(step.rows) >= len(step.requests)
+        for outcome in step.requests:
+            assert 0 <= outcome.num_accepted <= outcome.num_drafted
+            self.drafted += outcome.num_drafted
+            self.accepted += outcome.num_accepted
+            if outcome.num_drafted:
+                self.every.append(outcome.num_accepted)
 
 
 @pytest.mark.parametrize(
@@ -301,10 +319,16 @@ def test_tokens_after_a_stop_are_counted_nowhere(
     free = generate(make_engine(draft_len=0), [PROMPTS[0]], Greedy)[0]
 
     class Oracle:
-        def propose(self, token_ids: Sequence[int], draft_len: int) -> list[int]:
-            return free[len(token_ids) - len(PROMPTS[0]) :][:draft_len]
+        def __init__(self) -> None:
+            self.num_known = -len(PROMPTS[0])
 
-    monkeypatch.setattr(engine_module, "make_drafter", lambda config: Oracle())
+        def extend(self, token_ids: Sequence[int]) -> None:
+            self.num_known += len(token_ids)
+
+        def propose(self, max_draft_len: int) -> Proposal:
+            return Proposal(free[self.num_known :][:max_draft_len])
+
+    monkeypatch.setattr(engine_module, "drafter_factory", lambda name: lambda context, store: Oracle())
     engine = make_engine(draft_len=7)
     assert generate(engine, [PROMPTS[0]], Greedy) == [free]
     assert engine.stats().num_steps < 6

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from penstock.cluster.config import EngineConfig
-from penstock.cluster.engine.controller import FixedDraftLen
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
+from penstock.cluster.speculation.fixed import FixedController
 from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.workers.architectures import SUPPORTED
 from penstock.workers.sampling_params import SamplingParams
@@ -29,21 +29,19 @@ DRAFT_LENS = (0, 3, 7, "changing")
 EXCUSED_GAP = 1e-4
 
 
-class ChangingDraftLen:
+class ChangingDraftLen(FixedController):
     """Another draft length every step and request."""
 
     def __init__(self) -> None:
+        super().__init__(7)
         self.calls = 0
 
-    def draft_len(self, request):
-        self.calls += 1
-        return (0, 7, 1, 5, 3)[self.calls % 5]
-
-    def observe(self, request, num_drafted, num_accepted):
-        pass
-
-    def forget(self, request):
-        pass
+    def max_draft_lens(self, batch):
+        lengths = []
+        for request in batch.requests:
+            self.calls += 1
+            lengths.append(min((0, 7, 1, 5, 3)[self.calls % 5], request.max_draft_len))
+        return lengths
 
 
 class RecordingRanks:
@@ -110,7 +108,7 @@ def _prompts(model: str) -> list[list[int]]:
 
 def _run(ranks: Ranks, config: EngineConfig, draft_len, prompts, sampling: SamplingParams) -> list[list[int]]:
     """Serve ``prompts``, arriving one by one, beside a request that is cancelled; return their outputs."""
-    controller = ChangingDraftLen() if draft_len == "changing" else FixedDraftLen(draft_len)
+    controller = ChangingDraftLen() if draft_len == "changing" else FixedController(draft_len)
     engine = Engine(config, ranks, controller=controller)
     outputs: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
     outputs["cancelled"] = []

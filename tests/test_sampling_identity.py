@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from penstock.cluster.config import EngineConfig
-from penstock.cluster.engine.controller import FixedDraftLen
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.output import RequestOutput
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
+from penstock.cluster.speculation.fixed import FixedController
 from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.kernels.philox import gumbel
 from penstock.workers.plan import Logprobs, StepFailedError
@@ -89,7 +89,7 @@ def prompts() -> list[list[int]]:
 
 def run(ranks: Any, config: EngineConfig, draft_len: Any, samplings: list[SamplingParams]) -> list[RequestOutput]:
     """Serve ``prompts()`` together and return each one's whole output as one."""
-    controller = ChangingDraftLen() if draft_len == "changing" else FixedDraftLen(draft_len)
+    controller = ChangingDraftLen() if draft_len == "changing" else FixedController(draft_len)
     engine = Engine(config, ranks, controller=controller)
     for i, (prompt, sampling) in enumerate(zip(prompts(), samplings, strict=True)):
         engine.add_request(str(i), prompt, sampling)

@@ -15,10 +15,10 @@ from ..api.generation import Generation, TokenLogprob
 from ..api.text_stream import RequestText
 from ..config import EngineConfig
 from ..engine.backend import RequestTimeoutError
-from ..engine.drafter import make_drafter
 from ..engine.engine import Engine, check_prompt
 from ..engine.output import STOP, EngineStats, RequestStats
 from ..engine.ranks import LocalRanks, Ranks, make_runner
+from ..speculation.drafter import drafter_factory
 
 Prompt = str | Sequence[int]
 
@@ -70,7 +70,7 @@ class LLM:
     def __init__(self, model: str, **config: Any) -> None:
         self.config = EngineConfig.from_mapping({"model": model, **config})
         self.tokenizer = ChatTokenizer(self.config.tokenizer_source, self.config.revision)
-        make_drafter(self.config)  # refuse an unknown name before anything is loaded
+        drafter_factory(self.config.drafter)  # refuse an unknown name before anything is loaded
         ranks = make_ranks(self.config)
         try:
             self._engine = Engine(self.config, ranks)

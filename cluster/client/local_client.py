@@ -11,8 +11,8 @@ from ..api.generation import Generation
 from ..api.text_stream import TextDelta
 from ..config import EngineConfig
 from ..engine.async_engine import AsyncEngine
-from ..engine.drafter import make_drafter
 from ..engine.engine import Engine
+from ..speculation.drafter import drafter_factory
 from .client import Prompt
 from .llm import make_ranks
 from .prompt_stream import stream_prompt
@@ -26,7 +26,7 @@ class LocalClient:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        make_drafter(config)  # refuse an unknown name before anything is loaded
+        drafter_factory(config.drafter)  # refuse an unknown name before anything is loaded
         self._tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
         ranks = make_ranks(config)
         try:

@@ -13,10 +13,16 @@ from ...workers.model_info import ModelInfo
 from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan, StepFailedError, StepPlan, StepResult
 from ...workers.sampling_params import SamplingParams
 from ..config import EngineConfig
+from ..speculation.batch import Batch, RequestView
+from ..speculation.controller import Controller
+from ..speculation.drafter import DraftContext, drafter_factory
+from ..speculation.drafting import Drafting
+from ..speculation.observation import RequestOutcome, StepObservation
+from ..speculation.options import MAX_DRAFT_LEN, SpeculationOptions
+from ..speculation.policy import make_controller
+from ..speculation.proposal import NOTHING
 from .backend import EngineDeadError
 from .block_pool import BlockPool
-from .controller import Controller, FixedDraftLen
-from .drafter import Drafter, make_drafter
 from .output import ABORT, ERROR, LENGTH, STOP, TIMEOUT, EngineStats, RequestOutput, RequestStats
 from .ranks import Ranks
 from .request import Request
@@ -25,9 +31,13 @@ from .stats import Counters
 
 logger = logging.getLogger(__name__)
 
+_AUTO = SpeculationOptions()
+
 
 class Engine:
     """Serves requests over ``ranks``. One thread calls it; between calls its state is always committed.
+
+    ``controller`` replaces the one that ``config.speculation`` names, and may then draft up to 64 tokens.
 
     A request's tokens are published only when every rank has answered the step; a failed step leaves no trace but a
     count, and is planned again from what is committed.
@@ -41,17 +51,30 @@ class Engine:
         controller: Controller | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        make_drafter(config)  # refuse an unknown name now
+        make_drafter = drafter_factory(config.drafter)  # refuse an unknown name now
         self.config, self.ranks = config, ranks
         self.model: ModelInfo = ranks.infos[0].model
-        self.controller = controller or FixedDraftLen(config.draft_len)
+        self.controller = controller or make_controller(
+            config.speculation,
+            draft_len=config.draft_len,
+            max_draft_len=config.max_draft_len,
+            num_experts=self.model.num_experts,
+            num_experts_per_tok=self.model.num_experts_per_tok,
+            num_ranks=len(ranks.infos),
+        )
+        own = config.draft_len if config.speculation == "fixed" else config.max_draft_len
+        self._max_draft_len = MAX_DRAFT_LEN if controller is not None else own
+        self._drafting = Drafting(
+            make_drafter,
+            config.suffix_store_tokens if config.drafter == "suffix" else 0,
+            keep_trials=self.controller.wants_trials,
+        )
         self.counters = Counters(self.model.num_moe_layers)
         self.clock = clock
         pools = [BlockPool(info.num_kv_blocks, config.block_size) for info in ranks.infos]
         self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens)
         self._requests: dict[str, Request] = {}
         self._by_key: dict[int, Request] = {}
-        self._drafters: dict[int, Drafter] = {}
         self._next_key = 0
         self._generation = 0
         self._step_id = 0
@@ -92,6 +115,14 @@ class Engine:
         )
         self._next_key += 1
         self._requests[request_id] = self._by_key[request.key] = request
+        self._drafting.open(
+            request.key,
+            DraftContext(
+                num_prompt_tokens=request.num_prompt_tokens,
+                prompt_lookup_max=self.config.prompt_lookup_max,
+                prompt_lookup_min=self.config.prompt_lookup_min,
+            ),
+        )
         self.scheduler.add(request)
         return sampling
 
@@ -112,6 +143,7 @@ class Engine:
         Raises ``EngineDeadError`` after ``max_step_retries`` failures in a row.
         """
         self._admit()
+        started = self.clock()
         drafts = self._propose()
         plan = self.scheduler.schedule(self._generation, self._step_id, drafts)
         if plan is None:
@@ -131,7 +163,7 @@ class Engine:
             raise
         self._step_id += 1
         self._failures_in_row = 0
-        return self._commit(plan, result) + self._expire()
+        return self._commit(plan, result, started) + self._expire()
 
     def _admit(self) -> None:
         now = self.clock()
@@ -166,21 +198,30 @@ class Engine:
         """Return totals and present state."""
         return self.counters.snapshot(self.scheduler)
 
-    def _propose(self) -> dict[int, list[int]]:
-        drafts: dict[int, list[int]] = {}
-        for requests in self.scheduler.running:
-            for request in requests:
-                if not request.is_decoding:
-                    continue
-                draft_len = min(self.controller.draft_len(request), request.num_tokens_left - 1)
-                if draft_len < 1:
-                    continue
-                drafter = self._drafters.get(request.key)
-                if drafter is None:
-                    drafter = self._drafters[request.key] = make_drafter(self.config)
-                if draft := drafter.propose(request.token_ids, draft_len):
-                    drafts[request.key] = draft
-        return drafts
+    def _propose(self) -> dict[int, Sequence[int]]:
+        """Return the drafts to verify, by `Request.key`; one decision over the requests of all ranks."""
+        running = [request for requests in self.scheduler.running for request in requests]
+        decoding = [request for request in running if request.is_decoding]
+        views = [
+            RequestView(
+                key=request.key,
+                rank=request.rank,
+                context_len=len(request.token_ids),
+                max_draft_len=_AUTO.limit(self._max_draft_len, request.num_tokens_left),
+            )
+            for request in decoding
+        ]
+        batch = Batch(views, len(self.ranks.infos), has_prefill=len(decoding) < len(running))
+        proposals = [
+            self._drafting.propose(request.key, request.token_ids, most) if most > 0 else NOTHING
+            for request, most in zip(decoding, self.controller.max_draft_lens(batch), strict=True)
+        ]
+        lengths = self.controller.draft_lens(batch, proposals)
+        return {
+            request.key: proposal.token_ids[:length]
+            for request, proposal, length in zip(decoding, proposals, lengths, strict=True)
+            if length > 0
+        }
 
     def _discard(self, error: StepFailedError) -> None:
         self.counters.num_failed_steps += 1
@@ -196,19 +237,46 @@ class Engine:
         self.scheduler.forget_ranks()
         self._must_recover = True
 
-    def _commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+    def _commit(self, plan: StepPlan, result: StepResult, started: float) -> list[RequestOutput]:
         now = self.clock()
-        outputs = []
+        outputs, outcomes = [], []
         for rank_plan, rank_result in zip(plan.ranks, result.ranks, strict=True):
             for part, tokens in self._parts(rank_plan, rank_result):
                 request = self._by_key[part.request_id]
                 if (scored := rank_result.prompt_logprobs.get(request.key)) is not None:
                     request.take_prompt_logprobs(scored)
                 output = self._commit_request(request, part, tokens, rank_result.logprobs.get(request.key), now)
-                if output is not None:
-                    outputs.append(output)
+                if output is None:
+                    continue
+                outputs.append(output)
+                if part.first_sampled_row == 0:
+                    num_kept = len(output.token_ids)
+                    accepted = min(len(tokens) - 1, num_kept)
+                    outcomes.append(RequestOutcome(request.key, part.num_sampled_rows - 1, accepted, num_kept))
         self.counters.add_step(plan, result, sum(len(output.token_ids) for output in outputs))
+        self.controller.observe(self._observation(plan, result, outcomes, now - started))
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._finish(self._requests[output.request_id], output.finish_reason)
         return outputs
+
+    def _observation(
+        self, plan: StepPlan, result: StepResult, outcomes: list[RequestOutcome], step_s: float
+    ) -> StepObservation:
+        num_layers = max(self.model.num_moe_layers, 1)
+        return StepObservation(
+            step_s=step_s,
+            requests=outcomes,
+            rows=[sum(len(part.token_ids) for part in rank.requests) for rank in plan.ranks],
+            has_prefill=any(part.first_sampled_row > 0 for rank in plan.ranks for part in rank.requests),
+            experts=[sum(rank.counts.experts) / num_layers for rank in result.ranks],
+            rows_sent=[sum(rank.counts.rows_sent) / num_layers for rank in result.ranks],
+            trials=[
+                trial
+                for outcome in (outcomes if self.controller.wants_trials else ())
+                for trial in self._drafting.settle(outcome.key, self._by_key[outcome.key].token_ids)
+            ],
+        )
 
     @staticmethod
     def _parts(plan: RankPlan, result: RankResult) -> list[tuple[RequestPlan, list[int]]]:
@@ -234,10 +302,7 @@ class Engine:
             request.first_token_s = now
         request.last_token_s = now
         self.counters.add_tokens(len(kept), num_drafted, num_accepted)
-        self.controller.observe(request, num_drafted, num_accepted)
         stats = request.stats(now) if reason else None
-        if reason:
-            self._finish(request, reason)
         return RequestOutput(
             request.request_id,
             offset,
@@ -250,8 +315,7 @@ class Engine:
         )
 
     def _end_of_prompt(self, request: Request, now: float) -> RequestOutput:
-        """End a request that wants no tokens but its prompt's log-probabilities."""
-        self._finish(request, LENGTH)
+        """Return the only output of a request that wants no tokens but its prompt's log-probabilities."""
         logprobs = request.prompt_logprobs or Logprobs([], [], [])  # a prompt of one token has none
         stats = request.stats(now)
         return RequestOutput(request.request_id, 0, [], LENGTH, stats=stats, prompt_logprobs=logprobs)
@@ -268,8 +332,8 @@ class Engine:
     def _finish(self, request: Request, reason: str) -> None:
         self.scheduler.remove(request)
         self.counters.finished(request, reason, self.clock())
-        self._drafters.pop(request.key, None)
-        self.controller.forget(request)
+        self._drafting.close(request.key, request.token_ids)
+        self.controller.forget(request.key)
         del self._requests[request.request_id], self._by_key[request.key]
 
 

@@ -14,7 +14,7 @@ from ray.serve import Application
 
 from ...workers.loader import inspect
 from ..config import API_KEY_VARIABLE, EngineConfig
-from ..engine.drafter import make_drafter
+from ..speculation.drafter import drafter_factory
 from .gang import Gang
 from .http_server import Address
 from .ingress import Ingress, build_asgi_app
@@ -32,7 +32,7 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
     Raises ``ValueError`` naming the field for a key, value or model that cannot be served, before anything starts.
     """
     config = args if isinstance(args, EngineConfig) else EngineConfig.from_mapping(args)
-    make_drafter(config)
+    drafter_factory(config.drafter)
     inspect(config.model, config.revision)
     config = _absolute(config)
     gpu = on_gpu(config)

@@ -14,7 +14,7 @@ from ..api.generation import Generation
 from ..api.metrics import PREFIX
 from ..client.http_client import HttpClient
 from ..config import EngineConfig
-from ..engine.drafter import make_drafter
+from ..speculation.drafter import drafter_factory
 from .interrupts import interruptible, uninterruptible
 from .load_summary import load_summary
 from .local_ray import LocalRay, check_port
@@ -31,7 +31,7 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
     Raises ``ValueError`` naming the field for what the user can mend.
     """
     # Refuse before Ray starts what can be refused
-    make_drafter(config)
+    drafter_factory(config.drafter)
     inspect(config.model, config.revision)
     if address is None:
         check_port(host, port)
