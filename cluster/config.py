@@ -66,7 +66,7 @@ class EngineConfig:
     """How draft lengths are chosen: off, fixed (`draft_len` always), cascade (utility measured per request by trials)
     or shadow (expected gain against expected time, every step); docs/speculation.md."""
     drafter: str = _bounded("ngram")
-    """Where drafts come from, by name: ngram (prompt lookup), suffix (also earlier outputs) or prediction."""
+    """Where drafts come from, by name: ngram (prompt lookup) or suffix (the longest match, also in earlier outputs)."""
     draft_len: int = _bounded(3, low=0, high=64)
     """Tokens drafted per request and step under `fixed`; 0 decodes plainly and calls no drafter."""
     max_draft_len: int = _bounded(7, low=1, high=64)
