@@ -40,9 +40,8 @@ MINUTES, QUICK_MINUTES = 20.0, 1.5
 SAMPLE_S = 5.0
 IDLE_S = 60.0
 WAIT_S = 300.0
-MAX_GROWTH_MB = 16.0
-"""Per process and ten minutes: far above the noise of a fit over ten minutes, far below what a leak of a kilobyte a
-request comes to."""
+MAX_GROWTH_MB = 5.0
+"""Per process and ten minutes: above the noise of such a fit (1 MB), below half a kilobyte a request."""
 _MB = 1 << 20
 
 Chat = list[dict[str, str]]
