@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "cluster.engine": BELOW | {"cluster.speculation"},
     "cluster.transport": BELOW | {"cluster.engine"},
     "cluster.api": BELOW | {"cluster.engine"},
-    "cluster.client": BELOW | {"cluster.engine", "cluster.transport", "cluster.api"},
-    "cluster.serving": BELOW | {"cluster.engine", "cluster.transport", "cluster.api", "cluster.client"},
+    "cluster.client": BELOW | {"cluster.speculation", "cluster.engine", "cluster.transport", "cluster.api"},
+    "cluster.serving": BELOW
+    | {"cluster.speculation", "cluster.engine", "cluster.transport", "cluster.api", "cluster.client"},
     # the command line serves the shipped model
     "cluster": BELOW | {"demo", "cluster.engine", "cluster.api", "cluster.client", "cluster.serving"},
 }
