@@ -72,7 +72,7 @@ class EngineConfig:
     max_draft_len: int = _bounded(7, low=1, high=64)
     """Most tokens that `cascade` and `shadow` draft per request and step."""
     suffix_store_tokens: int = _bounded(65536, low=0, high=1 << 24)
-    """Tokens of earlier outputs that the `suffix` drafter remembers for all requests; about 0.5 kB each."""
+    """Tokens of earlier outputs that the `suffix` drafter remembers for all requests."""
     prompt_lookup_max: int = _bounded(3, low=1, high=32)
     """Longest n-gram the `ngram` drafter looks up."""
     prompt_lookup_min: int = _bounded(1, low=1, high=32)
