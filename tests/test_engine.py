@@ -295,6 +295,60 @@ def test_controllers_change_the_pace_and_never_the_tokens(
     assert per_pos == [sum(accepted > position for accepted in controller.every) for position in range(len(per_pos))]
 
 
+class Halving(FixedController):
+    """Verifies half of every proposal, and keeps what it is told."""
+
+    wants_trials = True
+
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.wanted: list[int] = []
+        self.steps: list[StepObservation] = []
+        self.forgotten: list[int] = []
+
+    def draft_lens(self, batch: Batch, proposals: Sequence[Proposal]) -> list[int]:
+        lengths = [len(proposal) // 2 for proposal in proposals]
+        self.wanted = lengths
+        return lengths
+
+    def observe(self, step: StepObservation) -> None:
+        assert not {outcome.key for outcome in step.requests} & set(self.forgotten)
+        if not step.has_prefill:
+            assert [outcome.num_drafted for outcome in step.requests] == self.wanted
+        self.steps.append(step)
+
+    def forget(self, key: int) -> None:
+        self.forgotten.append(key)
+
+
+def test_the_controller_has_its_way_and_learns_what_came_of_it(
+    make_engine: Callable[..., Engine], runner: ModelRunner
+) -> None:
+    controller = Halving()
+    engine = make_engine(controller=controller)
+    expected = generate(make_engine(draft_len=0), PROMPTS, Greedy)
+    assert generate(engine, PROMPTS, Greedy) == expected
+    steps, stats = controller.steps, engine.stats()
+    assert len(steps) == stats.num_steps
+    assert sorted(controller.forgotten) == list(range(len(PROMPTS)))
+    outcomes = [outcome for step in steps for outcome in step.requests]
+    assert sum(outcome.num_drafted for outcome in outcomes) == stats.spec_decode_num_draft_tokens > 0
+    assert sum(outcome.num_accepted for outcome in outcomes) == stats.spec_decode_num_accepted_tokens > 0
+    assert sum(outcome.num_tokens for outcome in outcomes) == stats.num_generation_tokens - len(PROMPTS)
+    assert steps[0].has_prefill
+    assert not steps[-1].has_prefill
+    top_k, num_experts = runner.info.model.num_experts_per_tok, runner.info.model.num_experts
+    for step in steps:
+        assert step.step_s > 0
+        assert top_k <= step.experts[0] <= min(num_experts, top_k * step.rows[0])
+        assert step.rows_sent == [0]
+        if not step.has_prefill:
+            assert step.rows == [len(step.requests) + sum(outcome.num_drafted for outcome in step.requests)]
+    trials = [trial for step in steps for trial in step.trials]
+    assert max(trial.num_known for trial in trials) > 3, "what was not verified is learned from, too"
+    assert sum(trial.num_right > trial.first for trial in trials) > 0
+
+
 def test_speculation_is_counted_consistently(make_engine: Callable[..., Engine]) -> None:
     plain, drafted = make_engine(draft_len=0), make_engine(draft_len=4)
     sampling = replace(Greedy, max_tokens=40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -204,9 +205,9 @@ class GenerationRequest(BaseModel):
         return None
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens to show beside each output token; None shows nothing."""
-        raise NotImplementedError
 
     @property
     def num_unknown_fields(self) -> int:

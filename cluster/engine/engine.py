@@ -249,7 +249,7 @@ class Engine:
                 if output is None:
                     continue
                 outputs.append(output)
-                if part.first_sampled_row == 0:
+                if part.first_sampled_row == 0 and output.offset > 0:  # it was decoding when this step was planned
                     num_kept = len(output.token_ids)
                     accepted = min(len(tokens) - 1, num_kept)
                     outcomes.append(RequestOutcome(request.key, part.num_sampled_rows - 1, accepted, num_kept))
@@ -268,7 +268,7 @@ class Engine:
             step_s=step_s,
             requests=outcomes,
             rows=[sum(len(part.token_ids) for part in rank.requests) for rank in plan.ranks],
-            has_prefill=any(part.first_sampled_row > 0 for rank in plan.ranks for part in rank.requests),
+            has_prefill=len(outcomes) < sum(len(rank.requests) for rank in plan.ranks),
             experts=[sum(rank.counts.experts) / num_layers for rank in result.ranks],
             rows_sent=[sum(rank.counts.rows_sent) / num_layers for rank in result.ranks],
             trials=[
