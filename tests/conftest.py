@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import httpx
+
+    from penstock.cluster.api.chat_tokenizer import ChatTokenizer
+
+    from .scripted_backend import ScriptedBackend
 
 # Before torch is imported: more threads than cores make tiny tensors slow
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -301,3 +308,31 @@ def reference() -> Callable[..., list[int]]:
         return out[0, len(prompt) :].tolist()
 
     return generate
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """Return a small tokenizer with a chat template; some of its tokens are parts of characters."""
+    from .scripted_backend import save_tokenizer
+
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def backend(tokenizer: ChatTokenizer) -> ScriptedBackend:
+    """Return an engine without a model: its pace, text and failures are the test's."""
+    from .scripted_backend import ScriptedBackend
+
+    return ScriptedBackend(tokenizer.vocab_size)
+
+
+@pytest.fixture
+async def http(backend: ScriptedBackend, tokenizer: ChatTokenizer) -> AsyncIterator[httpx.AsyncClient]:
+    """Return a client of the application over ``backend``, in this process."""
+    from penstock.cluster.api.openai_api import create_app
+    from penstock.cluster.api.serving_state import ServingState
+
+    from .openai_app import NAMES, client_of
+
+    async with client_of(create_app(await ServingState.create(backend, tokenizer, NAMES, "/the/root"))) as client:
+        yield client

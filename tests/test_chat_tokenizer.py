@@ -10,11 +10,6 @@ from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from .scripted_backend import save_tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 def test_text_survives_the_round_trip(tokenizer: ChatTokenizer) -> None:
     text = "the wheel ☕ 水車"
     ids = tokenizer.encode(text)

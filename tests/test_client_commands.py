@@ -23,7 +23,7 @@ from penstock.cluster.client.llm import LLM
 from penstock.cluster.client.server_stats import quantile
 from penstock.cluster.client_commands import PROMPTS
 
-from .scripted_backend import LoopbackServer, ScriptedBackend, save_tokenizer
+from .scripted_backend import LoopbackServer, ScriptedBackend
 from .test_http_client import MODEL, served
 
 pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")
@@ -47,11 +47,6 @@ OPTIONS = {
         --streams --temperature --url
     """,
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

@@ -17,20 +17,10 @@ from penstock.cluster.client.connect import connect
 from penstock.cluster.client.http_client import HttpClient
 from penstock.cluster.engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
 
-from .scripted_backend import LoopbackServer, ScriptedBackend, save_tokenizer
+from .scripted_backend import LoopbackServer, ScriptedBackend
 
 MODEL = "scripted"
 CHAT = [{"role": "user", "content": "turn the wheel"}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def backend(tokenizer: ChatTokenizer) -> ScriptedBackend:
-    return ScriptedBackend(tokenizer.vocab_size)
 
 
 @contextmanager

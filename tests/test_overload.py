@@ -24,7 +24,7 @@ from penstock.cluster.engine.output import ABORT, LENGTH, TIMEOUT, RequestOutput
 from penstock.workers.plan import StepPlan, StepResult
 from penstock.workers.sampling_params import SamplingParams
 
-from .scripted_backend import LoopbackServer, save_tokenizer
+from .scripted_backend import LoopbackServer
 from .scripted_ranks import ScriptedRanks, continuation
 
 MODEL = "scripted"
@@ -170,11 +170,6 @@ def test_totals_and_refusals_do_not_wait_for_the_step() -> None:
 
 
 # --- the server ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @asynccontextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -13,17 +13,22 @@ from .api_error import ApiError
 from .prompts import check_vocabulary, num_chars, run_tokenizer
 from .protocol import check_turn
 from .request_body import body_schema, read_body
-from .serving_state import serving
+from .serving_state import ServingState, serving
 
 router = APIRouter()
 
 
-class TokenizeRequest(BaseModel):
-    """The body of POST /tokenize: a prompt or a conversation."""
+class _Request(BaseModel):
+    """What both endpoints take."""
 
     model_config = ConfigDict(strict=True, hide_input_in_errors=True)
 
     model: str | None = None
+
+
+class TokenizeRequest(_Request):
+    """The body of POST /tokenize: a prompt or a conversation."""
+
     prompt: str | None = None
     messages: list[Any] | None = Field(None, description="As in a chat completion; instead of prompt.")
     add_special_tokens: bool | None = Field(None, description="By default those of a prompt are added, not of a chat.")
@@ -32,22 +37,19 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(_Request):
     """The body of POST /detokenize."""
 
-    model_config = ConfigDict(strict=True, hide_input_in_errors=True)
-
-    model: str | None = None
     tokens: Annotated[list[int], WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}})]
+
+
+_RequestT = TypeVar("_RequestT", bound=_Request)
 
 
 @router.post("/tokenize", openapi_extra=body_schema(TokenizeRequest))
 async def tokenize(request: Request) -> Response:
     """Answer the token ids of a prompt or a conversation."""
-    state = serving(request)
-    body = await read_body(request, TokenizeRequest)
-    if body.model is not None:
-        state.check_model(body.model)
+    state, body = await _read(request, TokenizeRequest)
     if (body.prompt is None) is (body.messages is None):
         raise ApiError(400, "prompt: expected either prompt or messages", param="prompt", code="invalid_value")
     tokenizer = state.tokenizer
@@ -72,12 +74,18 @@ async def tokenize(request: Request) -> Response:
 @router.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest))
 async def detokenize(request: Request) -> Response:
     """Answer the text of some token ids, special tokens written out."""
-    state = serving(request)
-    body = await read_body(request, DetokenizeRequest)
-    if body.model is not None:
-        state.check_model(body.model)
+    state, body = await _read(request, DetokenizeRequest)
     check_vocabulary(state, "tokens", body.tokens)
     prompt = await run_tokenizer(
         lambda: state.tokenizer.decode(body.tokens, skip_special_tokens=False), len(body.tokens)
     )
     return JSONResponse({"prompt": prompt})
+
+
+async def _read(request: Request, model: type[_RequestT]) -> tuple[ServingState, _RequestT]:
+    """Return what is served and the request's body; raise 404 if it names another model."""
+    state = serving(request)
+    body = await read_body(request, model)
+    if body.model is not None:
+        state.check_model(body.model)
+    return state, body
