@@ -16,8 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.engine.backend import EngineDeadError
+from penstock.cluster.engine.histogram import Histogram
 from penstock.cluster.engine.latencies import Latencies
 from penstock.cluster.engine.output import ABORT, ERROR, LENGTH, STOP, EngineStats, RequestOutput, RequestStats
+from penstock.cluster.speculation.options import AUTO, SpeculationOptions
 from penstock.workers.model_info import ModelInfo, RankInfo
 from penstock.workers.plan import Logprobs
 from penstock.workers.sampling_params import SamplingParams
@@ -87,6 +89,8 @@ class ScriptedBackend:
     latencies: Latencies = field(default_factory=Latencies)
     """What it says that its requests took."""
     requests: list[SamplingParams] = field(default_factory=list)
+    speculation: list[SpeculationOptions] = field(default_factory=list)
+    """Of the same requests."""
     started: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     aborted: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     """Requests whose iterator was closed before its end."""
@@ -100,11 +104,16 @@ class ScriptedBackend:
         return 4 + int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % (self.vocab_size - 4)
 
     async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        speculation: SpeculationOptions = AUTO,
     ) -> AsyncIterator[RequestOutput]:
         if self.dead:
             raise EngineDeadError("rank 1 is gone")
         self.requests.append(sampling)
+        self.speculation.append(speculation)
         self.started.put_nowait(request_id)
         assert sampling.max_tokens is not None
         count = sampling.max_tokens if self.script is None else min(len(self.script), sampling.max_tokens)
@@ -164,6 +173,9 @@ class ScriptedBackend:
             "num_generation_tokens": 77,
             "unknown_request_fields": self.unknown_fields,
             "latencies": self.latencies.snapshot(),
+            "spec_decode_draft_len": Histogram([0, 3]).snapshot(),
+            "spec_decode_utility": Histogram([1]).snapshot(),
+            "spec_decode_phases": {"fixed": 2},
         }
         return {"g": EngineStats(**{**fields, **known})}  # type: ignore[arg-type]
 

@@ -16,7 +16,10 @@ from penstock.cluster.api.serving_state import ServingState
 from .openai_app import CHAT, MODEL, post_chat, post_completion, served, sse
 from .scripted_backend import MAX_MODEL_LEN, ScriptedBackend
 
-STATS = {"seed", "steps", "draft_tokens", "accepted_tokens", "acceptance", "tokens_per_s", "ttft_s", "queue_s"}
+STATS = {
+    *("seed", "steps", "draft_tokens", "accepted_tokens", "acceptance", "mean_draft_len", "phase", "utility"),
+    *("baseline_s", "accepted_prediction_tokens", "rejected_prediction_tokens", "tokens_per_s", "ttft_s", "queue_s"),
+}
 
 
 # --- answers -------------------------------------------------------------------------------------------------------
@@ -32,7 +35,12 @@ async def test_completion_is_the_decoded_script(
         {"index": 0, "text": "turns the wheel ☕ 水車", "logprobs": None, "finish_reason": "length"}
     ]
     prompt, output = len(tokenizer.encode("the water")), len(backend.script)
-    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+    assert body["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
+    }
     assert set(body["penstock"]) == STATS
     assert (body["penstock"]["acceptance"], body["penstock"]["queue_s"]) == (0.5, 0.25)
 

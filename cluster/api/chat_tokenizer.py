@@ -56,6 +56,10 @@ class ChatTokenizer:
         """Return the ids of ``prompt``, with the special tokens that the tokenizer itself puts around a text."""
         return self._encode(prompt, "prompt", add_special_tokens=add_special_tokens)
 
+    def encode_prediction(self, text: str) -> list[int]:
+        """Return the ids of an output that a client expects: nothing is put around it."""
+        return self._encode(text, "prediction.content", add_special_tokens=False)
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -147,10 +151,11 @@ def _message(where: str, message: Any) -> dict[str, str]:
     for field in ("tool_calls", "function_call", "audio", "refusal"):
         if message.get(field):
             raise ValueError(f"{where}.{field}: not supported")
-    return {"role": role, "content": _content(f"{where}.content", message.get("content"))}
+    return {"role": role, "content": text_content(f"{where}.content", message.get("content"))}
 
 
-def _content(where: str, content: Any) -> str:
+def text_content(where: str, content: Any) -> str:
+    """Return the text of OpenAI's ``content``: a string or a list of text parts; ``ValueError`` names the part."""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):

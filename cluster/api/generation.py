@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from ..engine.output import RequestStats
 
@@ -20,6 +21,21 @@ class GenerationStats:
     accepted_tokens: int | None
     acceptance: float | None
     """Accepted share of the draft tokens; 0 when none was drafted."""
+    mean_draft_len: float | None
+    """Draft tokens per step."""
+    phase: str | None
+    """What chose the draft lengths at the end: off, fixed, shadow, or cascade's baseline, test, set or disabled."""
+    utility: float | None
+    """Tokens per step over the step's time relative to plain decoding: above 1 speculation has paid.
+
+    None where nobody measures it (off, fixed) or has yet.
+    """
+    baseline_s: float | None
+    """Time of a plain step that ``utility`` was measured against."""
+    accepted_prediction_tokens: int
+    """Drafted from the request's `prediction`, and in the output."""
+    rejected_prediction_tokens: int
+    """Drafted from the request's `prediction`, and not in the output."""
     tokens_per_s: float
     """Output tokens per second after the first token; over the whole request when there is but one."""
     ttft_s: float
@@ -28,14 +44,26 @@ class GenerationStats:
     """From arrival to the first step."""
 
     @classmethod
-    def from_request(cls, stats: RequestStats, seed: int | None) -> GenerationStats:
-        """Build from the engine's exact counts."""
+    def from_request(
+        cls,
+        stats: RequestStats,
+        seed: int | None,
+        accepted_prediction_tokens: int,
+        rejected_prediction_tokens: int,
+    ) -> GenerationStats:
+        """Build from the engine's exact counts, and those of the `prediction` in the text as far as it was read."""
         return cls(
             seed=seed,
             steps=stats.num_steps,
             draft_tokens=stats.num_draft_tokens,
             accepted_tokens=stats.num_accepted_tokens,
             acceptance=stats.acceptance,
+            mean_draft_len=stats.mean_draft_len,
+            phase=stats.phase,
+            utility=stats.utility,
+            baseline_s=stats.baseline_s,
+            accepted_prediction_tokens=accepted_prediction_tokens,
+            rejected_prediction_tokens=rejected_prediction_tokens,
             tokens_per_s=stats.tokens_per_s,
             ttft_s=stats.ttft_s,
             queue_s=stats.queue_s,
@@ -43,7 +71,10 @@ class GenerationStats:
 
     @classmethod
     def together(cls, parts: Sequence[GenerationStats]) -> GenerationStats:
-        """Return what several generations that ran side by side come to; ``seed`` is None where they differ."""
+        """Return what several generations that ran side by side come to.
+
+        ``seed`` and ``phase`` are None where they differ; ``utility`` and ``baseline_s`` are means.
+        """
         if len(parts) == 1:
             return parts[0]
 
@@ -51,17 +82,30 @@ class GenerationStats:
             return None if None in counts else sum(count or 0 for count in counts)
 
         drafted, accepted = total([p.draft_tokens for p in parts]), total([p.accepted_tokens for p in parts])
+        steps = sum(p.steps for p in parts)
         waits = [p.queue_s for p in parts if p.queue_s is not None]
         return cls(
             seed=parts[0].seed if len({p.seed for p in parts}) == 1 else None,
-            steps=sum(p.steps for p in parts),
+            steps=steps,
             draft_tokens=drafted,
             accepted_tokens=accepted,
             acceptance=None if drafted is None or accepted is None else accepted / drafted if drafted else 0.0,
+            mean_draft_len=None if drafted is None else drafted / steps if steps else 0.0,
+            phase=parts[0].phase if len({p.phase for p in parts}) == 1 else None,
+            utility=_mean([p.utility for p in parts]),
+            baseline_s=_mean([p.baseline_s for p in parts]),
+            accepted_prediction_tokens=sum(p.accepted_prediction_tokens for p in parts),
+            rejected_prediction_tokens=sum(p.rejected_prediction_tokens for p in parts),
             tokens_per_s=sum(p.tokens_per_s for p in parts),
             ttft_s=min(p.ttft_s for p in parts),
             queue_s=min(waits, default=None),
         )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of those that are known."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 @dataclass(frozen=True, slots=True)

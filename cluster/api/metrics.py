@@ -47,18 +47,17 @@ class _Value:
 
 
 @dataclass(frozen=True, slots=True)
-class _Latency:
-    """A histogram of seconds; ``name`` is that of ``EngineStats.latencies``."""
+class _Distribution:
+    """A histogram per gang."""
 
     name: str
     text: str
+    read: Callable[[EngineStats], HistogramSnapshot]
 
     def collect(self, gangs: Mapping[str, EngineStats]) -> Metric:
-        name = f"{PREFIX}{self.name}_seconds"
-        query = f"histogram_quantile(0.99, sum by (le) (rate({name}_bucket[5m])))"
-        metric = HistogramMetricFamily(name, f"{self.text} PromQL: {query}", labels=[_GANG])
+        metric = HistogramMetricFamily(PREFIX + self.name, self.text, labels=[_GANG])
         for gang, stats in gangs.items():
-            histogram = stats.latencies[self.name]
+            histogram = self.read(stats)
             metric.add_metric([gang], _buckets(histogram), histogram.total)
         return metric
 
@@ -68,8 +67,16 @@ def _buckets(histogram: HistogramSnapshot) -> list[tuple[str, float]]:
     return list(zip(bounds, accumulate(histogram.counts), strict=True))
 
 
-def _gauge(name: str, text: str, read: Callable[[EngineStats], float]) -> _Value:
-    return _Value(GaugeMetricFamily, name, text, read)
+def _latency(name: str, text: str) -> _Distribution:
+    """Return a histogram of seconds; ``name`` is that of ``EngineStats.latencies``."""
+    query = f"histogram_quantile(0.99, sum by (le) (rate({PREFIX}{name}_seconds_bucket[5m])))"
+    return _Distribution(f"{name}_seconds", f"{text} PromQL: {query}", lambda stats: stats.latencies[name])
+
+
+def _gauge(
+    name: str, text: str, read: Callable[[EngineStats], float | Mapping[str, float]], label: str | None = None
+) -> _Value:
+    return _Value(GaugeMetricFamily, name, text, read, label)
 
 
 def _counter(
@@ -78,7 +85,7 @@ def _counter(
     return _Value(CounterMetricFamily, name, text, read, label)
 
 
-_METRICS: tuple[_Value | _Latency, ...] = (
+_METRICS: tuple[_Value | _Distribution, ...] = (
     _gauge(
         "num_requests_running",
         "Requests in steps now. PromQL: sum(penstock:num_requests_running)",
@@ -129,16 +136,16 @@ _METRICS: tuple[_Value | _Latency, ...] = (
         lambda stats: stats.unknown_request_fields,
         "endpoint",
     ),
-    _Latency("time_to_first_token", "Arrival of a request at its gang to its first token."),
-    _Latency(
+    _latency("time_to_first_token", "Arrival of a request at its gang to its first token."),
+    _latency(
         "inter_token_latency",
         "Between the outputs of a request; tokens that came in one step, accepted drafts among them, are one output.",
     ),
-    _Latency("time_per_output_token", "Mean time per token after the first, one observation a request."),
-    _Latency("e2e_request_latency", "Arrival of a request at its gang to its last token."),
-    _Latency("request_queue_time", "Arrival of a request at its gang to a place and blocks for it."),
-    _Latency("request_prefill_time", "From there to its first token."),
-    _Latency("request_decode_time", "Its first token to its last."),
+    _latency("time_per_output_token", "Mean time per token after the first, one observation a request."),
+    _latency("e2e_request_latency", "Arrival of a request at its gang to its last token."),
+    _latency("request_queue_time", "Arrival of a request at its gang to a place and blocks for it."),
+    _latency("request_prefill_time", "From there to its first token."),
+    _latency("request_decode_time", "Its first token to its last."),
     _counter(
         "engine_steps", "Steps committed. PromQL: rate(penstock:engine_steps_total[1m])", lambda stats: stats.num_steps
     ),
@@ -177,6 +184,27 @@ _METRICS: tuple[_Value | _Latency, ...] = (
         "/ scalar(sum(rate(penstock:spec_decode_num_drafts_total[1m])))",
         lambda stats: {str(i): n for i, n in enumerate(stats.spec_decode_num_accepted_tokens_per_pos)},
         "position",
+    ),
+    _Distribution(
+        "spec_decode_draft_len",
+        "Tokens drafted by each decoding request in each step, 0 where it drafted none. PromQL, mean: "
+        "sum(rate(penstock:spec_decode_draft_len_sum[1m])) / sum(rate(penstock:spec_decode_draft_len_count[1m]))",
+        lambda stats: stats.spec_decode_draft_len,
+    ),
+    _Distribution(
+        "spec_decode_utility",
+        "Tokens per step over the step's time relative to plain decoding, one observation a request that ended and "
+        "was measured; above 1 speculation has paid. PromQL, share of requests where it has not: "
+        'sum(rate(penstock:spec_decode_utility_bucket{le="1"}[5m])) '
+        "/ sum(rate(penstock:spec_decode_utility_count[5m]))",
+        lambda stats: stats.spec_decode_utility,
+    ),
+    _gauge(
+        "spec_decode_phase",
+        "Decoding requests by what decides their draft length: off, fixed, shadow, or cascade's baseline, test, set "
+        "and disabled; at most a second old. PromQL: sum by (phase) (penstock:spec_decode_phase)",
+        lambda stats: stats.spec_decode_phases,
+        "phase",
     ),
     _counter(
         "decode_steps",

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from ...workers.sampling_params import SamplingParams
 from ..engine.backend import EngineDeadError
+from ..speculation.options import SpeculationOptions
 from . import model_api, tokenization_api
 from .api_error import ApiError
 from .chat_format import ChatFormat
@@ -24,7 +25,7 @@ from .event_stream import EventStream, while_connected
 from .generation import Generation
 from .metrics import CONTENT_TYPE, render
 from .middleware import ApiKeyMiddleware, RequestIdMiddleware
-from .prompts import EncodedPrompt, encode_chat, encode_completion
+from .prompts import EncodedPrompt, encode_chat, encode_completion, encode_speculation
 from .protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from .request_body import body_schema, read_body
 from .response_format import AnswerOptions, ResponseFormat
@@ -73,18 +74,22 @@ async def create_completion(request: Request) -> Response:
     """Continue one prompt or several."""
     state = serving(request)
     body = await read_body(request, CompletionRequest)
-    prompts = await encode_completion(state, body, _admit(request, state, body))
+    sampling = _admit(request, state, body)
+    speculation = await encode_speculation(state, body)
+    prompts = await encode_completion(state, body, sampling)
     answer = CompletionFormat(_options(f"cmpl-{uuid.uuid4().hex}", state, body, prompts, echo=bool(body.echo)))
-    return await _respond(request, state, body, answer)
+    return await _respond(request, state, body, answer, speculation)
 
 
 async def create_chat_completion(request: Request) -> Response:
     """Write the assistant's next turn."""
     state = serving(request)
     body = await read_body(request, ChatCompletionRequest)
-    prompt = await encode_chat(state, body, _admit(request, state, body))
+    sampling = _admit(request, state, body)
+    speculation = await encode_speculation(state, body)
+    prompt = await encode_chat(state, body, sampling)
     answer = ChatFormat(_options(f"chatcmpl-{uuid.uuid4().hex}", state, body, [prompt]))
-    return await _respond(request, state, body, answer)
+    return await _respond(request, state, body, answer, speculation)
 
 
 async def _check_health(request: Request) -> None:
@@ -126,11 +131,17 @@ def _options(
     )
 
 
-async def _respond(request: Request, state: ServingState, body: GenerationRequest, answer: ResponseFormat) -> Response:
+async def _respond(
+    request: Request,
+    state: ServingState,
+    body: GenerationRequest,
+    answer: ResponseFormat,
+    speculation: SpeculationOptions,
+) -> Response:
     options = answer.options
     wanted = [(prompt, one) for prompt in options.prompts for one in prompt.sampling.choices()]
     texts = [
-        stream_text(state.backend, state.tokenizer, f"{options.request_id}-{index}", prompt.token_ids, one)
+        stream_text(state.backend, state.tokenizer, f"{options.request_id}-{index}", prompt.token_ids, one, speculation)
         for index, (prompt, one) in enumerate(wanted)
     ]
     deltas = merge(texts)

@@ -9,7 +9,9 @@ from typing import Any
 import anyio.to_thread
 
 from ...workers.sampling_params import SamplingParams
+from ..speculation.options import SpeculationOptions
 from .api_error import ApiError
+from .prediction import encode_prediction
 from .protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from .serving_state import ServingState
 
@@ -67,6 +69,19 @@ async def encode_chat(state: ServingState, body: ChatCompletionRequest, sampling
 
     token_ids = await run_tokenizer(encode, num_chars(body.messages))
     return _fit(state, "messages", _truncate(state, body, token_ids), body, sampling)
+
+
+async def encode_speculation(state: ServingState, body: GenerationRequest) -> SpeculationOptions:
+    """Return what the request says of drafting, its prediction tokenized and checked; raise 400 naming the field."""
+
+    def encode() -> SpeculationOptions:
+        options = replace(
+            body.speculation_options(), prediction_token_ids=encode_prediction(state.tokenizer, body.prediction_text())
+        )
+        options.check_prediction(state.vocab_size, state.max_model_len)
+        return options
+
+    return await run_tokenizer(encode, num_chars(body.prediction))
 
 
 async def run_tokenizer(encode: Callable[[], Any], size: int) -> Any:

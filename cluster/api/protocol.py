@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from ...workers.sampling_params import MAX_CHOICES, MAX_LISTED_TOKENS, MAX_LOGPROBS, SamplingParams
+from ..speculation.options import MAX_DRAFT_LEN, MODES, SpeculationOptions
+from .prediction import prediction_text
 
 DEFAULT_MAX_TOKENS = 16
 """Of /v1/completions; a chat runs to the end of its turn or of the context."""
@@ -49,7 +51,6 @@ _HARMLESS = {
     "metadata",
     "moderation",
     "parallel_tool_calls",
-    "prediction",
     "prompt_cache_key",
     "prompt_cache_options",
     "prompt_cache_retention",
@@ -136,6 +137,28 @@ class StreamOptions(BaseModel):
 # a reference would point nowhere once the schema is part of the API's
 _INLINE_STREAM_OPTIONS = _schema("object", properties={"include_usage": {"type": ["boolean", "null"]}})
 
+_INLINE_SPECULATION = _schema(
+    "object",
+    properties={
+        "mode": {"enum": [*MODES, None]},
+        "max_draft_len": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_DRAFT_LEN},
+    },
+    additionalProperties=False,
+)
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_INLINE_PREDICTION = _schema(
+    "object",
+    properties={
+        "type": {"const": "content"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]},
+    },
+    required=["type", "content"],
+)
+
 _SAMPLING = (
     "n",
     "temperature",
@@ -188,6 +211,12 @@ class GenerationRequest(BaseModel):
     truncate_prompt_tokens: Annotated[int | None, _schema("integer", minimum=-1)] = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    speculation: Annotated[dict[str, Any] | None, _INLINE_SPECULATION] = Field(
+        None, description="How this request drafts, within what the server allows; max_draft_len is in [0, 64]."
+    )
+    prediction: Annotated[dict[str, Any] | None, _INLINE_PREDICTION] = Field(
+        None, description="What the output is expected to be: drafts are taken from it first."
+    )
 
     @property
     def include_usage(self) -> bool:
@@ -237,6 +266,14 @@ class GenerationRequest(BaseModel):
         given = {name: getattr(self, name) for name in _SAMPLING}
         given |= {"max_tokens": self.limit, "logprobs": self.num_logprobs, "prompt_logprobs": self.num_prompt_logprobs}
         return SamplingParams.from_kwargs(**{name: value for name, value in given.items() if value is not None})
+
+    def speculation_options(self) -> SpeculationOptions:
+        """Return what the request says of drafting, less its prediction; raises ``ValueError`` naming the field."""
+        return SpeculationOptions.from_mapping(self.speculation or {})
+
+    def prediction_text(self) -> str:
+        """Return the output that the request expects, empty for none; raises ``ValueError`` naming the field."""
+        return "" if self.prediction is None else prediction_text(self.prediction)
 
     @property
     def limit(self) -> int | None:

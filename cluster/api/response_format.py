@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from openai.types import CompletionUsage
+from openai.types.completion_usage import CompletionTokensDetails
 from pydantic import BaseModel
 
 from .generation import Generation, GenerationStats, TokenLogprob
@@ -77,12 +78,16 @@ def accounts(options: AnswerOptions, generations: Sequence[Generation]) -> dict[
     """Return usage and statistics of all choices; a prompt counts once."""
     num_prompt_tokens = sum(len(prompt.token_ids) for prompt in options.prompts)
     num_output_tokens = sum(generation.num_output_tokens for generation in generations)
+    stats = GenerationStats.together([generation.stats for generation in generations])
     usage = CompletionUsage(
         prompt_tokens=num_prompt_tokens,
         completion_tokens=num_output_tokens,
         total_tokens=num_prompt_tokens + num_output_tokens,
+        completion_tokens_details=CompletionTokensDetails(
+            accepted_prediction_tokens=stats.accepted_prediction_tokens,
+            rejected_prediction_tokens=stats.rejected_prediction_tokens,
+        ),
     )
-    stats = GenerationStats.together([generation.stats for generation in generations])
     return {"usage": usage, "penstock": asdict(stats)}
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from ...workers.plan import Logprobs
 from ...workers.sampling_params import SamplingParams
 from ..engine.backend import Backend
-from ..engine.output import LENGTH, STOP, RequestOutput
+from ..engine.output import LENGTH, STOP, PredictionDraft, RequestOutput
+from ..speculation.options import AUTO, SpeculationOptions
 from .chat_tokenizer import ChatTokenizer
 from .generation import Generation, GenerationStats, TokenLogprob
 from .token_text import LogprobReader
@@ -42,6 +43,7 @@ async def stream_text(
     request_id: str,
     prompt_token_ids: Sequence[int],
     sampling: SamplingParams,
+    speculation: SpeculationOptions = AUTO,
 ) -> AsyncGenerator[TextDelta, None]:
     """Yield a request's text until it ends; close the generator to abort it.
 
@@ -50,7 +52,7 @@ async def stream_text(
     """
     sampling = sampling.with_seed()
     text = RequestText(tokenizer, prompt_token_ids, sampling)
-    outputs = backend.generate(request_id, prompt_token_ids, sampling)
+    outputs = backend.generate(request_id, prompt_token_ids, sampling, speculation)
     async with aclosing(outputs):
         async for output in outputs:
             delta = text.take(output)
@@ -73,6 +75,7 @@ class RequestText:
         self._arrived = self._first = self._last = time.perf_counter()
         self._num_steps = 0
         self._num_received = 0
+        self._num_accepted_prediction_tokens = self._num_rejected_prediction_tokens = 0
         self._detokenizer = tokenizer.detokenizer(sampling)
         self._reader: LogprobReader | None = None
         if sampling.logprobs is not None:
@@ -88,7 +91,8 @@ class RequestText:
         """
         if output.offset > self._num_received:
             raise RequestFailedError(f"output tokens {self._num_received} to {output.offset - 1} were lost")
-        known = self._num_received - output.offset
+        num_received = self._num_received
+        known = num_received - output.offset
         token_ids = output.token_ids[known:]
         self._num_received += len(token_ids)
         if token_ids:
@@ -104,6 +108,7 @@ class RequestText:
         # a stop string may have been complete before the last of them
         fresh = token_ids[: len(token_ids) - (self._num_received - num_tokens)]
         self._token_ids += fresh
+        self._count_prediction(output.prediction_drafts, num_received, num_tokens)
         logprobs = None
         if self._reader is not None and output.logprobs is not None:
             logprobs = self._reader.read(output.logprobs.cut(known, known + len(fresh)))
@@ -115,6 +120,14 @@ class RequestText:
         reason = STOP if self._detokenizer.stopped else output.finish_reason
         return delta if reason is None else replace(delta, generation=self._generation(reason, num_tokens, output))
 
+    def _count_prediction(self, drafts: Sequence[PredictionDraft], start: int, end: int) -> None:
+        """Count the drafts of steps whose tokens begin in [start, end); what lies behind ``end`` is rejected."""
+        for draft in drafts:
+            if start <= draft.offset < end:
+                num_accepted = min(draft.num_accepted, end - draft.offset)
+                self._num_accepted_prediction_tokens += num_accepted
+                self._num_rejected_prediction_tokens += draft.num_drafted - num_accepted
+
     def _read_prompt(self, logprobs: Logprobs | None) -> list[TokenLogprob]:
         """Return what the prompt's tokens are; the first of them has no log-probability."""
         reader = LogprobReader(self._tokenizer.token_texts, skip_special_tokens=False)
@@ -123,8 +136,9 @@ class RequestText:
 
     def _generation(self, reason: str, num_tokens: int, output: RequestOutput) -> Generation:
         seed = self._sampling.seed
+        predicted = self._num_accepted_prediction_tokens, self._num_rejected_prediction_tokens
         if output.stats is not None:
-            stats = GenerationStats.from_request(output.stats, seed)
+            stats = GenerationStats.from_request(output.stats, seed, *predicted)
         else:
             ttft_s = self._first - self._arrived
             stats = GenerationStats(
@@ -133,6 +147,12 @@ class RequestText:
                 draft_tokens=None,
                 accepted_tokens=None,
                 acceptance=None,
+                mean_draft_len=None,
+                phase=None,
+                utility=None,
+                baseline_s=None,
+                accepted_prediction_tokens=predicted[0],
+                rejected_prediction_tokens=predicted[1],
                 tokens_per_s=_rate(num_tokens, ttft_s, self._last - self._arrived),
                 ttft_s=ttft_s,
                 queue_s=None,

@@ -11,13 +11,13 @@ from typing import Any
 
 import openai
 
-from ...workers.sampling_params import SamplingParams
 from ..api.generation import Generation
 from ..api.metrics import parse_samples
 from ..config import API_KEY_VARIABLE
 from ..engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
 from .client import Prompt
 from .http_answer import StreamedAnswer, read_choices
+from .request_params import RequestParams
 
 _OPENAI_FIELDS = {
     "frequency_penalty",
@@ -242,13 +242,15 @@ class _Call:
 
     def __init__(self, prompts: Sequence[Prompt], sampling: dict[str, Any], *, stream: bool = False) -> None:
         # a mistake is found here as the server would find it
-        params = SamplingParams.from_kwargs(**sampling)
+        params = RequestParams.from_kwargs(**sampling).sampling
         if params.choice:
             raise ValueError("choice: not a field of the HTTP API; ask for n outputs")
         self._is_chat = len(prompts) == 1 and _is_chat(prompts[0])
         self.num_top = params.logprobs or 0
         given = {name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()}
         given.pop("choice", None)
+        if isinstance(given.get("prediction"), str):
+            given["prediction"] = {"type": "content", "content": given["prediction"]}
         self._arguments: dict[str, Any] = {name: given.pop(name) for name in list(given) if name in _OPENAI_FIELDS}
         # or nobody could tell how many tokens each of several outputs has
         self._arguments["extra_body"] = {**given, "return_token_ids": True}
@@ -270,7 +272,7 @@ class _Call:
 
 
 def _one_call(prompt: Prompt, sampling: dict[str, Any], *, stream: bool = False) -> _Call:
-    if SamplingParams.from_kwargs(**sampling).n > 1:
+    if RequestParams.from_kwargs(**sampling).sampling.n > 1:
         raise ValueError("n: one output is generated; generate_many takes more")
     return _Call([prompt], sampling, stream=stream)
 

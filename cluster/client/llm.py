@@ -19,6 +19,8 @@ from ..engine.engine import Engine, check_prompt
 from ..engine.output import STOP, EngineStats, RequestStats
 from ..engine.ranks import LocalRanks, Ranks, make_runner
 from ..speculation.drafter import drafter_factory
+from ..speculation.options import SpeculationOptions
+from .request_params import RequestParams
 
 Prompt = str | Sequence[int]
 
@@ -89,24 +91,34 @@ class LLM:
         self._engine.ranks.close()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None, **params: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        speculation: Mapping[str, Any] | None = None,
+        prediction: str | Mapping[str, Any] | None = None,
+        **params: Any,
     ) -> list[Completion]:
         """Continue each prompt (text, or token ids) and return the results in order: ``n`` of each prompt in turn.
 
-        ``params`` are fields of `SamplingParams`, unless ``sampling`` is given. All prompts are checked before any is
-        run; ``ValueError`` names the field at fault. Raises ``RequestTimeoutError`` if one takes longer than
-        ``request_timeout_s``.
+        ``params`` are fields of `SamplingParams`, unless ``sampling`` is given. ``speculation`` (``mode`` and
+        ``max_draft_len``) and ``prediction`` (the output that is expected, to draft from) hold for every prompt and
+        change no token. All prompts are checked before any is run; ``ValueError`` names the field at fault. Raises
+        ``RequestTimeoutError`` if one takes longer than ``request_timeout_s``.
         """
         if sampling is not None and params:
             raise ValueError(f"sampling: given together with {', '.join(sorted(params))}; give one or the other")
-        sampling = sampling or SamplingParams.from_kwargs(**params)
+        asked = RequestParams.from_kwargs(speculation=speculation, prediction=prediction, **params)
         token_ids = [self._encode(prompt, i) for i, prompt in enumerate(_as_list(prompts))]
-        return self._run(token_ids, sampling)
+        return self._run(token_ids, sampling or asked.sampling, asked.encode(self.tokenizer))
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None, **params: Any
     ) -> Completion:
-        """Write the assistant's next turn of one conversation; with ``n`` above 1, return the first of them."""
+        """Write the assistant's next turn of one conversation; with ``n`` above 1, return the first of them.
+
+        Arguments are those of `generate`.
+        """
         return self.generate([self.tokenizer.encode_chat(messages)], sampling, **params)[0]
 
     def stats(self) -> EngineStats:
@@ -121,16 +133,19 @@ class LLM:
             raise ValueError(f"prompts[{index}]: expected a string or a list of token ids")
         return token_ids
 
-    def _run(self, prompts: list[list[int]], sampling: SamplingParams) -> list[Completion]:
+    def _run(
+        self, prompts: list[list[int]], sampling: SamplingParams, speculation: SpeculationOptions
+    ) -> list[Completion]:
         for prompt in prompts:
             check_prompt(self._engine.model, prompt, replace(sampling, n=1))
+        speculation.check_prediction(self._engine.model.vocab_size, self._engine.model.max_model_len)
         live: dict[str, tuple[list[int], RequestText]] = {}
         done: dict[str, Completion] = {}
         try:
             for prompt in prompts:
                 for choice in sampling.with_seed().choices():
                     request_id = uuid.uuid4().hex
-                    self._engine.add_request(request_id, prompt, choice)
+                    self._engine.add_request(request_id, prompt, choice, speculation)
                     live[request_id] = prompt, RequestText(self.tokenizer, prompt, choice)
             while len(done) < len(live):
                 for output in self._engine.step():
@@ -157,7 +172,12 @@ def _completion(prompt: list[int], generation: Generation, stats: RequestStats) 
         generation.finish_reason,
         generation.stats.seed,
         # a stop string may have been complete before the last token that the engine counted
-        replace(stats, num_output_tokens=generation.num_output_tokens),
+        replace(
+            stats,
+            num_output_tokens=generation.num_output_tokens,
+            num_accepted_prediction_tokens=generation.stats.accepted_prediction_tokens,
+            num_rejected_prediction_tokens=generation.stats.rejected_prediction_tokens,
+        ),
         generation.choice,
         generation.logprobs,
         generation.prompt_logprobs,

@@ -9,22 +9,23 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from ...workers.sampling_params import SamplingParams
 from ..api.chat_tokenizer import ChatTokenizer
 from ..api.protocol import DEFAULT_MAX_TOKENS
 from ..api.text_stream import TextDelta, stream_text
 from ..engine.backend import Backend
 from .client import Prompt
+from .request_params import RequestParams
 
 
 async def stream_prompt(
     backend: Backend, tokenizer: ChatTokenizer, max_model_len: int, prompt: Prompt, params: Mapping[str, Any]
 ) -> AsyncGenerator[TextDelta, None]:
-    """Generate one output piece by piece; ``params`` are fields of `SamplingParams`.
+    """Generate one output piece by piece; ``params`` are those of `RequestParams`.
 
     Raises ``ValueError`` naming the field, ``EngineDeadError``.
     """
-    sampling = SamplingParams.from_kwargs(**params)
+    asked = RequestParams.from_kwargs(**params)
+    sampling = asked.sampling
     is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
     if is_chat:
         token_ids = await asyncio.to_thread(tokenizer.encode_chat, prompt)  # type: ignore[arg-type]
@@ -35,7 +36,8 @@ async def stream_prompt(
     if sampling.max_tokens is None and not is_chat:
         room = max(1, max_model_len - len(token_ids))
         sampling = replace(sampling, max_tokens=min(DEFAULT_MAX_TOKENS, room))
-    deltas = stream_text(backend, tokenizer, f"handle-{uuid.uuid4().hex}", token_ids, sampling)
+    speculation = await asyncio.to_thread(asked.encode, tokenizer) if asked.prediction else asked.speculation
+    deltas = stream_text(backend, tokenizer, f"handle-{uuid.uuid4().hex}", token_ids, sampling, speculation)
     async with aclosing(deltas):
         async for delta in deltas:
             yield delta

@@ -10,10 +10,10 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
-from ...workers.sampling_params import SamplingParams
 from ..api.generation import Generation
 from ..engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
 from .client import Prompt
+from .request_params import RequestParams
 
 
 class RayClient:
@@ -98,14 +98,14 @@ class RayClient:
         """Nothing is held."""
 
     def _send(self, prompt: Prompt, sampling: dict[str, Any]) -> Any:
-        if SamplingParams.from_kwargs(**sampling).n > 1:  # refuse before anything travels
+        if RequestParams.from_kwargs(**sampling).sampling.n > 1:  # refuse before anything travels
             raise ValueError("n: one output is generated; generate_many takes more")
         return self._handle.options(stream=True).stream.remote(prompt, sampling)
 
 
 def _each(prompts: Sequence[Prompt], sampling: dict[str, Any]) -> list[tuple[Prompt, dict[str, Any]]]:
     """Return a request for each output of each prompt; the outputs of a prompt share a seed."""
-    params = SamplingParams.from_kwargs(**sampling)
+    params = RequestParams.from_kwargs(**sampling).sampling
     return [
         (prompt, {**sampling, "n": 1, "choice": choice.choice, "seed": choice.seed})
         for prompt in prompts

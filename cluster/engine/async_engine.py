@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from ...workers.model_info import RankInfo
 from ...workers.sampling_params import SamplingParams
+from ..speculation.options import AUTO, SpeculationOptions
 from .backend import EngineDeadError
 from .engine import Engine
 from .engine_thread import EngineThread
@@ -28,12 +29,16 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(self._router.deliver, outputs)
 
     def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        speculation: SpeculationOptions = AUTO,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs; see ``Backend.generate``."""
 
         async def submit() -> None:
-            self.thread.submit(request_id, prompt_token_ids, sampling)
+            self.thread.submit(request_id, prompt_token_ids, sampling, speculation)
 
         async def abort(reason: str) -> None:
             self.thread.abort(request_id, reason)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ...workers.model_info import RankInfo
 from ...workers.sampling_params import SamplingParams
+from ..speculation.options import AUTO, SpeculationOptions
 from .output import EngineStats, RequestOutput
 
 
@@ -34,15 +35,19 @@ class Backend(Protocol):
     """An engine seen from asyncio: in this process (`AsyncEngine`) or behind a Ray actor (`GangBackend`)."""
 
     def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        speculation: SpeculationOptions = AUTO,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs until one carries a ``finish_reason``.
 
         Closing the iterator early (client gone, stop string found) aborts the request and frees its blocks. A reader
         that lags gets several steps' tokens in one output.
         Raises ``ValueError`` naming the field if the prompt is empty, holds an id outside the vocabulary or, with
-        ``max_tokens``, exceeds ``max_model_len``; ``QueueFullError``, ``RequestTimeoutError``, and ``EngineDeadError``
-        if the engine died.
+        ``max_tokens``, exceeds ``max_model_len``, or if the prediction is too long or holds such an id;
+        ``QueueFullError``, ``RequestTimeoutError``, and ``EngineDeadError`` if the engine died.
         """
         ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -14,11 +15,11 @@ from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan, StepFai
 from ...workers.sampling_params import SamplingParams
 from ..config import EngineConfig
 from ..speculation.batch import Batch, RequestView
-from ..speculation.controller import Controller
+from ..speculation.controller import PHASES, Controller, RequestReport
 from ..speculation.drafter import DraftContext, drafter_factory
 from ..speculation.drafting import Drafting
 from ..speculation.observation import RequestOutcome, StepObservation
-from ..speculation.options import MAX_DRAFT_LEN, SpeculationOptions
+from ..speculation.options import AUTO, MAX_DRAFT_LEN, SpeculationOptions
 from ..speculation.policy import make_controller
 from ..speculation.proposal import NOTHING
 from .backend import EngineDeadError
@@ -31,7 +32,8 @@ from .stats import Counters
 
 logger = logging.getLogger(__name__)
 
-_AUTO = SpeculationOptions()
+_PHASES_S = 1.0
+"""Requests are counted by phase at most this often: it asks the controller about each."""
 
 
 class Engine:
@@ -80,6 +82,8 @@ class Engine:
         self._step_id = 0
         self._failures_in_row = 0
         self._must_recover = False
+        self._phases: Counter[str] = Counter()
+        self._phases_due_s = 0.0
 
     @property
     def has_requests(self) -> bool:
@@ -91,6 +95,7 @@ class Engine:
         request_id: str,
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
+        speculation: SpeculationOptions = AUTO,
         *,
         arrival_s: float | None = None,
     ) -> SamplingParams:
@@ -101,12 +106,14 @@ class Engine:
         """
         if request_id in self._requests:
             raise ValueError(f"request_id: {request_id!r} is in use")
+        speculation.check_prediction(self.model.vocab_size, self.model.max_model_len)
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
         request = Request(
             request_id=request_id,
             key=self._next_key,
             sampling=sampling,
+            speculation=speculation,
             token_sampling=sampling.token_sampling(len(prompt_token_ids), self.model.eos_token_ids),
             token_ids=list(prompt_token_ids),
             num_prompt_tokens=len(prompt_token_ids),
@@ -119,6 +126,7 @@ class Engine:
             request.key,
             DraftContext(
                 num_prompt_tokens=request.num_prompt_tokens,
+                prediction=speculation.prediction_token_ids,
                 prompt_lookup_max=self.config.prompt_lookup_max,
                 prompt_lookup_min=self.config.prompt_lookup_min,
             ),
@@ -134,8 +142,7 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        self._finish(request, reason)
-        return request.stats(self.clock())
+        return self._finish(request, reason, self.clock())
 
     def step(self) -> list[RequestOutput]:
         """Run one step and return what it adds to each request.
@@ -190,33 +197,53 @@ class Engine:
             RequestOutput(request.request_id, request.num_output_tokens, [], finish_reason=reason, error=message)
             for request in requests
         ]
+        now = self.clock()
         for request in requests:
-            self._finish(request, reason)
+            self._finish(request, reason, now)
         return outputs
 
     def stats(self) -> EngineStats:
         """Return totals and present state."""
-        return self.counters.snapshot(self.scheduler)
+        now = self.clock()
+        if now >= self._phases_due_s or not self._requests:
+            self._phases = Counter(dict.fromkeys(PHASES, 0))
+            self._phases.update(self._report(request).phase for request in self._decoding())
+            self._phases_due_s = now + _PHASES_S
+        return self.counters.snapshot(self.scheduler, self._phases)
+
+    def _decoding(self) -> list[Request]:
+        return [request for requests in self.scheduler.running for request in requests if request.is_decoding]
+
+    def _report(self, request: Request) -> RequestReport:
+        """Return what is known of a live request's speculation, its own wish first."""
+        report = self.controller.report(request.key)
+        if request.speculation.limit(self._max_draft_len, self._max_draft_len + 1) == 0:
+            return replace(report, phase="off", draft_len=0)
+        if request.speculation.is_fixed and report.phase != "off":
+            return replace(report, phase="fixed")
+        return report
 
     def _propose(self) -> dict[int, Sequence[int]]:
         """Return the drafts to verify, by `Request.key`; one decision over the requests of all ranks."""
-        running = [request for requests in self.scheduler.running for request in requests]
-        decoding = [request for request in running if request.is_decoding]
+        decoding = self._decoding()
         views = [
             RequestView(
                 key=request.key,
                 rank=request.rank,
                 context_len=len(request.token_ids),
-                max_draft_len=_AUTO.limit(self._max_draft_len, request.num_tokens_left),
+                max_draft_len=request.speculation.limit(self._max_draft_len, request.num_tokens_left),
+                is_fixed=request.speculation.is_fixed,
             )
             for request in decoding
         ]
-        batch = Batch(views, len(self.ranks.infos), has_prefill=len(decoding) < len(running))
+        batch = Batch(views, len(self.ranks.infos), has_prefill=len(decoding) < self.scheduler.num_running)
         proposals = [
             self._drafting.propose(request.key, request.token_ids, most) if most > 0 else NOTHING
             for request, most in zip(decoding, self.controller.max_draft_lens(batch), strict=True)
         ]
         lengths = self.controller.draft_lens(batch, proposals)
+        for request, proposal in zip(decoding, proposals, strict=True):
+            request.draft_source = proposal.evidence.source
         return {
             request.key: proposal.token_ids[:length]
             for request, proposal, length in zip(decoding, proposals, lengths, strict=True)
@@ -253,12 +280,15 @@ class Engine:
                     num_kept = len(output.token_ids)
                     accepted = min(len(tokens) - 1, num_kept)
                     outcomes.append(RequestOutcome(request.key, part.num_sampled_rows - 1, accepted, num_kept))
+                    self.counters.draft_len.observe(part.num_sampled_rows - 1)
         self.counters.add_step(plan, result, sum(len(output.token_ids) for output in outputs))
         self.controller.observe(self._observation(plan, result, outcomes, now - started))
-        for output in outputs:
-            if output.finish_reason is not None:
-                self._finish(self._requests[output.request_id], output.finish_reason)
-        return outputs
+        # Only now does the controller know of the requests' last steps
+        return [self._ended(output, now) if output.finish_reason is not None else output for output in outputs]
+
+    def _ended(self, output: RequestOutput, now: float) -> RequestOutput:
+        assert output.finish_reason is not None
+        return replace(output, stats=self._finish(self._requests[output.request_id], output.finish_reason, now))
 
     def _observation(
         self, plan: StepPlan, result: StepResult, outcomes: list[RequestOutcome], step_s: float
@@ -288,37 +318,34 @@ class Engine:
         request.committed_len += part.first_sampled_row + len(tokens)
         self.counters.add_prompt(request)
         if not tokens:
-            return self._end_of_prompt(request, now) if request.is_complete else None
+            return self._end_of_prompt(request) if request.is_complete else None
         num_drafted = len(part.token_ids) - part.first_sampled_row - 1
         offset = request.num_output_tokens
         kept, reason, stop_token = self._truncate(request, tokens)
         num_accepted = min(len(tokens) - 1, len(kept))
         request.token_ids += kept
-        request.num_steps += 1
-        request.num_draft_tokens += num_drafted
-        request.num_accepted_tokens += num_accepted
+        prediction_drafts = request.take_step(offset, num_drafted, num_accepted)
         self.counters.latencies.tokens(request, now)
         if request.first_token_s is None:
             request.first_token_s = now
         request.last_token_s = now
         self.counters.add_tokens(len(kept), num_drafted, num_accepted)
-        stats = request.stats(now) if reason else None
         return RequestOutput(
             request.request_id,
             offset,
             kept,
             reason,
             stop_token,
-            stats,
             logprobs=logprobs.cut(0, len(kept)) if logprobs is not None else None,
             prompt_logprobs=request.prompt_logprobs if offset == 0 else None,
+            prediction_drafts=prediction_drafts,
         )
 
-    def _end_of_prompt(self, request: Request, now: float) -> RequestOutput:
+    @staticmethod
+    def _end_of_prompt(request: Request) -> RequestOutput:
         """Return the only output of a request that wants no tokens but its prompt's log-probabilities."""
         logprobs = request.prompt_logprobs or Logprobs([], [], [])  # a prompt of one token has none
-        stats = request.stats(now)
-        return RequestOutput(request.request_id, 0, [], LENGTH, stats=stats, prompt_logprobs=logprobs)
+        return RequestOutput(request.request_id, 0, [], LENGTH, prompt_logprobs=logprobs)
 
     def _truncate(self, request: Request, tokens: list[int]) -> tuple[list[int], str | None, int | None]:
         """Cut ``tokens`` after the first that ends the request: (kept, finish reason, stop token)."""
@@ -329,12 +356,14 @@ class Engine:
                 return tokens[: index + 1], STOP, token
         return tokens, LENGTH if len(tokens) == request.num_tokens_left else None, None
 
-    def _finish(self, request: Request, reason: str) -> None:
+    def _finish(self, request: Request, reason: str, now: float) -> RequestStats:
+        stats = request.stats(now, self._report(request))
         self.scheduler.remove(request)
-        self.counters.finished(request, reason, self.clock())
+        self.counters.finished(request, reason, now, stats.utility)
         self._drafting.close(request.key, request.token_ids)
         self.controller.forget(request.key)
         del self._requests[request.request_id], self._by_key[request.key]
+        return stats
 
 
 def check_prompt(model: ModelInfo, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> int:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from ...workers.model_info import RankInfo
 from ...workers.sampling_params import SamplingParams
+from ..speculation.options import AUTO, SpeculationOptions
 from .backend import EngineDeadError
 from .engine import Engine, check_prompt
 from .output import ABORT, EngineStats, RequestOutput
@@ -43,16 +44,23 @@ class EngineThread:
         """What every rank loaded."""
         return self._engine.ranks.infos
 
-    def submit(self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def submit(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        speculation: SpeculationOptions = AUTO,
+    ) -> None:
         """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``."""
         self.check_health()
         check_prompt(self._engine.model, prompt_token_ids, sampling)
+        speculation.check_prediction(self._engine.model.vocab_size, self._engine.model.max_model_len)
         prompt, arrival_s = list(prompt_token_ids), self._engine.clock()
         self._limit.take()
 
         def add() -> None:
             try:
-                self._engine.add_request(request_id, prompt, sampling, arrival_s=arrival_s)
+                self._engine.add_request(request_id, prompt, sampling, speculation, arrival_s=arrival_s)
             except ValueError as error:  # all but the id was checked above, and ids are unique to their readers
                 logger.error("request dropped: %s", error)
             finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ...workers.plan import Logprobs
 from .histogram import HistogramSnapshot
@@ -32,6 +32,21 @@ class RequestStats:
     """From arrival to the last token."""
     num_preemptions: int = 0
     """Times it lost its KV to older requests and was computed again."""
+    num_accepted_prediction_tokens: int = 0
+    """Drafted from the request's `prediction`, and right."""
+    num_rejected_prediction_tokens: int = 0
+    """Drafted from the request's `prediction`, and wrong or behind the end of the output."""
+    phase: str = "off"
+    """What decided its draft lengths last (`RequestReport.phase`)."""
+    utility: float | None = None
+    """Tokens per step over the step's time relative to plain decoding; None where nobody measured it."""
+    baseline_s: float | None = None
+    """Time of a plain step that ``utility`` was measured against."""
+
+    @property
+    def mean_draft_len(self) -> float:
+        """Drafted tokens per step that yielded tokens."""
+        return self.num_draft_tokens / self.num_steps if self.num_steps else 0.0
 
     @property
     def acceptance(self) -> float:
@@ -44,6 +59,17 @@ class RequestStats:
         if self.num_output_tokens > 1 and self.total_s > self.ttft_s:
             return (self.num_output_tokens - 1) / (self.total_s - self.ttft_s)
         return self.num_output_tokens / self.total_s if self.total_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionDraft:
+    """What became of a draft from the request's `prediction` in one step."""
+
+    offset: int
+    """Index in the output of the step's first token."""
+    num_drafted: int
+    num_accepted: int
+    """Of the step's tokens, the leading ones that were drafted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +92,8 @@ class RequestOutput:
     """Of the prompt's tokens from the second on: with the first output, if the request asks for them."""
     num_steps: int = 1
     """Steps whose tokens these are: more than one if its reader lagged."""
+    prediction_drafts: list[PredictionDraft] = field(default_factory=list)
+    """One for each step that drafted from the request's `prediction`."""
 
     def followed_by(self, later: RequestOutput) -> RequestOutput:
         """Return this and the request's next output as one; this one's lists go over to it."""
@@ -74,6 +102,7 @@ class RequestOutput:
         self.token_ids.extend(later.token_ids)
         if self.logprobs is not None and later.logprobs is not None:
             self.logprobs.extend(later.logprobs)
+        self.prediction_drafts.extend(later.prediction_drafts)
         return replace(
             later,
             offset=self.offset,
@@ -81,6 +110,7 @@ class RequestOutput:
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
             num_steps=self.num_steps + later.num_steps,
+            prediction_drafts=self.prediction_drafts,
         )
 
 
@@ -109,6 +139,12 @@ class EngineStats:
     spec_decode_num_draft_tokens: int
     spec_decode_num_accepted_tokens: int
     spec_decode_num_accepted_tokens_per_pos: list[int]
+    spec_decode_draft_len: HistogramSnapshot
+    """Tokens drafted by each decoding request in each step."""
+    spec_decode_utility: HistogramSnapshot
+    """Of finished requests, where it was measured."""
+    spec_decode_phases: dict[str, int]
+    """Decoding requests by `RequestReport.phase`, as of at most a second ago."""
     num_decode_steps: int
     """Steps without prompt rows; the next three describe these alone."""
     decode_experts_per_layer: float

@@ -97,7 +97,9 @@ def _deliver(reader: _Reader, output: RequestOutput) -> None:
     if not fresh and output.finish_reason is None:
         return
     logprobs = output.logprobs.cut(known) if output.logprobs is not None else None
-    reader.mailbox.put([replace(output, offset=reader.num_received, token_ids=fresh, logprobs=logprobs)])
+    drafts = [draft for draft in output.prediction_drafts if draft.offset >= reader.num_received]
+    unread = replace(output, offset=reader.num_received, token_ids=fresh, logprobs=logprobs, prediction_drafts=drafts)
+    reader.mailbox.put([unread])
     reader.num_received += len(fresh)
 
 

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 from ...workers.plan import Logprobs, TextUpdate
 from ...workers.sampling_params import SamplingParams, TokenSampling
-from .output import RequestStats
+from ..speculation.controller import RequestReport
+from ..speculation.options import SpeculationOptions
+from ..speculation.prediction import PREDICTION
+from .output import PredictionDraft, RequestStats
 
 
 @dataclass(slots=True, eq=False)
@@ -17,6 +20,7 @@ class Request:
     key: int
     """The engine's own number for it, in order of arrival, unique for the engine's life; what plans carry."""
     sampling: SamplingParams
+    speculation: SpeculationOptions
     token_sampling: TokenSampling
     token_ids: list[int]
     """Prompt and output so far."""
@@ -43,6 +47,10 @@ class Request:
     num_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    draft_source: str = ""
+    """Name of the drafter whose tokens are being verified (`Evidence.source`)."""
+    num_prediction_draft_tokens: int = 0
+    num_prediction_accepted_tokens: int = 0
     num_preemptions: int = 0
     """Times it lost its KV to older requests and was replayed."""
 
@@ -92,8 +100,19 @@ class Request:
             self.prompt_logprobs = Logprobs([], [], [])
         self.prompt_logprobs.extend(logprobs.cut(len(self.prompt_logprobs) - self.committed_len))
 
-    def stats(self, now: float) -> RequestStats:
-        """Return its counts at time ``now``."""
+    def take_step(self, offset: int, num_drafted: int, num_accepted: int) -> list[PredictionDraft]:
+        """Count a step that yielded tokens from ``offset`` in the output; return what it drafted from a prediction."""
+        self.num_steps += 1
+        self.num_draft_tokens += num_drafted
+        self.num_accepted_tokens += num_accepted
+        if not num_drafted or self.draft_source != PREDICTION:
+            return []
+        self.num_prediction_draft_tokens += num_drafted
+        self.num_prediction_accepted_tokens += num_accepted
+        return [PredictionDraft(offset, num_drafted, num_accepted)]
+
+    def stats(self, now: float, report: RequestReport) -> RequestStats:
+        """Return its counts at time ``now``, and what the controller knows of it."""
         first_token = self.first_token_s if self.first_token_s is not None else now
         admitted = self.admitted_s if self.admitted_s is not None else now
         return RequestStats(
@@ -106,4 +125,9 @@ class Request:
             ttft_s=first_token - self.arrival_s,
             total_s=now - self.arrival_s,
             num_preemptions=self.num_preemptions,
+            num_accepted_prediction_tokens=self.num_prediction_accepted_tokens,
+            num_rejected_prediction_tokens=self.num_prediction_draft_tokens - self.num_prediction_accepted_tokens,
+            phase=report.phase,
+            utility=report.utility,
+            baseline_s=report.baseline_s,
         )

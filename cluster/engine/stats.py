@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from ...workers.plan import StepPlan, StepResult
+from .histogram import Histogram
 from .latencies import Latencies
 from .output import LENGTH, STOP, EngineStats
 from .request import Request
 from .scheduler import Scheduler
+
+_DRAFT_LEN = (0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 64)
+_UTILITY = (0.25, 0.5, 0.75, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0)
 
 
 class Counters:
@@ -27,6 +32,8 @@ class Counters:
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
         self.accepted_per_pos: list[int] = []
+        self.draft_len = Histogram(_DRAFT_LEN)
+        self.utility = Histogram(_UTILITY)
         self.num_decode_steps = 0
         self.decode_experts = 0
         self.decode_tokens = 0
@@ -68,14 +75,16 @@ class Counters:
         self.num_prompt_tokens += max(0, computed - request.num_prompt_computed)
         request.num_prompt_computed = max(computed, request.num_prompt_computed)
 
-    def finished(self, request: Request, reason: str, now: float) -> None:
-        """Count one request that ended."""
+    def finished(self, request: Request, reason: str, now: float, utility: float | None) -> None:
+        """Count one request that ended; ``utility``: see `RequestStats.utility`."""
         self.num_finished[reason] += 1
+        if utility is not None:
+            self.utility.observe(utility)
         if reason in (STOP, LENGTH):
             self.latencies.finished(request, now)
 
-    def snapshot(self, scheduler: Scheduler) -> EngineStats:
-        """Return the totals beside the scheduler's present state."""
+    def snapshot(self, scheduler: Scheduler, phases: Mapping[str, int]) -> EngineStats:
+        """Return the totals beside the scheduler's present state and the number of requests in each phase."""
         layer_steps = self.num_decode_steps * self._num_moe_layers
         return EngineStats(
             num_steps=self.num_steps,
@@ -94,6 +103,9 @@ class Counters:
             spec_decode_num_draft_tokens=self.num_draft_tokens,
             spec_decode_num_accepted_tokens=self.num_accepted_tokens,
             spec_decode_num_accepted_tokens_per_pos=list(self.accepted_per_pos),
+            spec_decode_draft_len=self.draft_len.snapshot(),
+            spec_decode_utility=self.utility.snapshot(),
+            spec_decode_phases=dict(phases),
             num_decode_steps=self.num_decode_steps,
             decode_experts_per_layer=self.decode_experts / layer_steps if layer_steps else 0.0,
             decode_tokens=self.decode_tokens,

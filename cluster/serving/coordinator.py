@@ -18,6 +18,7 @@ from ..engine.engine import Engine
 from ..engine.engine_thread import EngineThread
 from ..engine.mailbox import Mailbox
 from ..engine.output import ABORT, EngineStats, RequestOutput
+from ..speculation.options import SpeculationOptions
 from ..transport.remote_ranks import RemoteRanks
 from ..transport.step_plane import LOOPBACK
 from .load_summary import load_summary
@@ -100,14 +101,19 @@ class Coordinator:
             await self.abort(request_id)
 
     async def submit(
-        self, reader_id: str, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        reader_id: str,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        speculation: SpeculationOptions,
     ) -> None:
         """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``."""
         if reader_id not in self._readers:
             raise EngineDeadError("this reader is not attached; send the request again")
         if request_id in self._reader_of:
             raise ValueError(f"request_id: {request_id!r} is in use")
-        self._running().submit(request_id, prompt_token_ids, sampling)
+        self._running().submit(request_id, prompt_token_ids, sampling, speculation)
         self._reader_of[request_id] = reader_id
 
     async def abort(self, request_id: str, reason: str = ABORT) -> None:

@@ -16,6 +16,7 @@ from ...workers.sampling_params import SamplingParams
 from ..engine.backend import EngineDeadError, QueueFullError
 from ..engine.output import EngineStats, RequestOutput
 from ..engine.output_router import OutputRouter
+from ..speculation.options import AUTO, SpeculationOptions
 from .coordinator import RENEW_S
 
 logger = logging.getLogger(__name__)
@@ -48,13 +49,17 @@ class GangBackend:
         await self._attached.wait()
 
     def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        speculation: SpeculationOptions = AUTO,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs; see ``Backend.generate``."""
         coordinator, reader_id = self._coordinator, self._reader_id
 
         async def submit() -> None:
-            await _call(coordinator, "submit", reader_id, request_id, list(prompt_token_ids), sampling)
+            await _call(coordinator, "submit", reader_id, request_id, list(prompt_token_ids), sampling, speculation)
 
         async def abort(reason: str) -> None:
             await _call(coordinator, "abort", request_id, reason)

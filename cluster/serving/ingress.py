@@ -56,7 +56,7 @@ class Ingress:
             self._http = await listen(build_asgi_app(), address)
 
     async def stream(self, prompt: Prompt, params: dict[str, Any]) -> AsyncGenerator[TextDelta, None]:
-        """Generate one output piece by piece; ``params`` are fields of `SamplingParams`.
+        """Generate one output piece by piece; ``params`` are those of `RequestParams`.
 
         Raises ``ValueError`` naming the field, ``EngineDeadError``, ``QueueFullError``, ``RequestTimeoutError``.
         """

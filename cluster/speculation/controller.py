@@ -10,13 +10,15 @@ from .batch import Batch
 from .observation import StepObservation
 from .proposal import Proposal
 
+PHASES = ("off", "fixed", "baseline", "test", "set", "disabled", "shadow")
+
 
 @dataclass(frozen=True, slots=True)
 class RequestReport:
     """What a controller can say of one request, for `usage` and for metrics."""
 
     phase: str
-    """off, fixed, baseline, test, set, disabled (cascade) or shadow."""
+    """One of `PHASES`; baseline, test, set and disabled are those of cascade."""
     draft_len: int
     """The length it would verify next (cascade, fixed) or verified last (shadow)."""
     utility: float | None = None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 MODES = ("auto", "off", "fixed")
 MAX_DRAFT_LEN = 64
 """The largest draft length that anything may ask for."""
+_KEYS = ("mode", "max_draft_len")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,8 @@ class SpeculationOptions:
     """auto: the server's controller decides; off: no drafts; fixed: always as many as `max_draft_len` says."""
     max_draft_len: int | None = None
     """Most tokens drafted in one step; the server's limit when absent."""
+    prediction_token_ids: tuple[int, ...] = ()
+    """Tokens of the request's `prediction` content: drafted from first, where anything is drafted."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -31,6 +36,24 @@ class SpeculationOptions:
             raise ValueError(f"speculation.max_draft_len: {length!r} is not an integer in [0, {MAX_DRAFT_LEN}]")
         if self.mode == "off" and length:
             raise ValueError(f"speculation.max_draft_len: {length} is not 0, and speculation.mode is off")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> SpeculationOptions:
+        """Build from ``mode`` and ``max_draft_len``, null being absent; an unknown key is refused."""
+        for key in values:
+            if key not in _KEYS:
+                raise ValueError(f"speculation: unknown key {key!r}; valid: {', '.join(_KEYS)}")
+        return cls(**{key: value for key, value in values.items() if value is not None})
+
+    def check_prediction(self, vocab_size: int, max_model_len: int) -> None:
+        """Raise ``ValueError`` if the prediction is longer than any output, or not of the model's tokens."""
+        if len(self.prediction_token_ids) > max_model_len:
+            raise ValueError(
+                f"prediction.content: {len(self.prediction_token_ids)} tokens are more than max_model_len, "
+                f"{max_model_len}"
+            )
+        if not all(0 <= token_id < vocab_size for token_id in self.prediction_token_ids):
+            raise ValueError(f"prediction.content: token ids must be in [0, {vocab_size - 1}]")
 
     @property
     def is_fixed(self) -> bool:
@@ -47,3 +70,7 @@ class SpeculationOptions:
             return 0
         wanted = max_draft_len if self.max_draft_len is None else min(self.max_draft_len, max_draft_len)
         return max(0, min(wanted, num_tokens_left - 1))
+
+
+AUTO = SpeculationOptions()
+"""Of a request that says nothing."""

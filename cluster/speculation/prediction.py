@@ -8,20 +8,12 @@ from typing import Final
 
 from .proposal import NOTHING, Evidence, Proposal
 
+PREDICTION: Final = "prediction"
+"""`Evidence.source` of what comes from a request's `prediction`."""
 _SYNC_SIZES: Final = (3, 2)
 """Tokens of output that find their place again after a divergence, longest first."""
 _SYNC_WINDOW: Final = 8
 """How far ahead of a divergence one token alone may find its place: most edits are short."""
-
-
-def num_prediction_tokens(prediction: Sequence[int], output: Sequence[int]) -> int:
-    """Return how many of ``prediction``'s tokens ``output`` has, for OpenAI's `accepted_prediction_tokens`.
-
-    Counted along the text, whatever was drafted, so that no policy changes it.
-    """
-    drafter = PredictionDrafter(prediction, num_prompt_tokens=0)
-    drafter.extend(output)
-    return min(drafter.num_followed, len(prediction))
 
 
 class PredictionDrafter:
@@ -43,8 +35,6 @@ class PredictionDrafter:
         self._match_len: int | None = 0
         """Tokens that agreed since the place was found; None while it is lost."""
         self._recent: list[int] = []
-        self.num_followed = 0
-        """Tokens of the output that the prediction had foreseen."""
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Append to the text; the prompt passes unread."""
@@ -55,7 +45,6 @@ class PredictionDrafter:
             if self._match_len is not None and self._prediction[self._place : self._place + 1] == [token]:
                 self._place += 1
                 self._match_len += 1
-                self.num_followed += 1
             else:
                 self._match_len = None
                 self._find_place()
@@ -65,7 +54,7 @@ class PredictionDrafter:
         if self._match_len is None or self._num_prompt_tokens_left:
             return NOTHING
         tokens = self._prediction[self._place : self._place + max_draft_len]
-        return Proposal(tokens, Evidence("prediction", self._match_len)) if tokens else NOTHING
+        return Proposal(tokens, Evidence(PREDICTION, self._match_len)) if tokens else NOTHING
 
     def _find_place(self) -> None:
         for size in _SYNC_SIZES:
@@ -80,4 +69,3 @@ class PredictionDrafter:
 
     def _settle(self, place: int, match_len: int) -> None:
         self._place, self._match_len = place, match_len
-        self.num_followed += 1
