@@ -38,6 +38,7 @@ class ScriptedRanks:
     ) -> None:
         zeros = dict.fromkeys(ModelInfo.__dataclass_fields__, 0)
         limits = {"vocab_size": VOCAB, "max_model_len": max_model_len, "eos_token_ids": ()}
+        limits |= {"num_moe_layers": 1, "num_experts": 8, "num_experts_per_tok": 2}
         model = ModelInfo(**{**zeros, **limits})  # type: ignore[arg-type]
         facts = dict.fromkeys(RankInfo.__dataclass_fields__, 0)
         self.infos = [
@@ -74,13 +75,14 @@ class ScriptedRanks:
         for request in plan.requests:
             for place, token in enumerate(request.token_ids, start=request.committed_len):
                 self._slots[rank][self._slot(tables[request.request_id], place)] = token
+        num_rows = sum(len(request.token_ids) for request in plan.requests)
         answers = [accept(request, self._sample(rank, request))[0] for request in plan.requests]
         return RankResult(
             generation=plan.generation,
             step_id=plan.step_id,
             rank=rank,
             token_ids=answers,
-            counts=LayerCounts([], [], [], [], []),
+            counts=LayerCounts([num_rows], [min(8, 2 * num_rows)], [0], [0], [0]),
             num_collectives=0,
             collectives_crc=0,
             thread_time_s=0.0,

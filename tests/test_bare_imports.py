@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "cluster.speculation": set(),
     "cluster.engine": BELOW | {"cluster.speculation"},
     "cluster.transport": BELOW | {"cluster.engine"},
-    "cluster.api": BELOW | {"cluster.engine"},
+    "cluster.api": BELOW | {"cluster.speculation", "cluster.engine"},
     "cluster.client": BELOW | {"cluster.speculation", "cluster.engine", "cluster.transport", "cluster.api"},
     "cluster.serving": BELOW
     | {"cluster.speculation", "cluster.engine", "cluster.transport", "cluster.api", "cluster.client"},

@@ -64,7 +64,7 @@ class Engine:
             num_experts_per_tok=self.model.num_experts_per_tok,
             num_ranks=len(ranks.infos),
         )
-        own = config.draft_len if config.speculation == "fixed" else config.max_draft_len
+        own = {"off": 0, "fixed": config.draft_len}.get(config.speculation, config.max_draft_len)
         self._max_draft_len = MAX_DRAFT_LEN if controller is not None else own
         self._drafting = Drafting(
             make_drafter,
@@ -217,11 +217,10 @@ class Engine:
     def _report(self, request: Request) -> RequestReport:
         """Return what is known of a live request's speculation, its own wish first."""
         report = self.controller.report(request.key)
-        if request.speculation.limit(self._max_draft_len, self._max_draft_len + 1) == 0:
-            return replace(report, phase="off", draft_len=0)
-        if request.speculation.is_fixed and report.phase != "off":
-            return replace(report, phase="fixed")
-        return report
+        limit = request.speculation.limit(self._max_draft_len, self._max_draft_len + 1)
+        if limit and not request.speculation.is_fixed:
+            return report
+        return replace(report, phase="fixed" if limit else "off", draft_len=limit)
 
     def _propose(self) -> dict[int, Sequence[int]]:
         """Return the drafts to verify, by `Request.key`; one decision over the requests of all ranks."""
