@@ -42,6 +42,7 @@ def generate(
     model: str | None = None,
     api_key: ApiKey = None,
     local: str | None = None,
+    prediction: str | None = None,
     stats: Switch = False,
     as_json: Annotated[Switch, Parameter(name="--json")] = False,
     sampling: Annotated[SamplingFlags, Parameter(name="*")] = SamplingFlags(),  # type: ignore[valid-type]  # noqa: B008
@@ -68,6 +69,8 @@ def generate(
         Key to send to the server.
     local
         Load this directory or Hugging Face hub id in this process instead of asking a server.
+    prediction
+        What the answer is expected to be, a text that it edits say: it comes sooner, and is the same.
     stats
         Write what the answer took to standard error.
     as_json
@@ -78,6 +81,8 @@ def generate(
     if system is not None and not chat:
         raise ValueError("system: only with chat")
     params = given(sampling)
+    if prediction is not None:
+        params["prediction"] = prediction
     with closing(_client(url, model, api_key, local, given(engine))) as client:
         if chat and prompt is None and sys.stdin.isatty():
             _converse(client, system, params, stats=stats)

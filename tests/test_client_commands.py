@@ -36,7 +36,7 @@ OPTIONS = {
         --frequency-penalty --gpu-memory-utilization --ignore-eos --json --kv-cache-bytes
         --load-timeout-s --local --max-draft-len --max-model-len --max-num-batched-tokens
         --max-num-seqs --max-queued-requests --max-step-retries --max-tokens --min-p --min-tokens
-        --model --num-threads --presence-penalty --prompt-lookup-max --prompt-lookup-min
+        --model --num-threads --prediction --presence-penalty --prompt-lookup-max --prompt-lookup-min
         --repetition-penalty --request-timeout-s --revision --seed --speculation --stats
         --step-timeout-s --stop --stop-token-ids --suffix-store-tokens --system --temperature
         --tokenizer --top-k --top-p --url
@@ -101,6 +101,11 @@ def test_the_prompt_comes_from_the_argument_or_from_standard_input(
     assert done.returncode == 0, done.stderr
     assert heard[0] == tokenizer.encode("water wheel")
     assert backend.requests[0].max_tokens == 16
+
+
+def test_a_prediction_is_sent(server, backend, tokenizer, penstock):
+    assert penstock("generate", "water", "--url", server.url, "--prediction", "the stone").returncode == 0
+    assert backend.speculation[0].prediction_token_ids == tuple(tokenizer.encode("the stone"))
 
 
 def test_text_and_nothing_else_is_written_to_standard_output(server, penstock):

@@ -6,6 +6,7 @@ import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from penstock.cluster.api.serving_state import ServingState
 from penstock.cluster.client.connect import connect
 from penstock.cluster.client.http_client import HttpClient
 from penstock.cluster.engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
+from penstock.cluster.speculation.options import SpeculationOptions
 
 from .scripted_backend import LoopbackServer, ScriptedBackend
 
@@ -90,6 +92,23 @@ def test_every_sampling_parameter_arrives(client: HttpClient, backend: ScriptedB
     for prompt in ["water", CHAT]:
         client.generate(prompt, **given)
         assert {name: getattr(backend.requests[-1], name) for name in given} == given
+
+
+@pytest.mark.parametrize("prompt", ["water", CHAT])
+@pytest.mark.parametrize("prediction", ["the stone", {"type": "content", "content": "the stone"}])
+def test_what_is_said_of_speculation_arrives(
+    client: HttpClient, backend: ScriptedBackend, tokenizer: ChatTokenizer, prompt: Any, prediction: Any
+) -> None:
+    wish = {"mode": "fixed", "max_draft_len": 2}
+    generation = client.generate(prompt, max_tokens=3, speculation=wish, prediction=prediction)
+    assert backend.speculation == [SpeculationOptions("fixed", 2, tuple(tokenizer.encode("the stone")))]
+    assert (generation.stats.phase, generation.stats.accepted_prediction_tokens) == ("off", 0)
+    with client.stream(prompt, max_tokens=3, speculation={"mode": "off"}) as stream:
+        list(stream)
+    assert backend.speculation[1] == SpeculationOptions("off")
+    for name, mistake in (("speculation.mode", {"speculation": {"mode": "x"}}), ("prediction", {"prediction": 5})):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            client.generate(prompt, **mistake)
 
 
 @pytest.mark.parametrize("prompt", ["water", CHAT])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -8,6 +9,8 @@ from penstock.cluster.api.metrics import PREFIX, engine_samples, parse_samples, 
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.output import LENGTH, STOP, EngineStats
+from penstock.cluster.speculation.controller import PHASES
+from penstock.cluster.speculation.options import AUTO, SpeculationOptions
 from penstock.workers.sampling_params import SamplingParams
 
 from .scripted_ranks import ScriptedRanks
@@ -18,6 +21,7 @@ num_requests_running num_requests_waiting prompt_tokens request_decode_time_seco
 request_queue_time_seconds request_success spec_decode_num_accepted_tokens spec_decode_num_accepted_tokens_per_pos
 spec_decode_num_draft_tokens spec_decode_num_drafts time_per_output_token_seconds time_to_first_token_seconds
 """
+OFF = SpeculationOptions("off")
 
 
 def served(num_requests: int) -> EngineStats:
@@ -58,6 +62,41 @@ def test_a_client_sees_all_gangs_as_one() -> None:
     assert samples[f"{PREFIX}prompt_tokens_total"] == 5 * 3 + 2 * 8
     assert samples[f"{PREFIX}kv_cache_usage_perc"] == gangs["one"].num_kv_blocks_used / 10 > 0, "a mean, not a sum"
     assert samples[f"{PREFIX}engine_up"] == 1
+
+
+def test_gangs_add_up_their_draft_lengths_utilities_and_phases() -> None:
+    def speculating(policy: str, num_live: int) -> Engine:
+        ticks = count()
+        config = EngineConfig(model="m", block_size=4, speculation=policy)
+        engine = Engine(config, ScriptedRanks([20], 4, 64), clock=lambda: float(next(ticks)))
+        sampling = SamplingParams(temperature=0, max_tokens=40)
+        engine.add_request("done", [4, 7, 5], sampling)
+        while engine.has_requests:
+            engine.step()
+        for index in range(num_live):
+            engine.add_request(str(index), [4, 7, 5], sampling, OFF if index == 0 else AUTO)
+        for _ in range(3):
+            engine.step()
+        return engine
+
+    gangs = {"one": speculating("cascade", 3).stats(), "two": speculating("fixed", 2).stats()}
+    samples = engine_samples(gangs)
+    phases = {
+        name.split('"')[1]: value
+        for name, value in samples.items()
+        if name.startswith(f"{PREFIX}spec_decode_phase{{") and value
+    }
+    assert phases == {"off": 2, "fixed": 1, "baseline": 2}
+    assert samples[f"{PREFIX}spec_decode_utility_count"] == 1, "a fixed length is not measured"
+    assert samples[f"{PREFIX}spec_decode_utility_sum"] == gangs["one"].spec_decode_utility.total > 0
+    drafted = sum(stats.spec_decode_num_draft_tokens for stats in gangs.values())
+    assert samples[f"{PREFIX}spec_decode_draft_len_sum"] == drafted > 0
+    for stats in gangs.values():
+        lengths = stats.spec_decode_draft_len
+        assert sum(lengths.counts) - lengths.counts[0] == stats.spec_decode_num_drafts
+    idle = speculating("cascade", 0).stats()
+    assert set(idle.spec_decode_phases) == set(PHASES)
+    assert not any(idle.spec_decode_phases.values()), "a phase that nobody is in is 0, and not missing"
 
 
 def test_without_an_engine_there_is_only_the_news_of_that() -> None:

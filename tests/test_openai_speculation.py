@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,7 @@ def test_tokens_behind_a_stop_string_were_not_predicted_however_they_arrive(
     generation = None
     for output in outputs:
         last = output is outputs[-1] and stop is None
-        generation = text.take(
-            RequestOutput(**{**fields(output), "finish_reason": "length" if last else None})
-        ).generation
+        generation = text.take(replace(output, finish_reason="length" if last else None)).generation
         if generation is not None:
             break
     assert generation is not None
@@ -117,10 +116,6 @@ def test_tokens_behind_a_stop_string_were_not_predicted_however_they_arrive(
         sum(shown),
         4 * len(shown) - sum(shown),
     )
-
-
-def fields(output: RequestOutput) -> dict[str, Any]:
-    return {name: getattr(output, name) for name in RequestOutput.__dataclass_fields__}
 
 
 # --- what came of it -------------------------------------------------------------------------------------------------

@@ -58,6 +58,8 @@ def account(generation: Generation) -> str:
     ]
     if stats.draft_tokens is not None:
         parts.append(f"{stats.accepted_tokens} of {stats.draft_tokens} draft tokens accepted")
+    if predicted := stats.accepted_prediction_tokens + stats.rejected_prediction_tokens:
+        parts.append(f"{stats.accepted_prediction_tokens} of {predicted} predicted ones")
     if stats.seed is not None:
         parts.append(f"seed {stats.seed}")
     return ", ".join(parts)
