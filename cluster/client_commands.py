@@ -70,7 +70,7 @@ def generate(
     local
         Load this directory or Hugging Face hub id in this process instead of asking a server.
     prediction
-        What the answer is expected to be, a text that it edits say: it comes sooner, and is the same.
+        What the answer is likely to be, such as the text that it edits: drafts are taken from it, and change no token.
     stats
         Write what the answer took to standard error.
     as_json

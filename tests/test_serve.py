@@ -213,6 +213,7 @@ whole = client.generate(question, temperature=0)
 with client.stream(question, temperature=0) as stream:
     pieces = list(stream)
 again = asyncio.run(client.agenerate(question, temperature=0))
+predicted = client.generate(question, temperature=0, prediction=whole.text, speculation={"mode": "fixed"})
 many = client.generate_many(["import ", "def f("], n=2, seed=8, max_tokens=8, logprobs=1)
 try:
     client.generate("x", temperature=9)
@@ -224,7 +225,8 @@ except ValueError as error:
     unknown = str(error)
 print(json.dumps([whole.text, "".join(pieces), again.text, stream.generation.stats.steps, client.models(),
                   client.stats()["penstock:engine_up"], refusal, unknown,
-                  [[output.text, output.token_ids, [entry.token for entry in output.logprobs]] for output in many]]))
+                  [[output.text, output.token_ids, [entry.token for entry in output.logprobs]] for output in many],
+                  predicted.text, predicted.stats.phase, predicted.stats.accepted_prediction_tokens]))
 """
 
 
@@ -239,11 +241,14 @@ def test_the_handle_inside_the_cluster_gives_what_http_gives(server):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    whole, streamed, again, steps, models, up, refusal, unknown, many = json.loads(done.stdout.strip().splitlines()[-1])
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    whole, streamed, again, steps, models, up, refusal, unknown, many, predicted, phase, num_accepted = said
     outputs = HttpClient(server.url).generate_many(["import ", "def f("], n=2, seed=8, max_tokens=8, logprobs=1)
     assert many == [[o.text, o.token_ids, [entry.token for entry in o.logprobs]] for o in outputs]
     assert whole == streamed == again == over_http.text
     assert steps == over_http.stats.steps
+    assert (predicted, phase) == (whole, "fixed")
+    assert num_accepted > 5
     assert models == [MODEL]
     assert up == 1
     assert refusal.startswith("temperature: ")
