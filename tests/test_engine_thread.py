@@ -77,6 +77,29 @@ def test_a_dead_engine_ends_every_request_with_an_error(make_engine: Callable[..
         thread.close()
 
 
+def test_an_order_that_fails_ends_every_request_with_an_error(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, reader = make_engine(), _Reader()
+
+    def broken(request_id: str, reason: str) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(engine, "abort", broken)
+    thread = EngineThread(engine, reader.deliver)
+    try:
+        hold = threading.Event()
+        thread.call(lambda: hold.wait(10))
+        thread.submit("a", PROMPTS[0], GREEDY)
+        thread.abort("a")
+        hold.set()
+        assert (reader.wait("a").finish_reason, reader.wait("a").error) == (ERROR, "RuntimeError: planted")
+        with pytest.raises(EngineDeadError, match="planted"):
+            thread.submit("b", PROMPTS[0], GREEDY)
+    finally:
+        thread.close()
+
+
 def test_a_closed_engine_takes_no_requests(make_engine: Callable[..., Engine]) -> None:
     thread = EngineThread(make_engine(), lambda outputs: None)
     thread.close()

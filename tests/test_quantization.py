@@ -225,7 +225,7 @@ def test_scales_of_powers_of_two_stored_in_one_byte():
 
 
 @pytest.mark.parametrize(
-    ("settings_", "message"),
+    ("settings", "message"),
     [
         ({"quant_method": "gptq", "bits": 4}, "quantisation 'gptq' is not supported; supported: fp8, mxfp4"),
         ({"quant_method": "bitsandbytes"}, "quantisation 'bitsandbytes'"),
@@ -234,12 +234,13 @@ def test_scales_of_powers_of_two_stored_in_one_byte():
         ({"quant_method": "fp8"}, "fp8 with weight_block_size None is not supported"),
         ({**FP8, "weight_block_size": [128]}, r"weight_block_size \[128\]"),
         ({**FP8, "weight_block_size": [0, 128]}, r"weight_block_size \[0, 128\]"),
+        ({**FP8, "weight_block_size": ["all", 128]}, r"weight_block_size \['all', 128\]"),
         ({**FP8, "activation_scheme": "static"}, "activation_scheme"),
     ],
 )
-def test_other_quantisations_are_refused_by_name(settings_, message, checkpoint, tmp_path):
+def test_other_quantisations_are_refused_by_name(settings, message, checkpoint, tmp_path):
     source = checkpoint("qwen3_moe")
-    directory = write(source, tmp_path / "other", tensors_of(source), quantization_config=settings_)
+    directory = write(source, tmp_path / "other", tensors_of(source), quantization_config=settings)
     with pytest.raises(ValueError, match=f"^model: .*{message}"):
         inspect(str(directory))
 
