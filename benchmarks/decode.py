@@ -10,20 +10,19 @@ requests, prompts included. Expert bytes are exact counts: the distinct experts 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # OpenMP's threads otherwise spin for milliseconds at each barrier, and where another program wants a core they spin
-# against the very thread they wait for: a step then takes ten times as long. The same for all that are compared.
+# against the very thread they wait for. The same for all that are compared.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
@@ -39,6 +38,7 @@ from ..demo.records import FAMILIES
 from ..workers.plan import StepPlan, StepResult
 from ..workers.sampling_params import SamplingParams
 from .harness import Measurement, Options, Row, Target, run
+from .peer_process import PeerProcess
 
 DEMO = Path(demo.__file__).parent / "model"
 FACTOR = 128
@@ -48,8 +48,7 @@ MAX_TOKENS = 64
 ROUNDS = 7
 QUICK_ROUNDS = 3
 IMPLEMENTATIONS = ("eager", "grouped_mm")
-"""Of transformers' experts. batched_mm copies the experts of every row, 12 GB for these prompts, and is slower for one
-request than either; the others need a GPU."""
+"""Of transformers' experts. batched_mm is left out, since it copies the experts of every row; the others need a GPU."""
 REQUIRED_SINGLE = 1.5
 REQUIRED_CONCURRENT = 3.0
 REQUIRED_OF_VLLM = 1.0
@@ -143,36 +142,12 @@ class Transformers:
         return Timing(time.perf_counter() - started, max_tokens * len(batch))
 
 
-class Vllm:
-    """vLLM for CPUs, in a process and an environment of its own."""
-
-    def __init__(self, python: str, model: Path) -> None:
-        command = [python, str(Path(__file__).with_name("vllm_peer.py")), str(model), str(MAX_TOKENS)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-        environment.pop("PYTHONPATH", None)
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._answer()
-
-    def serve(self, batch: list[list[int]]) -> Timing:
-        """Serve all of ``batch`` at once."""
-        assert self._process.stdin is not None
-        print(json.dumps(batch), file=self._process.stdin, flush=True)
-        return Timing(**self._answer())
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        while line := self._process.stdout.readline():
-            if line.startswith("{"):  # vLLM itself prints to stdout, too
-                return json.loads(line)
-        raise RuntimeError(f"vLLM ended with code {self._process.wait()}")
+def vllm_peer(python: str, model: Path) -> PeerProcess:
+    """Return vLLM for CPUs, in a process and an environment of its own; it answers a batch with its `Timing`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+    environment.pop("PYTHONPATH", None)
+    program = Path(__file__).with_name("vllm_peer.py")
+    return PeerProcess([python, str(program), str(model), str(MAX_TOKENS)], environment)
 
 
 def read_gb_per_s(memory: torch.Tensor) -> float:
@@ -196,11 +171,10 @@ def measure(options: Options) -> Measurement:
     torch.set_num_threads(THREADS)
     batch = prompt_ids()
     memory = torch.ones(1 << 27, dtype=torch.int32)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = Path(folder) / "inflated"
         inflate(DEMO, model, FACTOR)
         ours, theirs = Penstock(model), Transformers(model)
-        vllm = Vllm(options.given.vllm, model) if options.given.vllm else None
         alone, together = theirs.fastest(batch[:1]), theirs.fastest(batch)
         ways: dict[str, Callable[[], Timing]] = {
             "penstock, 1 request": lambda: ours.serve(batch[:1]),
@@ -209,8 +183,12 @@ def measure(options: Options) -> Measurement:
             f"transformers ({alone}), 8 in turn": lambda: _in_turn([theirs.serve([one], alone) for one in batch]),
             f"transformers ({together}), batch of 8": lambda: theirs.serve(batch, together),
         }
-        if vllm is not None:
-            ways |= {"vllm, 1 request": lambda: vllm.serve(batch[:1]), "vllm, 8 at once": lambda: vllm.serve(batch)}
+        if options.given.vllm:
+            vllm = stack.enter_context(vllm_peer(options.given.vllm, model))
+            ways |= {
+                "vllm, 1 request": lambda: Timing(**vllm.ask(batch[:1])),
+                "vllm, 8 at once": lambda: Timing(**vllm.ask(batch)),
+            }
         times: dict[str, list[Timing]] = {name: [] for name in ways}
         speeds: list[float] = []
         for way in ways.values():
@@ -219,8 +197,6 @@ def measure(options: Options) -> Measurement:
             speeds.append(read_gb_per_s(memory))
             for name, way in ways.items():
                 times[name].append(way())
-        if vllm is not None:
-            vllm.close()
     rows = [_row(name, taken, ours.bytes_per_expert, statistics.median(speeds)) for name, taken in times.items()]
     return Measurement(rows, _targets(list(times.values())), "bfloat16", THREADS)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from .. import demo
 from ..demo import prompts
 from ..demo.inflate import inflate
 from .harness import Measurement, Options, Row, Target, run
+from .peer_process import PeerProcess
 from .server_process import ServerProcess, serving
 from .stream_peer import Job, Report, Served
 
@@ -39,33 +39,15 @@ REQUIRED_TTFT_MS = 5.0
 NAME = "demo"
 
 
-class Peer:
-    """A `stream_peer` process."""
+def peer(*arguments: str) -> PeerProcess:
+    """Return a `stream_peer` process."""
+    return PeerProcess([sys.executable, "-m", f"{__package__}.stream_peer", *arguments])
 
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", f"{__package__}.stream_peer", *arguments]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._answer()
 
-    def run(self, job: Job) -> Report:
-        """Have it run a job."""
-        assert self._process.stdin is not None
-        print(json.dumps(asdict(job)), file=self._process.stdin, flush=True)
-        report = json.loads(self._answer())
-        return Report([Served(**request) for request in report["requests"]], report["wall_s"], report["cpu_s"])
-
-    def close(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a peer ended with code {self._process.wait()}")
-        return line
+def ask(process: PeerProcess, job: Job) -> Report:
+    """Have a `stream_peer` run a job."""
+    report = process.ask(asdict(job))
+    return Report([Served(**request) for request in report["requests"]], report["wall_s"], report["cpu_s"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +84,16 @@ class Sample:
 class Ways:
     """Both ways to the same model."""
 
-    def __init__(self, server: ServerProcess, client: Peer, engine: Peer) -> None:
+    def __init__(self, server: ServerProcess, client: PeerProcess, engine: PeerProcess) -> None:
         self._server, self._client, self._engine = server, client, engine
 
     def measure(self, job: Job, way: str) -> Sample:
         """Run a job one way."""
         if way == "engine":
-            report = self._engine.run(job)
+            report = ask(self._engine, job)
             return Sample(report, {"engine process": report.cpu_s})
         before = self._server.cpu_s()
-        report = self._client.run(job)
+        report = ask(self._client, job)
         used = {role: spent - before.get(role, 0.0) for role, spent in self._server.cpu_s().items()}
         return Sample(report, {**used, "client": report.cpu_s})
 
@@ -121,15 +103,12 @@ def ways_to(model: Path) -> Iterator[Ways]:
     """Start server, client and engine for one model."""
     config = {"dtype": "float32", "device": "cpu", "num_threads": 1, "max_num_seqs": max(STREAMS)}
     flags = [word for name, value in config.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    with serving(["serve", str(model), "--served-model-name", NAME, *flags]) as server:
-        peers = []
-        try:
-            peers.append(Peer("http", server.url, NAME))
-            peers.append(Peer("engine", json.dumps({"model": str(model), **config})))
-            yield Ways(server, *peers)
-        finally:
-            for peer in peers:
-                peer.close()
+    with (
+        serving(["serve", str(model), "--served-model-name", NAME, *flags]) as server,
+        peer("http", server.url, NAME) as client,
+        peer("engine", json.dumps({"model": str(model), **config})) as engine,
+    ):
+        yield Ways(server, client, engine)
 
 
 def job_for(streams: int, seed: int, rounds: int) -> Job:

@@ -145,7 +145,7 @@ async def main(arguments: list[str]) -> None:
     kind, *rest = arguments
     peer = HttpPeer(*rest) if kind == "http" else EnginePeer(EngineConfig.from_mapping(json.loads(rest[0])))
     try:
-        print("ready", flush=True)
+        print(json.dumps({"ready": True}), flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
             report = await peer.run(Job(**json.loads(line)))
             print(json.dumps(asdict(report)), flush=True)

@@ -80,11 +80,14 @@ def generate(
 
     if system is not None and not chat:
         raise ValueError("system: only with chat")
+    is_conversation = chat and prompt is None and sys.stdin.isatty()
+    if is_conversation and as_json:
+        raise ValueError("json: not in a conversation; give the prompt as an argument or on standard input")
     params = given(sampling)
     if prediction is not None:
         params["prediction"] = prediction
     with closing(_client(url, model, api_key, local, given(engine))) as client:
-        if chat and prompt is None and sys.stdin.isatty():
+        if is_conversation:
             _converse(client, system, params, stats=stats)
             return
         text = _read(prompt)

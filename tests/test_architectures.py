@@ -21,6 +21,8 @@ from penstock.workers.kv_cache import PagedKVCache
 from penstock.workers.loader import inspect, load
 from penstock.workers.sampling_params import SamplingParams
 
+from .tiny_engine import generate
+
 MAX_TOKENS = 24
 
 
@@ -55,13 +57,9 @@ def test_tokens_are_those_of_transformers(model_type, checkpoint, reference, mon
     monkeypatch.setattr("penstock.cluster.engine.engine.drafter_factory", lambda name: lambda *_: Oracle(texts))
     for draft_len in (0, 5):
         engine = Engine(EngineConfig(model="x", draft_len=draft_len, max_num_batched_tokens=24, max_num_seqs=8), ranks)
-        outputs: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-        for key, prompt in zip(outputs, prompts, strict=True):
-            engine.add_request(key, prompt, SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True))
-        while engine.has_requests:
-            for output in engine.step():
-                outputs[output.request_id] += output.token_ids
-        assert list(outputs.values()) == wanted
+        assert (
+            generate(engine, prompts, SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)) == wanted
+        )
         assert engine.stats().num_failed_steps == 0
         assert (engine.stats().spec_decode_num_accepted_tokens > 20) == (draft_len > 0)
 

@@ -14,6 +14,7 @@ import pytest
 from penstock.benchmarks.churn import slope
 from penstock.benchmarks.harness import Measurement, Options, Target, quantile, run
 from penstock.benchmarks.http_stream import COMPLETED, LEFT, LOST, REFUSED, Answer, ask
+from penstock.benchmarks.peer_process import PeerProcess
 from penstock.benchmarks.stream_peer import EnginePeer, HttpPeer, Job, Report
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.backend import QueueFullError
@@ -83,6 +84,27 @@ def test_a_bound_from_above_is_kept_by_what_lies_below():
 def test_a_line_fitted_to_memory_has_the_slope_of_its_growth():
     noise = [0.3, -0.2, 0.1, -0.1, 0.2, -0.3]
     assert slope([(5.0 * i, 100 + 0.5 * i + noise[i % 6]) for i in range(240)]) == pytest.approx(0.1, abs=0.001)
+
+
+PEER = """
+import json, sys
+print("loading")
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    if line == "null\\n":
+        sys.exit(3)
+    print("a library's own words")
+    print(json.dumps({"heard": json.loads(line)}), flush=True)
+"""
+
+
+def test_a_peer_answers_each_line_and_one_that_ends_is_named():
+    with PeerProcess([sys.executable, "-c", PEER]) as peer:
+        assert [peer.ask(question) for question in ([1, 2], {"a": None})] == [{"heard": [1, 2]}, {"heard": {"a": None}}]
+        with pytest.raises(RuntimeError, match="ended with code 3"):
+            peer.ask(None)
+    with pytest.raises(RuntimeError, match="ended with code 4"), PeerProcess([sys.executable, "-c", "exit(4)"]):
+        pass
 
 
 @pytest.fixture(scope="module")

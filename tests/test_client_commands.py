@@ -60,6 +60,13 @@ def server(backend: ScriptedBackend, tokenizer: ChatTokenizer) -> Iterator[Loopb
         yield running
 
 
+class Terminal(io.StringIO):
+    """Standard input of a user who types nothing."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @dataclass(frozen=True)
 class Done:
     """What a command came to."""
@@ -75,9 +82,9 @@ def penstock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     monkeypatch.setattr("penstock.cluster.cli.interruptible", lambda: None)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def run(*arguments: str, stdin: str = "") -> Done:
+    def run(*arguments: str, stdin: str | None = "") -> Done:
         monkeypatch.setattr(sys, "argv", ["penstock", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", Terminal() if stdin is None else io.StringIO(stdin))
         capsys.readouterr()
         code = 0
         try:
@@ -114,6 +121,12 @@ def test_text_and_nothing_else_is_written_to_standard_output(server, penstock):
     done = penstock("generate", "water", "--url", server.url, "--stats", "--seed", "5", "--max-tokens", "40")
     assert done.stdout == "the stone ☕ turns\n"
     assert done.stderr.endswith("tokens/s, 3 of 6 draft tokens accepted, seed 5\n"), done.stderr
+
+
+def test_a_conversation_is_not_written_as_json(server, penstock):
+    done = penstock("generate", "--chat", "--json", "--url", server.url, stdin=None)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "json: not in a conversation" in done.stderr
 
 
 def test_every_sampling_flag_arrives(server, backend, penstock):

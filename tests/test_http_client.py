@@ -15,7 +15,7 @@ from penstock.cluster.api.metrics import engine_samples
 from penstock.cluster.api.openai_api import create_app
 from penstock.cluster.api.serving_state import ServingState
 from penstock.cluster.client.connect import connect
-from penstock.cluster.client.http_client import HttpClient
+from penstock.cluster.client.http_client import HttpClient, _all
 from penstock.cluster.engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
 from penstock.cluster.speculation.options import SpeculationOptions
 
@@ -305,6 +305,25 @@ async def many_async(client: HttpClient, prompts: list) -> list:
     outputs = await client.agenerate_many(prompts, n=3, seed=5, max_tokens=9)
     await client._client().close()
     return [(output.text, output.token_ids) for output in outputs]
+
+
+async def test_of_requests_side_by_side_one_that_is_refused_aborts_the_others() -> None:
+    sent, aborted = asyncio.Event(), asyncio.Event()
+
+    async def unanswered() -> None:
+        sent.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            aborted.set()
+
+    async def refused() -> None:
+        await sent.wait()
+        raise ValueError("refused")
+
+    with pytest.raises(ValueError, match="refused"):
+        await _all([unanswered(), refused()])
+    await asyncio.wait_for(aborted.wait(), 10)
 
 
 def test_one_output_is_one(client: HttpClient) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,10 @@ import torch
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
-from penstock.cluster.speculation.fixed import FixedController
-from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.workers.architectures import SUPPORTED
 from penstock.workers.sampling_params import SamplingParams
+
+from .tiny_engine import DRAFT_LENS, Published, config_of, controller_of, faulty_ranks
 
 # All architectures on one rank; on two, one of each kind of router and attention, and a trained model
 ON_TWO_RANKS = ("qwen3_moe", "deepseek_v3", "gpt_oss", "demo")
@@ -25,23 +24,7 @@ CASES = [(model, 1) for model in (*SUPPORTED, "demo")] + [
 ]
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 MAX_TOKENS = 24
-DRAFT_LENS = (0, 3, 7, "changing")
 EXCUSED_GAP = 1e-4
-
-
-class ChangingDraftLen(FixedController):
-    """Another draft length every step and request."""
-
-    def __init__(self) -> None:
-        super().__init__(7)
-        self.calls = 0
-
-    def max_draft_lens(self, batch):
-        lengths = []
-        for request in batch.requests:
-            self.calls += 1
-            lengths.append(min((0, 7, 1, 5, 3)[self.calls % 5], request.max_draft_len))
-        return lengths
 
 
 class RecordingRanks:
@@ -68,18 +51,9 @@ class RecordingRanks:
 
 
 def _config(directory: Path, num_ranks: int, **changes) -> EngineConfig:
-    return EngineConfig(
-        model=str(directory),
-        expert_parallel_size=num_ranks,
-        num_threads=1,
-        device="cpu",
-        max_model_len=160,
-        kv_cache_bytes=8 << 20,
-        # Small, so that prompts are computed in chunks beside decoding requests
-        max_num_batched_tokens=24,
-        max_num_seqs=6,
-        **{"step_timeout_s": 30.0, **changes},
-    )
+    # Few rows a step, so that prompts are computed in chunks beside decoding requests
+    options = {"max_num_batched_tokens": 24, "max_num_seqs": 6, "step_timeout_s": 30.0, **changes}
+    return config_of(directory, num_ranks, **options)
 
 
 def _directory(model: str, checkpoint: Callable[[str], Path]) -> Path:
@@ -108,21 +82,16 @@ def _prompts(model: str) -> list[list[int]]:
 
 def _run(ranks: Ranks, config: EngineConfig, draft_len, prompts, sampling: SamplingParams) -> list[list[int]]:
     """Serve ``prompts``, arriving one by one, beside a request that is cancelled; return their outputs."""
-    controller = ChangingDraftLen() if draft_len == "changing" else FixedController(draft_len)
-    engine = Engine(config, ranks, controller=controller)
-    outputs: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    outputs["cancelled"] = []
-    arrivals = iter([*outputs][:-1])
+    engine, outputs = Engine(config, ranks, controller=controller_of(draft_len)), Published()
+    arrivals = iter(range(len(prompts)))
     engine.add_request("cancelled", prompts[-1], replace(sampling, max_tokens=80))
     num_steps = 0
     while True:
-        if num_steps % 2 == 0 and (key := next(arrivals, None)) is not None:
-            engine.add_request(key, prompts[int(key)], sampling)
+        if num_steps % 2 == 0 and (index := next(arrivals, None)) is not None:
+            engine.add_request(str(index), prompts[index], sampling)
         if not engine.has_requests:
             break
-        for output in engine.step():
-            assert output.offset == len(outputs[output.request_id]), "tokens must come in order, each once"
-            outputs[output.request_id] += output.token_ids
+        outputs.take(engine.step())
         num_steps += 1
         if num_steps == 6:
             engine.abort("cancelled")
@@ -165,9 +134,8 @@ def served(case, checkpoint) -> Iterator[tuple[Ranks, EngineConfig, Path]]:
     if num_ranks == 1:
         yield LocalRanks(make_runner(config, 0)), config, directory
         return
-    ranks = ProcessRanks(config, [sys.executable, str(Path(__file__).with_name("faulty_rank.py"))])
-    yield ranks, config, directory
-    ranks.close()
+    with faulty_ranks(config) as ranks:
+        yield ranks, config, directory
 
 
 def test_greedy_tokens_are_those_of_transformers(served, model, reference):
@@ -214,11 +182,8 @@ def test_a_rank_that_fails_between_collectives_is_recovered(checkpoint, referenc
     directory = checkpoint("qwen3_moe")
     config = _config(directory, 2, step_timeout_s=3.0)
     prompts = _prompts("qwen3_moe")
-    ranks = ProcessRanks(config, [sys.executable, str(Path(__file__).with_name("faulty_rank.py"))])
-    try:
-        sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    with faulty_ranks(config) as ranks:
         got = _run(ranks, config, 3, prompts, sampling)
-    finally:
-        ranks.close()
     assert got == [reference(directory, prompt, MAX_TOKENS, ignore_eos=True) for prompt in prompts]
     assert all(process.returncode == 0 for process in ranks.processes)

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
 from penstock.workers import packed_weights
 from penstock.workers.architectures import SUPPORTED
 from penstock.workers.packed_weights import PackedLinear, packs_weights
 from penstock.workers.sampling_params import SamplingParams
+
+from .tiny_engine import config_of, generate
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -71,18 +72,11 @@ def test_a_bfloat16_model_computes_the_float32_function_of_its_weights(model_typ
     from transformers import AutoModelForCausalLM
 
     directory = checkpoint(model_type)
-    config = EngineConfig(
-        model=str(directory), dtype="bfloat16", num_threads=1, device="cpu", max_model_len=64, kv_cache_bytes=1 << 20
-    )
+    config = config_of(directory, dtype="bfloat16", max_model_len=64, kv_cache_bytes=1 << 20)
     ranks = LocalRanks(make_runner(config, 0))
     assert ranks.infos[0].model.dtype == "bfloat16"
-    engine = Engine(config, ranks)
     prompt = [5, 17, 40, 3, 88, 21]
-    engine.add_request("a", prompt, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
-    tokens: list[int] = []
-    while engine.has_requests:
-        for output in engine.step():
-            tokens += output.token_ids
+    (tokens,) = generate(Engine(config, ranks), [prompt], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
     reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).float().eval()
     ids = torch.tensor([prompt])
     with torch.inference_mode():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,30 +16,13 @@ from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.output import LENGTH, RequestOutput
 from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
-from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.workers.plan import Logprobs, StepFailedError, StepPlan, StepResult
 from penstock.workers.sampling_params import SamplingParams
 
 from .scripted_ranks import VOCAB, ScriptedRanks, continuation
+from .tiny_engine import PROMPTS, Published, config_of, drain, faulty_ranks
 
 MAX_MODEL_LEN = 40
-
-
-class Readers(dict[str, list[int]]):
-    """What was published, checked as a reader would: in order, each token once, nothing after the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ended: dict[str, RequestOutput] = {}
-
-    def take(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            assert output.request_id not in self.ended
-            tokens = self.setdefault(output.request_id, [])
-            assert output.offset == len(tokens)
-            tokens += output.token_ids
-            if output.finish_reason is not None:
-                self.ended[output.request_id] = output
 
 
 class FaultyRanks(ScriptedRanks):
@@ -80,7 +62,7 @@ def test_any_traffic_over_small_pools_gets_its_exact_tokens(
         draft_len=draft_len,
         max_step_retries=100,
     )
-    engine, readers = Engine(config, ranks), Readers()
+    engine, readers = Engine(config, ranks), Published()
     wanted: dict[str, list[int]] = {}
 
     def step() -> None:
@@ -116,7 +98,7 @@ def test_any_traffic_over_small_pools_gets_its_exact_tokens(
 def test_the_oldest_is_never_preempted_and_the_rest_end_in_order() -> None:
     block_size, blocks = 4, MAX_MODEL_LEN // 4
     config = EngineConfig(model="m", block_size=block_size, max_num_seqs=8, draft_len=0)
-    engine, readers = Engine(config, ScriptedRanks([blocks], block_size, MAX_MODEL_LEN)), Readers()
+    engine, readers = Engine(config, ScriptedRanks([blocks], block_size, MAX_MODEL_LEN)), Published()
     for name in "abcdef":
         engine.add_request(name, [ord(name) % VOCAB] * 4, SamplingParams(temperature=0, max_tokens=36))
     while engine.has_requests:
@@ -130,38 +112,23 @@ def test_the_oldest_is_never_preempted_and_the_rest_end_in_order() -> None:
         assert readers[name] == continuation([ord(name) % VOCAB] * 4, 36)
 
 
-PROMPTS = [
-    [5, 17, 60, 33, 8, 71, 11, 44],
-    [3, 9, 3, 9, 3, 9, 3, 9, 3, 9, 3],
-    [(7 * i + 5) % 90 + 3 for i in range(30)],
-    [41],
-    [50, 51, 52, 50, 51, 52, 50],
-]
 NUM_TOKENS = 60
 
 
-def _config(directory: Path, **changes: Any) -> EngineConfig:
-    return EngineConfig(
-        model=str(directory),
-        device="cpu",
-        num_threads=1,
-        block_size=4,
-        max_model_len=96,
-        # 24 blocks for the longest request and one of scratch: a block is 4 tokens x 2 layers x 2 x 2 heads x 8 x 4 B
-        kv_cache_bytes=25 * 1024,
-        **changes,
-    )
+def _config(directory: Path, num_ranks: int = 1, **changes: Any) -> EngineConfig:
+    # 24 blocks for the longest request and one of scratch: a block is 4 tokens x 2 layers x 2 x 2 heads x 8 x 4 B
+    options = {"block_size": 4, "max_model_len": 96, "kv_cache_bytes": 25 * 1024, **changes}
+    return config_of(directory, num_ranks, **options)
 
 
-def _serve(config: EngineConfig, ranks: Ranks) -> tuple[Readers, int]:
-    engine, readers = Engine(config, ranks), Readers()
+def _serve(config: EngineConfig, ranks: Ranks) -> tuple[Published, int]:
+    engine, readers = Engine(config, ranks), Published()
     assert {info.num_kv_blocks for info in ranks.infos} == {24}
     for index, prompt in enumerate(PROMPTS * len(ranks.infos)):
         sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
         engine.add_request(str(index), prompt, sampling)
-    while engine.has_requests:
-        readers.take(engine.step())
-        engine.scheduler.check_integrity()
+    drain(engine, readers)
+    assert engine.stats().num_failed_steps == len(ranks.infos) - 1
     assert {output.finish_reason for output in readers.ended.values()} == {LENGTH}
     return readers, engine.stats().num_preemptions
 
@@ -181,21 +148,18 @@ def test_replayed_requests_get_the_tokens_of_transformers(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("draft_len", [0, 3])
 def test_replayed_requests_get_the_tokens_of_transformers_on_two_ranks(
-    checkpoint: Callable[[str], Path], reference: Callable[..., list[int]], draft_len: int
+    checkpoint: Callable[[str], Path], reference: Callable[..., list[int]]
 ) -> None:
     directory = checkpoint("qwen3_moe")
-    config = _config(directory, draft_len=draft_len, expert_parallel_size=2, step_timeout_s=30.0)
-    # One step of the engine fails too: replays and a new generation must not get in each other's way
-    ranks = ProcessRanks(config, [sys.executable, str(Path(__file__).with_name("faulty_rank.py"))])
-    try:
-        readers, num_preemptions = _serve(config, ranks)
-    finally:
-        ranks.close()
-    assert num_preemptions > 0
+    config = _config(directory, 2, step_timeout_s=30.0)
+    # One step of each engine fails too: replays and a new generation must not get in each other's way
+    with faulty_ranks(config) as ranks:
+        served = [_serve(replace(config, draft_len=draft_len), ranks) for draft_len in (0, 3)]
     expected = [reference(directory, prompt, NUM_TOKENS, ignore_eos=True) for prompt in PROMPTS] * 2
-    assert [readers[str(index)] for index in range(2 * len(PROMPTS))] == expected
+    for readers, num_preemptions in served:
+        assert num_preemptions > 0
+        assert [readers[str(index)] for index in range(2 * len(PROMPTS))] == expected
 
 
 def test_penalties_and_log_probabilities_survive_a_replay(checkpoint: Callable[[str], Path]) -> None:
@@ -206,7 +170,7 @@ def test_penalties_and_log_probabilities_survive_a_replay(checkpoint: Callable[[
     )  # fmt: skip
 
     def serve(kv_cache_bytes: int) -> tuple[list[RequestOutput], int]:
-        config = replace(_config(directory, draft_len=2), kv_cache_bytes=kv_cache_bytes)
+        config = _config(directory, draft_len=2, kv_cache_bytes=kv_cache_bytes)
         engine = Engine(config, LocalRanks(make_runner(config, 0)))
         for index, prompt in enumerate(PROMPTS):
             engine.add_request(str(index), prompt, sampling)

@@ -21,6 +21,8 @@ from penstock.workers.loader import inspect, load, resolve_dtype
 from penstock.workers.quantization import dequantize_fp8
 from penstock.workers.sampling_params import SamplingParams
 
+from .tiny_engine import config_of, generate
+
 # Neither divides 24, so that last blocks are not full, as in DeepSeek-V3's attention
 BLOCK = (16, 10)
 FP8 = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
@@ -129,27 +131,11 @@ def quantized(
     return make
 
 
-def generate(ranks: Any, config: EngineConfig, prompts: list[list[int]]) -> list[list[int]]:
+def tokens_of(ranks: Any, config: EngineConfig, prompts: list[list[int]]) -> list[list[int]]:
     engine = Engine(config, ranks)
-    for i, prompt in enumerate(prompts):
-        engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
-    outputs: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    while engine.has_requests:
-        for output in engine.step():
-            outputs[output.request_id] += output.token_ids
+    tokens = generate(engine, prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
     assert engine.stats().num_failed_steps == 0
-    return list(outputs.values())
-
-
-def settings(directory: Path, num_ranks: int) -> EngineConfig:
-    return EngineConfig(
-        model=str(directory),
-        expert_parallel_size=num_ranks,
-        num_threads=1,
-        device="cpu",
-        max_model_len=128,
-        kv_cache_bytes=4 << 20,
-    )
+    return tokens
 
 
 PROMPTS = [[5, 40, 9], [*range(10, 40)], [77]]
@@ -158,8 +144,8 @@ PROMPTS = [[5, 40, 9], [*range(10, 40)], [77]]
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_those_of_the_dequantised_model(case, quantized, checkpoint, reference):
     directory, worth = quantized(case)
-    config = settings(directory, 1)
-    got = generate(LocalRanks(make_runner(config, 0)), config, PROMPTS)
+    config = config_of(directory, 1)
+    got = tokens_of(LocalRanks(make_runner(config, 0)), config, PROMPTS)
     assert got == [reference(worth, prompt, 20, ignore_eos=True) for prompt in PROMPTS]
     unquantised = [reference(checkpoint(case.split()[0]), prompt, 20, ignore_eos=True) for prompt in PROMPTS]
     assert got != unquantised, "quantisation must have changed the model, or nothing was tested"
@@ -169,10 +155,10 @@ def test_tokens_are_those_of_the_dequantised_model(case, quantized, checkpoint, 
 @pytest.mark.parametrize("case", ["deepseek_v3", "gpt_oss"])
 def test_two_ranks_give_the_tokens_of_the_dequantised_model(case, quantized, reference):
     directory, worth = quantized(case)
-    config = settings(directory, 2)
+    config = config_of(directory, 2)
     ranks = ProcessRanks(config)
     try:
-        got = generate(ranks, config, PROMPTS)
+        got = tokens_of(ranks, config, PROMPTS)
     finally:
         ranks.close()
     assert got == [reference(worth, prompt, 20, ignore_eos=True) for prompt in PROMPTS]
@@ -239,7 +225,7 @@ def test_scales_of_powers_of_two_stored_in_one_byte():
 
 
 @pytest.mark.parametrize(
-    ("settings_", "message"),
+    ("settings", "message"),
     [
         ({"quant_method": "gptq", "bits": 4}, "quantisation 'gptq' is not supported; supported: fp8, mxfp4"),
         ({"quant_method": "bitsandbytes"}, "quantisation 'bitsandbytes'"),
@@ -248,12 +234,13 @@ def test_scales_of_powers_of_two_stored_in_one_byte():
         ({"quant_method": "fp8"}, "fp8 with weight_block_size None is not supported"),
         ({**FP8, "weight_block_size": [128]}, r"weight_block_size \[128\]"),
         ({**FP8, "weight_block_size": [0, 128]}, r"weight_block_size \[0, 128\]"),
+        ({**FP8, "weight_block_size": ["all", 128]}, r"weight_block_size \['all', 128\]"),
         ({**FP8, "activation_scheme": "static"}, "activation_scheme"),
     ],
 )
-def test_other_quantisations_are_refused_by_name(settings_, message, checkpoint, tmp_path):
+def test_other_quantisations_are_refused_by_name(settings, message, checkpoint, tmp_path):
     source = checkpoint("qwen3_moe")
-    directory = write(source, tmp_path / "other", tensors_of(source), quantization_config=settings_)
+    directory = write(source, tmp_path / "other", tensors_of(source), quantization_config=settings)
     with pytest.raises(ValueError, match=f"^model: .*{message}"):
         inspect(str(directory))
 

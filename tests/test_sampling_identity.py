@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +15,14 @@ from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.output import RequestOutput
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
-from penstock.cluster.speculation.fixed import FixedController
-from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.kernels.philox import gumbel
-from penstock.workers.plan import Logprobs, StepFailedError
+from penstock.workers.plan import Logprobs
 from penstock.workers.sampling_params import SamplingParams
 
-from .conftest import EOS, VOCAB
-from .test_identity import ChangingDraftLen
+from .tiny_configs import EOS, VOCAB
+from .tiny_engine import DRAFT_LENS, FailingRanks, config_of, controller_of, faulty_ranks
 
 MODELS = ("qwen3_moe", "mixtral", "deepseek_v3", "granitemoe")
-DRAFT_LENS = (0, 3, 7, "changing")
 MAX_TOKENS = 30
 STOPS = (7, 11)
 BIAS = {5: 3.0, 7: 6.0, 30: -100.0, EOS: 4.0}
@@ -41,44 +37,22 @@ ADJUSTED: list[dict[str, Any]] = [
 ]
 
 
-class FailingRanks:
-    """Real ranks; every third step is lost after it has run."""
+def config_for(directory: Path, num_ranks: int = 1) -> EngineConfig:
+    # Few rows a step, so that prompts come in chunks beside decoding requests
+    return config_of(directory, num_ranks, max_num_batched_tokens=24, max_num_seqs=8, block_size=4)
 
-    def __init__(self, ranks: LocalRanks) -> None:
-        self._ranks, self.infos, self.steps = ranks, ranks.infos, 0
 
-    def step(self, plan):
-        self.steps += 1
-        result = self._ranks.step(plan)
-        if self.steps % 3 == 0:
-            raise StepFailedError("planted")
-        return result
+def transformers_model(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
 
-    def recover(self, generation):
-        self._ranks.recover(generation)
-
-    def close(self):
-        pass
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def served(request, checkpoint: Callable[[str], Path]) -> tuple[LocalRanks, EngineConfig, Any]:
-    from transformers import AutoModelForCausalLM
-
     directory = checkpoint(request.param)
-    config = EngineConfig(
-        model=str(directory),
-        num_threads=1,
-        device="cpu",
-        max_model_len=160,
-        kv_cache_bytes=8 << 20,
-        # small, so that prompts come in chunks beside decoding requests
-        max_num_batched_tokens=24,
-        max_num_seqs=8,
-        block_size=4,
-    )
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    return LocalRanks(make_runner(config, 0)), config, model
+    settings = config_for(directory)
+    return LocalRanks(make_runner(settings, 0)), settings, transformers_model(directory)
 
 
 def prompts() -> list[list[int]]:
@@ -89,8 +63,7 @@ def prompts() -> list[list[int]]:
 
 def run(ranks: Any, config: EngineConfig, draft_len: Any, samplings: list[SamplingParams]) -> list[RequestOutput]:
     """Serve ``prompts()`` together and return each one's whole output as one."""
-    controller = ChangingDraftLen() if draft_len == "changing" else FixedController(draft_len)
-    engine = Engine(config, ranks, controller=controller)
+    engine = Engine(config, ranks, controller=controller_of(draft_len))
     for i, (prompt, sampling) in enumerate(zip(prompts(), samplings, strict=True)):
         engine.add_request(str(i), prompt, sampling)
     outputs: dict[str, list[RequestOutput]] = {str(i): [] for i in range(len(samplings))}
@@ -172,9 +145,9 @@ def test_texts_survive_lost_steps_and_mix_with_plain_requests(served):
         SamplingParams(max_tokens=MAX_TOKENS, **SEEDED),
     ]
     wanted = [expected_tokens(model, prompt, s) for prompt, s in zip(prompts(), samplings, strict=True)]
-    failing = FailingRanks(ranks)
+    failing = FailingRanks(ranks, lambda call: call % 3 == 0)
     outputs = run(failing, config, 3, samplings)
-    assert failing.steps > 6
+    assert failing.calls > 6
     assert [output.token_ids for output in outputs] == wanted
     check_logprobs(model, prompts()[1], samplings[1], outputs[1])
 
@@ -290,31 +263,15 @@ def test_what_the_model_cannot_do_is_refused(served, given, message):
 
 @pytest.mark.distributed
 def test_ranks_in_other_processes_are_told_all_of_it(checkpoint: Callable[[str], Path]) -> None:
-    from transformers import AutoModelForCausalLM
-
     directory = checkpoint("qwen3_moe")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    config = EngineConfig(
-        model=str(directory),
-        expert_parallel_size=2,
-        num_threads=1,
-        device="cpu",
-        max_model_len=160,
-        kv_cache_bytes=8 << 20,
-        max_num_batched_tokens=24,
-        max_num_seqs=8,
-        block_size=4,
-    )
+    model, config = transformers_model(directory), config_for(directory, 2)
     samplings = [
         SamplingParams(**given, **SEEDED, max_tokens=MAX_TOKENS, logprobs=2, prompt_logprobs=1)
         for given in ADJUSTED[2:]
     ]
     wanted = [expected_tokens(model, prompt, s) for prompt, s in zip(prompts(), samplings, strict=True)]
-    ranks = ProcessRanks(config, [sys.executable, str(Path(__file__).with_name("faulty_rank.py"))])
-    try:
+    with faulty_ranks(config) as ranks:
         outputs = run(ranks, config, 3, samplings)
-    finally:
-        ranks.close()
     assert [output.token_ids for output in outputs] == wanted
     for prompt, sampling, output in zip(prompts(), samplings, outputs, strict=True):
         check_logprobs(model, prompt, sampling, output)

@@ -252,6 +252,6 @@ def test_a_step_costs_the_same_however_long_the_text(name: str, text: list[int])
     early = [count_lines(lambda start=start: step(start)) for start in range(100, 190, 3)]
     drafter.extend(text[190:8000])
     late = [count_lines(lambda start=start: step(start)) for start in range(8000, 8180, 3)]
-    # At about 0.05 us a line, three tokens and a proposal stay below 50 us; a scan of the text would be thousands
+    # Lines of Python for three tokens and a proposal; a scan of the text would take thousands
     assert max(late) <= 900
     assert sum(late) <= 1.5 * max(early) * len(late)

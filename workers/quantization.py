@@ -47,7 +47,11 @@ def check_quantization(config: object) -> None:
     if method != "fp8":
         raise ValueError(f"model: quantisation {method!r} is not supported; supported: {', '.join(FORMATS)}")
     block_size = settings.get("weight_block_size")
-    if not (isinstance(block_size, list | tuple) and len(block_size) == 2 and all(int(n) > 0 for n in block_size)):
+    if not (
+        isinstance(block_size, list | tuple)
+        and len(block_size) == 2
+        and all(type(n) is int and n > 0 for n in block_size)
+    ):
         raise ValueError(f"model: fp8 with weight_block_size {block_size!r} is not supported; expected two numbers")
     if settings.get("activation_scheme", "dynamic") != "dynamic":
         raise ValueError("model: fp8 with activation_scheme other than 'dynamic' is not supported")

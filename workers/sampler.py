@@ -66,7 +66,7 @@ def sample(logits: torch.Tensor, samplings: Sequence[TokenSampling], positions: 
     ``positions[s]`` is the absolute position of the token being chosen.
     """
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature >= GREEDY_BELOW]
-    # f32 first: argmax of bfloat16 takes twice as long
+    # f32 first: argmax of bfloat16 is slow on a CPU
     tokens = torch.argmax(logits.float(), dim=-1).tolist() if len(drawn) < len(samplings) else [-1] * len(samplings)
     if drawn:
         chosen = [samplings[row] for row in drawn]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,7 +119,7 @@ class HttpClient:
         calls = _calls(prompts, sampling)
         with _plain_errors():
             model = self._model or self._first(await self.amodels())
-            answers = await asyncio.gather(*(call.send(self._client(), model) for call in calls))
+            answers = await _all(call.send(self._client(), model) for call in calls)
         return [generation for call, answer in zip(calls, answers, strict=True) for generation in call.read(answer)]
 
     def astream(self, prompt: Prompt, **sampling: Any) -> AsyncHttpTextStream:
@@ -269,6 +269,16 @@ class _Call:
     def read(self, answer: Any) -> list[Generation]:
         """Return the outputs of an answer that was not streamed."""
         return read_choices(answer, self.num_top)
+
+
+async def _all(requests: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Return the answers to ``requests``, sent side by side; if one fails, the others are aborted."""
+    tasks = [asyncio.create_task(request) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _one_call(prompt: Prompt, sampling: dict[str, Any], *, stream: bool = False) -> _Call:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from typing import Any
 
 import ray
@@ -42,10 +42,14 @@ class RayClient:
 
     def generate_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
         """Generate ``n`` outputs of each prompt, side by side; the first prompt's come first."""
-        streams = [RayTextStream(self._send(prompt, params)) for prompt, params in _each(prompts, sampling)]
-        for stream in streams:
-            for _ in stream:
-                pass
+        with ExitStack() as stack:  # if one fails, the others are aborted
+            streams = [
+                stack.enter_context(RayTextStream(self._send(prompt, params)))
+                for prompt, params in _each(prompts, sampling)
+            ]
+            for stream in streams:
+                for _ in stream:
+                    pass
         return [stream.generation for stream in streams]
 
     def stream(self, prompt: Prompt, **sampling: Any) -> RayTextStream:
@@ -74,10 +78,14 @@ class RayClient:
 
     async def agenerate_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
         """Generate ``n`` outputs of each prompt, side by side; the first prompt's come first."""
-        streams = [AsyncRayTextStream(self._send(prompt, params)) for prompt, params in _each(prompts, sampling)]
-        for stream in streams:
-            async for _ in stream:
-                pass
+        async with AsyncExitStack() as stack:  # if one fails, the others are aborted
+            streams = [
+                await stack.enter_async_context(AsyncRayTextStream(self._send(prompt, params)))
+                for prompt, params in _each(prompts, sampling)
+            ]
+            for stream in streams:
+                async for _ in stream:
+                    pass
         return [stream.generation for stream in streams]
 
     def astream(self, prompt: Prompt, **sampling: Any) -> AsyncRayTextStream:

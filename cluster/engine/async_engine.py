@@ -72,3 +72,4 @@ class AsyncEngine:
         """Stop the engine; requests that still run get an error."""
         self._router.fail_all("the engine is closing")
         await asyncio.to_thread(self.thread.close)
+        self._router.fail_all("the engine is closed")  # those that came before the thread knew

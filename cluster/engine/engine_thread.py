@@ -111,8 +111,10 @@ class EngineThread:
         self._engine.ranks.close()
 
     def _run(self) -> None:
-        while self._drain():
+        while True:
             try:
+                if not self._drain():
+                    return
                 if self._death is not None:
                     self._deliver_errors()
                     continue

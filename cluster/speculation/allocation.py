@@ -53,14 +53,15 @@ def allocate(
     queues = [_queue(chains, rank) for rank in range(len(rows))]
     taken: list[int] = []
     num_best = 0
-    while True:
+    while any(queues):
+        # Only two times are possible: the fullest rank gets the row, or another that does not make it wait
+        fullest = max(rows)
+        longer, same = step_s(total + 1, fullest + 1), step_s(total + 1, fullest)
         options = []
         for rank, queue in enumerate(queues):
             if queue:
-                time_then = step_s(total + 1, max(*rows, rows[rank] + 1))
+                time_then = longer if rows[rank] == fullest else same
                 options.append((queue[-1][0] / max(time_then - time, 1e-9 * time), rank, time_then))
-        if not options:
-            break
         _, rank, time = max(options)
         gain, chain = queues[rank].pop()
         rows[rank] += 1
