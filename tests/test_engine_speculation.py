@@ -47,6 +47,24 @@ def test_no_drafter_is_made_or_asked_without_drafts(
     assert len(made) == len(PROMPTS), "one a request"
 
 
+@pytest.mark.parametrize("draft_len", [0, 3])
+def test_a_long_prompt_is_indexed_chunk_by_chunk(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, draft_len: int
+) -> None:
+    extended: list[int] = []
+
+    class Spy(NgramDrafter):
+        def extend(self, token_ids: Sequence[int]) -> None:
+            extended.append(len(token_ids))
+            super().extend(token_ids)
+
+    monkeypatch.setattr(engine_module, "drafter_factory", lambda name: lambda context, store: Spy(3, 1))
+    prompt = [(5 * i) % 90 + 3 for i in range(80)]
+    engine = make_engine(draft_len=draft_len, max_num_seqs=4, max_num_batched_tokens=32)
+    generate(engine, [prompt], replace(GREEDY, max_tokens=4))
+    assert extended[:3] == ([32, 32, 17] if draft_len else []), "the last chunk comes with the first token"
+
+
 class Restless(FixedController):
     """A controller that changes its mind every time, and checks what it is told."""
 

@@ -235,6 +235,7 @@ class Engine:
             )
             for request in decoding
         ]
+        self._index_prompts()
         batch = Batch(views, len(self.ranks.infos), has_prefill=len(decoding) < self.scheduler.num_running)
         proposals = [
             self._drafting.propose(request.key, request.token_ids, most) if most > 0 else NOTHING
@@ -248,6 +249,13 @@ class Engine:
             for request, proposal, length in zip(decoding, proposals, lengths, strict=True)
             if length > 0
         }
+
+    def _index_prompts(self) -> None:
+        """Tell drafters of the chunks that ranks have computed: a long prompt at once would hold up a later step."""
+        for request in (request for requests in self.scheduler.running for request in requests):
+            may_draft = request.speculation.limit(self._max_draft_len, request.num_tokens_left) > 0
+            if may_draft and request.committed_len and not request.is_decoding:
+                self._drafting.index(request.key, request.token_ids[: request.committed_len])
 
     def _discard(self, error: StepFailedError) -> None:
         self.counters.num_failed_steps += 1

@@ -28,16 +28,16 @@ class Drafting:
         """Announce a request; nothing is indexed before it is first asked."""
         self._contexts[key] = context
 
+    def index(self, key: int, token_ids: Sequence[int]) -> None:
+        """Let the drafter know the text so far: a long prompt chunk by chunk, not all of it before the first proposal."""
+        self._session(key).index(token_ids)
+
     def propose(self, key: int, token_ids: Sequence[int], max_draft_len: int) -> Proposal:
         """Return the drafter's proposal after ``token_ids`` (prompt and output so far, which only ever grow).
 
         Asked again at the same length (a step planned again), it answers the same.
         """
-        session = self._sessions.get(key)
-        if session is None:
-            drafter = self._make_drafter(self._contexts[key], self._store)
-            session = self._sessions[key] = _Session(key, drafter)
-        return session.propose(token_ids, max_draft_len, keep=self._keep_trials)
+        return self._session(key).propose(token_ids, max_draft_len, keep=self._keep_trials)
 
     def settle(self, key: int, token_ids: Sequence[int]) -> list[ShadowTrial]:
         """Compare kept proposals with the text, after it has grown; return what is newly known."""
@@ -50,6 +50,11 @@ class Drafting:
         if self._sessions.pop(key, None):
             self._store.add(token_ids[context.num_prompt_tokens :])
 
+    def _session(self, key: int) -> _Session:
+        if key not in self._sessions:
+            self._sessions[key] = _Session(key, self._make_drafter(self._contexts[key], self._store))
+        return self._sessions[key]
+
 
 class _Session:
     def __init__(self, key: int, drafter: Drafter) -> None:
@@ -58,9 +63,12 @@ class _Session:
         self._pending: deque[tuple[int, int, Proposal]] = deque()
         """Proposals not settled yet: where each begins, how many of its tokens were right so far, and itself."""
 
-    def propose(self, token_ids: Sequence[int], max_draft_len: int, *, keep: bool) -> Proposal:
+    def index(self, token_ids: Sequence[int]) -> None:
         self._drafter.extend(token_ids[self._num_seen :])
-        self._num_seen = len(token_ids)
+        self._num_seen = max(self._num_seen, len(token_ids))
+
+    def propose(self, token_ids: Sequence[int], max_draft_len: int, *, keep: bool) -> Proposal:
+        self.index(token_ids)
         proposal = self._drafter.propose(max_draft_len)
         is_repeated = self._pending and self._pending[-1][0] == len(token_ids)
         if keep and proposal and not is_repeated:
