@@ -5,7 +5,7 @@ Shapes: N rows, H hidden, K experts per row, E experts held here, F expert inter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from torch.nn.functional import linear
 
 from .packed_weights import PackedLinear, packs_weights
+
+_GROUP_ELEMENTS = int(__import__("os").environ.get("GE", 1 << 18))
 
 
 class ExpertShard:
@@ -31,6 +33,8 @@ class ExpertShard:
         weight = module.get_parameter(up_name)
         packed = packs_weights(weight.dtype, weight.device)
         self._dtype = torch.float32 if packed else weight.dtype
+        width = weight.shape[2 if module.is_transposed else 1]
+        self._group_rows = max(1, _GROUP_ELEMENTS // width)
         self._up = _projections(module, up_name, packed=packed)
         self._down = _projections(module, "down_proj", packed=packed)
         self._activate = module._apply_gate if module.has_gate else module.act_fn
@@ -57,16 +61,30 @@ class ExpertShard:
         rows = hidden.to(self._dtype).index_select(0, row_of)
         active = [expert for expert, count in enumerate(counts) if count]
         sizes = [counts[expert] for expert in active]
-        # One gate for all experts: at few rows its calls would cost as much as its arithmetic
-        inner = torch.cat([self._up[e](part) for e, part in zip(active, rows.split(sizes), strict=True)])
-        parts = self._activate(inner).split(sizes)
-        results = torch.cat([self._down[e](part) for e, part in zip(active, parts, strict=True)])
+        results = torch.cat([part for group in self._groups(active, rows.split(sizes)) for part in self._compute(*group)])
         if self._finish is not None:
             results = self._finish(results)
         computed = torch.zeros(n * k, hidden.shape[-1], device=hidden.device)
         computed.index_copy_(0, index, results.float())
         weighted = computed.view(n, k, -1) * weights.float().unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden.dtype), len(active)
+
+    def _compute(self, experts: list[int], parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        inner = torch.cat([self._up[e](part) for e, part in zip(experts, parts, strict=True)])
+        gated = self._activate(inner).split([len(part) for part in parts])
+        return [self._down[e](part) for e, part in zip(experts, gated, strict=True)]
+
+    def _groups(
+        self, experts: list[int], parts: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+        """Cut the experts and their rows where a group would have more than ``_group_rows`` rows."""
+        start = num_rows = 0
+        for end, part in enumerate(parts):
+            if end > start and num_rows + len(part) > self._group_rows:
+                yield experts[start:end], list(parts[start:end])
+                start, num_rows = end, 0
+            num_rows += len(part)
+        yield experts[start:], list(parts[start:])
 
 
 def _projections(module: Any, name: str, *, packed: bool) -> list[Callable[[torch.Tensor], torch.Tensor]]:
