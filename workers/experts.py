@@ -5,7 +5,8 @@ Shapes: N rows, H hidden, K experts per row, E experts held here, F expert inter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -16,7 +17,9 @@ from torch.nn.functional import linear
 
 from .packed_weights import PackedLinear, packs_weights
 
-_GROUP_ELEMENTS = int(__import__("os").environ.get("GE", 1 << 18))
+_GROUP_ELEMENTS = 1 << 18
+"""What the first projections of a group of experts may yield on a CPU: more would leave its caches, and be returned to
+the system and faulted in again at every call, which took half the time of a prompt."""
 
 
 class ExpertShard:
@@ -34,7 +37,7 @@ class ExpertShard:
         packed = packs_weights(weight.dtype, weight.device)
         self._dtype = torch.float32 if packed else weight.dtype
         width = weight.shape[2 if module.is_transposed else 1]
-        self._group_rows = max(1, _GROUP_ELEMENTS // width)
+        self._group_rows = max(1, _GROUP_ELEMENTS // width) if weight.device.type == "cpu" else sys.maxsize
         self._up = _projections(module, up_name, packed=packed)
         self._down = _projections(module, "down_proj", packed=packed)
         self._activate = module._apply_gate if module.has_gate else module.act_fn
@@ -60,8 +63,7 @@ class ExpertShard:
         index, row_of = (torch.from_numpy(places).to(hidden.device) for places in (order, order // k))
         rows = hidden.to(self._dtype).index_select(0, row_of)
         active = [expert for expert, count in enumerate(counts) if count]
-        sizes = [counts[expert] for expert in active]
-        results = torch.cat([part for group in self._groups(active, rows.split(sizes)) for part in self._compute(*group)])
+        results = torch.cat(self._compute(rows, active, [counts[expert] for expert in active]))
         if self._finish is not None:
             results = self._finish(results)
         computed = torch.zeros(n * k, hidden.shape[-1], device=hidden.device)
@@ -69,22 +71,26 @@ class ExpertShard:
         weighted = computed.view(n, k, -1) * weights.float().unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden.dtype), len(active)
 
-    def _compute(self, experts: list[int], parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        inner = torch.cat([self._up[e](part) for e, part in zip(experts, parts, strict=True)])
-        gated = self._activate(inner).split([len(part) for part in parts])
-        return [self._down[e](part) for e, part in zip(experts, gated, strict=True)]
+    def _compute(self, rows: torch.Tensor, experts: list[int], sizes: list[int]) -> list[torch.Tensor]:
+        """Return each expert's results for its rows; those of one expert lie together, ``sizes`` of them."""
+        results: list[torch.Tensor] = []
+        parts = rows.split(sizes)
+        for group in self._groups(sizes):
+            # One gate for all experts of a group: at few rows its calls would cost as much as its arithmetic
+            inner = [self._up[e](part) for e, part in zip(experts[group], parts[group], strict=True)]
+            gated = self._activate(torch.cat(inner) if len(inner) > 1 else inner[0]).split(sizes[group])
+            results += [self._down[e](part) for e, part in zip(experts[group], gated, strict=True)]
+        return results
 
-    def _groups(
-        self, experts: list[int], parts: Sequence[torch.Tensor]
-    ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
-        """Cut the experts and their rows where a group would have more than ``_group_rows`` rows."""
+    def _groups(self, sizes: list[int]) -> Iterator[slice]:
+        """Cut the experts into runs of at most ``_group_rows`` rows, or of one expert."""
         start = num_rows = 0
-        for end, part in enumerate(parts):
-            if end > start and num_rows + len(part) > self._group_rows:
-                yield experts[start:end], list(parts[start:end])
+        for end, size in enumerate(sizes):
+            if end > start and num_rows + size > self._group_rows:
+                yield slice(start, end)
                 start, num_rows = end, 0
-            num_rows += len(part)
-        yield experts[start:], list(parts[start:])
+            num_rows += size
+        yield slice(start, len(sizes))
 
 
 def _projections(module: Any, name: str, *, packed: bool) -> list[Callable[[torch.Tensor], torch.Tensor]]:
