@@ -16,8 +16,8 @@ from .remote_ranks import RemoteRanks
 from .step_plane import LOOPBACK
 
 _ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
-"""OpenMP's threads otherwise spin for milliseconds at each barrier, which is against each other where ranks share cores.
-What the user's own environment says goes first."""
+"""OpenMP's threads otherwise spin for milliseconds at each barrier, against each other where ranks share cores. What
+the user's own environment says goes first."""
 
 
 class ProcessRanks(RemoteRanks):
