@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from penstock.workers import experts
 from penstock.workers.experts import ExpertShard
 
 H, F, E, K = 16, 12, 6, 3
@@ -106,3 +107,17 @@ def test_idle_experts_are_not_read() -> None:
     module.gate_up_proj.data[4:] = torch.nan
     module.down_proj.data[4:] = torch.nan
     assert torch.isfinite(ExpertShard(module).run(hidden, ids, weights)[0]).all()
+
+
+@torch.inference_mode()
+def test_groups_of_experts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, ids, weights = rows(20, torch.float32)
+    for whole, cut in zip(modules(torch.float32), modules(torch.float32), strict=True):
+        expected = ExpertShard(whole).run(hidden, ids, weights)
+        with monkeypatch.context() as patch:
+            patch.setattr(experts, "_GROUP_ELEMENTS", 24 * 2 * F)
+            shard = ExpertShard(cut)
+        assert len(list(shard._groups(ids.flatten().bincount().tolist()))) > 1
+        result = shard.run(hidden, ids, weights)
+        torch.testing.assert_close(result[0], expected[0], rtol=2e-6, atol=2e-6)
+        assert result[1] == expected[1]

@@ -71,9 +71,11 @@ def paged_attention(
             raise ValueError(f"model: its attention uses {name}, which is not supported")
     cache: Any = module.penstock_cache
     rows = cache.rows
+    only = rows.groups[0]
+    if only.is_whole and len(only.rows) == 1:  # one request's rows and context are the group's as they are
+        return _attend(query, key, value, only.mask(window), s_aux, scaling).transpose(1, 2), None
     packed = query[0].transpose(0, 1)
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    grouped = query.shape[1] != key.shape[1]
     output = packed.new_empty(packed.shape[0], packed.shape[1], values.shape[-1])
     start = 0
     for group in rows.groups:
@@ -81,19 +83,27 @@ def paged_attention(
         stop = start + group.num_slots
         queries = (packed.unflatten(0, (r, n)) if group.is_whole else packed[group.rows]).transpose(1, 2)
         key_, value_ = (states[start:stop].unflatten(0, (r, -1)).transpose(1, 2) for states in (keys, values))
-        mask = group.mask(window)
-        if s_aux is None:
-            result = scaled_dot_product_attention(
-                queries, key_, value_, attn_mask=mask, scale=scaling, enable_gqa=grouped
-            )
-        else:
-            result = attend_with_sinks(queries, key_, value_, mask, s_aux, scaling)
+        result = _attend(queries, key_, value_, group.mask(window), s_aux, scaling)
         flat = result.transpose(1, 2).reshape(r * n, *output.shape[1:])
         if group.is_whole:
             return flat[None], None
         output[group.packed_rows] = flat[group.scatter]
         start = stop
     return output[None], None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    if sinks is not None:
+        return attend_with_sinks(query, key, value, mask, sinks, scaling)
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
 
 def attend_with_sinks(

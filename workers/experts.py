@@ -5,7 +5,8 @@ Shapes: N rows, H hidden, K experts per row, E experts held here, F expert inter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -15,6 +16,10 @@ import torch
 from torch.nn.functional import linear
 
 from .packed_weights import PackedLinear, packs_weights
+
+_GROUP_ELEMENTS = 1 << 18
+"""What the first projections of a group of experts may yield on a CPU: more would leave its caches, and be returned to
+the system and faulted in again at every call, which took half the time of a prompt."""
 
 
 class ExpertShard:
@@ -31,6 +36,8 @@ class ExpertShard:
         weight = module.get_parameter(up_name)
         packed = packs_weights(weight.dtype, weight.device)
         self._dtype = torch.float32 if packed else weight.dtype
+        width = weight.shape[2 if module.is_transposed else 1]
+        self._group_rows = max(1, _GROUP_ELEMENTS // width) if weight.device.type == "cpu" else sys.maxsize
         self._up = _projections(module, up_name, packed=packed)
         self._down = _projections(module, "down_proj", packed=packed)
         self._activate = module._apply_gate if module.has_gate else module.act_fn
@@ -56,17 +63,34 @@ class ExpertShard:
         index, row_of = (torch.from_numpy(places).to(hidden.device) for places in (order, order // k))
         rows = hidden.to(self._dtype).index_select(0, row_of)
         active = [expert for expert, count in enumerate(counts) if count]
-        sizes = [counts[expert] for expert in active]
-        # One gate for all experts: at few rows its calls would cost as much as its arithmetic
-        inner = torch.cat([self._up[e](part) for e, part in zip(active, rows.split(sizes), strict=True)])
-        parts = self._activate(inner).split(sizes)
-        results = torch.cat([self._down[e](part) for e, part in zip(active, parts, strict=True)])
+        results = torch.cat(self._compute(rows, active, [counts[expert] for expert in active]))
         if self._finish is not None:
             results = self._finish(results)
         computed = torch.zeros(n * k, hidden.shape[-1], device=hidden.device)
         computed.index_copy_(0, index, results.float())
         weighted = computed.view(n, k, -1) * weights.float().unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden.dtype), len(active)
+
+    def _compute(self, rows: torch.Tensor, experts: list[int], sizes: list[int]) -> list[torch.Tensor]:
+        """Return each expert's results for its rows; those of one expert lie together, ``sizes`` of them."""
+        results: list[torch.Tensor] = []
+        parts = rows.split(sizes)
+        for group in self._groups(sizes):
+            # One gate for all experts of a group: at few rows its calls would cost as much as its arithmetic
+            inner = [self._up[e](part) for e, part in zip(experts[group], parts[group], strict=True)]
+            gated = self._activate(torch.cat(inner) if len(inner) > 1 else inner[0]).split(sizes[group])
+            results += [self._down[e](part) for e, part in zip(experts[group], gated, strict=True)]
+        return results
+
+    def _groups(self, sizes: list[int]) -> Iterator[slice]:
+        """Cut the experts into runs of at most ``_group_rows`` rows, or of one expert."""
+        start = num_rows = 0
+        for end, size in enumerate(sizes):
+            if end > start and num_rows + size > self._group_rows:
+                yield slice(start, end)
+                start, num_rows = end, 0
+            num_rows += size
+        yield slice(start, len(sizes))
 
 
 def _projections(module: Any, name: str, *, packed: bool) -> list[Callable[[torch.Tensor], torch.Tensor]]:

@@ -19,8 +19,9 @@ from torch.nn.functional import linear
 _SMALLEST_PACKED = 1 << 18
 """Weights of fewer elements stay in the caches, where the packed kernel's fixed cost (20 us) would show."""
 _LARGEST_HALF = torch.finfo(torch.float16).max
-_linear_fp16 = torch.ops.quantized.linear_dynamic_fp16.default
-"""The overload itself: choosing it by name costs as much as a small layer."""
+_linear_fp16 = torch.ops.quantized.linear_dynamic_fp16.default._op
+"""What its overload calls: choosing the overload by name, and its look for fake arguments, cost as much as a small
+layer."""
 
 
 def packs_weights(dtype: torch.dtype, device: torch.device) -> bool:

@@ -23,6 +23,7 @@ from .kv_cache import PagedKVCache
 from .loader import inspect, load, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
 from .model_info import ModelInfo, RankInfo
+from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
 from .plan import Logprobs, RankPlan, RankResult, RequestPlan
 from .rows import PackedRows, pack
@@ -72,6 +73,8 @@ class ModelRunner:
         if packed:
             pack_dense(self.model, loaded.expert_modules, loaded.routers)
         self.activation_dtype = torch.float32 if packed else self.dtype
+        if self.device.type == "cpu" and self.activation_dtype == torch.float32:
+            fuse_norms(self.model)
         self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
         steerable = config.model_type not in UNSTEERABLE
         self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]

@@ -15,6 +15,10 @@ from .rank_loop import RankSettings, run_rank
 from .remote_ranks import RemoteRanks
 from .step_plane import LOOPBACK
 
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
+"""OpenMP's threads otherwise spin for milliseconds at each barrier, against each other where ranks share cores. What
+the user's own environment says goes first."""
+
 
 class ProcessRanks(RemoteRanks):
     """Starts ``expert_parallel_size`` processes on loopback and waits until they have loaded.
@@ -28,7 +32,7 @@ class ProcessRanks(RemoteRanks):
         self.processes: list[subprocess.Popen[bytes]] = []
         try:
             for settings in self.settings:
-                process = subprocess.Popen(command, stdin=subprocess.PIPE)
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, env={**_ENVIRONMENT, **os.environ})
                 self.processes.append(process)
                 assert process.stdin is not None
                 process.stdin.write(msgspec.json.encode(settings) + b"\n")
