@@ -29,7 +29,7 @@ class Drafting:
         self._contexts[key] = context
 
     def index(self, key: int, token_ids: Sequence[int]) -> None:
-        """Let the drafter know the text so far: a long prompt chunk by chunk, not all of it before the first proposal."""
+        """Let the drafter know the text so far: a long prompt chunk by chunk, not all of it when it first proposes."""
         self._session(key).index(token_ids)
 
     def propose(self, key: int, token_ids: Sequence[int], max_draft_len: int) -> Proposal:
