@@ -19,7 +19,7 @@ from .packed_weights import PackedLinear, packs_weights
 
 _GROUP_ELEMENTS = 1 << 18
 """What the first projections of a group of experts may yield on a CPU: more would leave its caches, and be returned to
-the system and faulted in again at every call, which took half the time of a prompt."""
+the system and faulted in again at every call."""
 
 
 class ExpertShard:

@@ -1,7 +1,7 @@
 """Sixteen-bit weights on a CPU without sixteen-bit arithmetic: held as halves, multiplied in float32.
 
-Few rows through a large weight cost the reading of the weight. On such a CPU torch's bfloat16 kernels read at about
-half the memory's speed, and slower with every further row; every small operation pays for two conversions. So a
+Few rows through a large weight cost the reading of the weight. On such a CPU torch's bfloat16 kernels read far
+below the memory's speed, and slower with every further row; every small operation pays for two conversions. So a
 bfloat16 model is rearranged once it is loaded: large weights are packed for FBGEMM's kernel (half-precision weights,
 float32 rows), all others and all activations become float32. It computes the float32 function of the bfloat16
 weights. `benchmarks/decode` measures what that brings.
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 _SMALLEST_PACKED = 1 << 18
-"""Weights of fewer elements stay in the caches, where the packed kernel's fixed cost (20 us) would show."""
+"""Weights of fewer elements stay in the caches, where the packed kernel's fixed cost would show."""
 _LARGEST_HALF = torch.finfo(torch.float16).max
 _linear_fp16 = torch.ops.quantized.linear_dynamic_fp16.default._op
 """What its overload calls: choosing the overload by name, and its look for fake arguments, cost as much as a small
