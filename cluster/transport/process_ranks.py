@@ -11,9 +11,9 @@ import msgspec
 
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
+from .curve import LOOPBACK
 from .rank_loop import RankSettings, run_rank
 from .remote_ranks import RemoteRanks
-from .step_plane import LOOPBACK
 
 
 class ProcessRanks(RemoteRanks):
