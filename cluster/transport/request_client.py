@@ -30,6 +30,7 @@ class RequestClient:
         self._router, self._lease_s = router, lease_s
         self._loop = asyncio.get_running_loop()
         self._dealer = CurveDealer(ticket)
+        self._dealer.socket.linger = 0  # who closes has lost the other side, and must not wait for it
         self._socket = LoopSocket(self._dealer.socket, self._take)
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(CoordinatorLetter)
         self._num_sent = self._num_received = 0
