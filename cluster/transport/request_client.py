@@ -14,7 +14,7 @@ from ..engine.output_router import OutputRouter
 from .curve import CurveDealer, Ticket
 from .loop_socket import LoopSocket
 from .request_messages import Abort, CoordinatorLetter, Outputs, ReaderLetter, Received, Refused, Renew, Submit
-from .request_server import LEASE_S, WINDOW
+from .request_server import LEASE_S, RENEWALS, WINDOW
 
 _TAKEN = WINDOW // 4
 """Letters between two receipts."""
@@ -28,15 +28,15 @@ class RequestClient:
 
     def __init__(self, ticket: Ticket, router: OutputRouter, *, lease_s: float = LEASE_S) -> None:
         self._router, self._lease_s = router, lease_s
-        self._loop = asyncio.get_running_loop()
         self._dealer = CurveDealer(ticket)
         self._dealer.socket.linger = 0  # who closes has lost the other side, and must not wait for it
         self._socket = LoopSocket(self._dealer.socket, self._take)
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(CoordinatorLetter)
         self._num_sent = self._num_received = 0
-        self._heard_s = self._loop.time()
+        self._num_silent = 0
+        """Renewals sent since the last letter came."""
         self._answered = asyncio.Event()
-        self._lost: asyncio.Future[None] = self._loop.create_future()
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closed = False
 
     def submit(self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
@@ -58,11 +58,12 @@ class RequestClient:
     async def run(self) -> None:
         """Keep the lease; raises ``EngineDeadError`` when the other side is lost."""
         while True:
-            await asyncio.wait({self._lost}, timeout=self._lease_s / 5)
+            await asyncio.wait({self._lost}, timeout=self._lease_s / RENEWALS)
             if self._lost.done():
                 self._lost.result()
-            if self._loop.time() - self._heard_s > self._lease_s:
+            if self._num_silent == RENEWALS:
                 raise EngineDeadError("the coordinator is silent")
+            self._num_silent += 1
             self._send(Renew())
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ class RequestClient:
         self._dealer.close()
 
     def _take(self, frames: list[bytes]) -> None:
-        self._heard_s = self._loop.time()
+        self._num_silent = 0
         try:
             letter = self._decoder.decode(frames[0])
         except msgspec.MsgspecError as error:

@@ -33,8 +33,10 @@ from .request_messages import (
 )
 
 logger = logging.getLogger(__name__)
-LEASE_S = 10.0
-"""A side that is silent for so long is taken for dead by the other: a connection does not always tell."""
+LEASE_S = 30.0
+"""A side that is silent for so long is taken for dead by the other, where neither Ray nor the connection has told."""
+RENEWALS = 5
+"""In the time of a lease. Silence is counted in these: a side that was held up must not take that for the other's."""
 WINDOW = 64
 """Letters that a reader need not have taken before it is sent another."""
 
@@ -54,7 +56,8 @@ class RequestSink(Protocol):
 @dataclass(slots=True)
 class _Reader:
     ticket: Ticket
-    heard_s: float
+    num_silent: int = 0
+    """Renewals that were due since its last letter."""
     num_sent: int = 0
     num_taken: int = 0
     """Letters that it says it has."""
@@ -69,7 +72,6 @@ class RequestServer:
 
     def __init__(self, host: str, sink: RequestSink, *, lease_s: float = LEASE_S) -> None:
         self._sink, self._lease_s = sink, lease_s
-        self._loop = asyncio.get_running_loop()
         self._router = CurveRouter(host)
         self._socket = LoopSocket(self._router.socket, self._take)
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(ReaderLetter)
@@ -80,7 +82,7 @@ class RequestServer:
     def attach(self, reader_id: str) -> Ticket:
         """Admit a reader: what it connects with."""
         ticket = self._router.issue(reader_id)
-        self._readers[reader_id] = _Reader(ticket, self._loop.time())
+        self._readers[reader_id] = _Reader(ticket)
         return ticket
 
     async def detached(self, reader_id: str) -> None:
@@ -129,7 +131,7 @@ class RequestServer:
         reader = self._readers.get(reader_id)
         if reader is None:  # its lease has ended, of which it is told by the end of its attachment
             return
-        reader.heard_s = self._loop.time()
+        reader.num_silent = 0
         try:
             letter = self._decoder.decode(frames[1])
         except msgspec.MsgspecError as error:
@@ -184,7 +186,8 @@ class RequestServer:
 
     async def _end_leases(self) -> None:
         while True:
-            await asyncio.sleep(self._lease_s / 5)
-            silent_since = self._loop.time() - self._lease_s
-            for reader_id in [name for name, reader in self._readers.items() if reader.heard_s < silent_since]:
-                self.detach(reader_id)
+            await asyncio.sleep(self._lease_s / RENEWALS)
+            for reader_id, reader in list(self._readers.items()):
+                reader.num_silent += 1
+                if reader.num_silent > RENEWALS:
+                    self.detach(reader_id)
