@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,8 @@ from penstock.cluster.engine.backend import EngineDeadError
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.engine_thread import EngineThread
 from penstock.cluster.engine.output import ERROR, LENGTH, RequestOutput
+from penstock.cluster.engine.ranks import Ranks
+from penstock.workers.plan import StepPlan, StepResult
 
 from .tiny_engine import GREEDY, PROMPTS, FailingRanks, Published, generate
 
@@ -105,3 +108,57 @@ def test_a_closed_engine_takes_no_requests(make_engine: Callable[..., Engine]) -
     thread.close()
     with pytest.raises(EngineDeadError):
         thread.submit("a", PROMPTS[0], GREEDY)
+
+
+class Overlapping(FailingRanks):
+    """Failing ranks that have work done while they run, as ranks in other processes do; a failing step is not begun."""
+
+    def __init__(self, ranks: Ranks, fails: Callable[[int], bool]) -> None:
+        super().__init__(ranks, fails)
+        self.meanwhile: Callable[[], None] = lambda: None
+        self.log: list[str] = []
+
+    def step(self, plan: StepPlan) -> StepResult:
+        if not self.fails(self.calls + 1):
+            self.log.append("planned")
+            self.meanwhile()
+        result = super().step(plan)
+        self.log.append("ran")
+        return result
+
+
+@pytest.mark.parametrize("failed", [set(), {3, 4}])
+def test_outputs_are_delivered_while_the_next_step_runs(make_engine: Callable[..., Engine], failed: set[int]) -> None:
+    sampling = replace(GREEDY, max_tokens=6)
+    expected = generate(make_engine(draft_len=0), [PROMPTS[0]], sampling)[0]
+    ranks: list[Overlapping] = []
+
+    def overlapping(local: Ranks) -> Overlapping:
+        ranks.append(Overlapping(local, lambda call: call in failed))
+        return ranks[-1]
+
+    engine = make_engine(overlapping, draft_len=0, max_step_retries=2)
+    reader = _Reader()
+
+    def deliver(outputs: list[RequestOutput]) -> None:
+        ranks[0].log.append("delivered")
+        reader.deliver(outputs)
+
+    thread = EngineThread(engine, deliver, overlap=True)
+    ranks[0].meanwhile = thread.hand_over
+    try:
+        thread.submit("a", PROMPTS[0], sampling)
+        assert reader.wait("a").finish_reason == LENGTH
+        assert thread.stats().num_requests_finished == {LENGTH: 1}
+    finally:
+        thread.close()
+    assert reader.tokens["a"] == expected
+    log = ranks[0].log
+    assert log.count("delivered") == 6
+    if not failed:
+        # the first step has nothing to deliver, the last output no step to wait for
+        assert log == ["planned", "ran", *["planned", "delivered", "ran"] * 5, "delivered"]
+    else:
+        # a step that never begins takes nothing along: what waits goes out after it
+        assert "delivered" in log[log.index("ran") + 1 : len(log)]
+        assert log.count("planned") == log.count("ran") == 6

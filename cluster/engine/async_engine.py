@@ -37,13 +37,11 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs; see ``Backend.generate``."""
 
-        async def submit() -> None:
-            self.thread.submit(request_id, prompt_token_ids, sampling, speculation)
-
-        async def abort(reason: str) -> None:
-            self.thread.abort(request_id, reason)
-
-        return self._router.read(request_id, submit, abort)
+        return self._router.read(
+            request_id,
+            lambda: self.thread.submit(request_id, prompt_token_ids, sampling, speculation),
+            lambda reason: self.thread.abort(request_id, reason),
+        )
 
     def stopped(self, request_id: str) -> None:
         """Say that the reader found its stop string."""

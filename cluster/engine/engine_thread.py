@@ -25,12 +25,19 @@ T = TypeVar("T")
 class EngineThread:
     """Steps ``engine`` while it has requests. ``deliver`` is called in the thread with every step's outputs.
 
+    With ``overlap`` that waits until the engine's ranks call `hand_over`, which they must while they run the next step,
+    or until there is no next step: then delivering holds up no rank.
+
     Requests and aborts take effect between steps, in the order in which they came. A request that finds the queue full
     is refused at once; totals are those after the last step and can be read at any time.
     """
 
-    def __init__(self, engine: Engine, deliver: Callable[[list[RequestOutput]], None]) -> None:
-        self._engine, self._deliver = engine, deliver
+    def __init__(
+        self, engine: Engine, deliver: Callable[[list[RequestOutput]], None], *, overlap: bool = False
+    ) -> None:
+        self._engine, self._deliver, self._overlap = engine, deliver, overlap
+        self._outputs: list[RequestOutput] = []
+        """Of the last step, to be delivered."""
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._death: str | None = None
         self._limit = QueueLimit(engine.config.max_queued_requests, engine.scheduler.num_open, clock=engine.clock)
@@ -119,10 +126,11 @@ class EngineThread:
                     self._deliver_errors()
                     continue
                 outputs = self._engine.step()
-                # First, so that whoever has the last token of a request finds it counted
-                self._publish()
-                if outputs:
-                    self._deliver(outputs)
+                if self._outputs:  # the step ended before the ranks had it
+                    self.hand_over()
+                self._outputs = outputs
+                if not self._overlap:
+                    self.hand_over()
             except EngineDeadError as error:
                 self._die(str(error))
             except Exception as error:  # a bug of ours must not leave clients waiting for ever
@@ -137,11 +145,20 @@ class EngineThread:
             except queue.Empty:
                 if self._engine.has_requests:
                     return True
-                self._publish()
+                self.hand_over()
                 command = self._inbox.get()
             if command is None:
+                self.hand_over()
                 return False
             command()
+
+    def hand_over(self) -> None:
+        """Publish the totals and deliver the last step's outputs. Called in the thread."""
+        # In this order, so that whoever has the last token of a request finds it counted
+        self._publish()
+        if self._outputs:
+            outputs, self._outputs = self._outputs, []
+            self._deliver(outputs)
 
     def _publish(self) -> None:
         scheduler = self._engine.scheduler
@@ -158,4 +175,6 @@ class EngineThread:
             logger.exception("nobody could be told that the engine failed")
 
     def _deliver_errors(self) -> None:
+        if self._outputs:
+            self.hand_over()
         self._deliver(self._engine.fail_all(self._death or ""))

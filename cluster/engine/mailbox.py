@@ -36,6 +36,10 @@ class Mailbox:
     async def take(self) -> list[RequestOutput]:
         """Wait for outputs and return them, one per request."""
         await self._filled.wait()
+        return self.drain()
+
+    def drain(self) -> list[RequestOutput]:
+        """Return the outputs that are there, one per request."""
         self._filled.clear()
         outputs = list(self._outputs.values())
         self._outputs.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -20,8 +20,10 @@ class _Reader:
     """Tokens delivered, read or not."""
     reason: str = ABORT
     """What the request counts as if its reader leaves now."""
-    failure: str | None = None
+    failure: Exception | None = None
     """Why no more outputs will come."""
+    refused: bool = False
+    """The engine did not take the request."""
 
 
 class OutputRouter:
@@ -43,7 +45,14 @@ class OutputRouter:
     def fail_all(self, message: str) -> None:
         """Give every reader an error: no more outputs will come."""
         for reader in self._readers.values():
-            _fail(reader, message)
+            _fail(reader, EngineDeadError(message))
+
+    def refuse(self, request_id: str, error: Exception) -> None:
+        """Have the request's reader raise ``error``: it was submitted, but not taken."""
+        reader = self._readers.get(request_id)
+        if reader is not None and reader.failure is None:
+            reader.refused = True
+            _fail(reader, error)
 
     def stopped(self, request_id: str) -> None:
         """Have the request end as ``stop`` when its reader leaves, which has found what it looked for."""
@@ -51,24 +60,20 @@ class OutputRouter:
             self._readers[request_id].reason = STOP
 
     async def read(
-        self, request_id: str, submit: Callable[[], Awaitable[None]], abort: Callable[[str], Awaitable[None]]
+        self, request_id: str, submit: Callable[[], None], abort: Callable[[str], None]
     ) -> AsyncGenerator[RequestOutput, None]:
         """Submit a request and yield its outputs in order, each token once, several steps in one if the reader lags.
 
-        Raises what ``submit`` raises, ``RequestTimeoutError`` and ``EngineDeadError``. ``abort`` is called, with what
-        the request counts as, when the reader leaves before the request has ended.
+        Raises what ``submit`` raises or ``refuse`` is given, ``RequestTimeoutError`` and ``EngineDeadError``. ``abort``
+        is called, with what the request counts as, when the reader leaves before the request has ended.
         """
         if request_id in self._readers:
             raise ValueError(f"request_id: {request_id!r} is in use")
         reader = self._readers[request_id] = _Reader()
-        ended = False
+        ended = True
         try:
-            try:
-                await submit()
-            except Exception:
-                # Refused; cancelled in the wait, on the other hand, the request may have been taken nevertheless
-                ended = True
-                raise
+            submit()
+            ended = False
             while not ended:
                 for output in await reader.mailbox.take():
                     ended = output.finish_reason is not None
@@ -79,18 +84,19 @@ class OutputRouter:
                         yield replace(output, finish_reason=None, error=None)
                     raise (RequestTimeoutError if output.finish_reason == TIMEOUT else EngineDeadError)(output.error)
                 if reader.failure is not None:
-                    raise EngineDeadError(reader.failure)
+                    ended = reader.refused
+                    raise reader.failure
         finally:
             del self._readers[request_id]
             if not ended:
-                with suppress(EngineDeadError):  # aborting what was never taken is ignored
-                    await abort(reader.reason)
+                with suppress(EngineDeadError):  # then there is nothing to abort
+                    abort(reader.reason)
 
 
 def _deliver(reader: _Reader, output: RequestOutput) -> None:
     if output.offset > reader.num_received:
         lost = f"output tokens {reader.num_received} to {output.offset - 1} were lost"
-        _fail(reader, lost)
+        _fail(reader, EngineDeadError(lost))
         return
     known = reader.num_received - output.offset
     fresh = output.token_ids[known:]
@@ -103,6 +109,6 @@ def _deliver(reader: _Reader, output: RequestOutput) -> None:
     reader.num_received += len(fresh)
 
 
-def _fail(reader: _Reader, message: str) -> None:
-    reader.failure = message
+def _fail(reader: _Reader, failure: Exception) -> None:
+    reader.failure = failure
     reader.mailbox.wake()

@@ -11,21 +11,17 @@ import ray
 from ray.exceptions import RayError
 
 from ...workers.model_info import RankInfo
-from ...workers.sampling_params import SamplingParams
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
 from ..engine.engine import Engine
 from ..engine.engine_thread import EngineThread
-from ..engine.mailbox import Mailbox
-from ..engine.output import ABORT, EngineStats, RequestOutput
-from ..speculation.options import SpeculationOptions
+from ..engine.output import EngineStats, RequestOutput
+from ..transport.curve import LOOPBACK, Ticket
 from ..transport.remote_ranks import RemoteRanks
-from ..transport.step_plane import LOOPBACK
+from ..transport.request_server import RequestServer
 from .load_summary import load_summary
 
 logger = logging.getLogger(__name__)
-RENEW_S = 2.0
-LEASE_S = 10.0
 
 
 class Coordinator:
@@ -42,14 +38,13 @@ class Coordinator:
         host = ray.util.get_node_ip_address()
         if set(nodes) == {host}:  # one machine: nothing need be heard outside it
             host, nodes = LOOPBACK, [LOOPBACK] * len(nodes)
+        self._host = host
         self._ranks = RemoteRanks(config, host, list(nodes), self._check_workers)
         self._runs: list[ray.ObjectRef] = []
         self._loaded: list[RankInfo] = []
         self._thread: EngineThread | None = None
         self._loop = asyncio.get_event_loop()
-        self._readers: dict[str, Mailbox] = {}
-        self._reader_of: dict[str, str] = {}
-        self._heard_s: dict[str, float] = {}
+        self._requests: RequestServer | None = None
 
     async def load(self) -> None:
         """Load every rank and start the engine; raises ``ValueError`` for what the user can mend."""
@@ -58,68 +53,26 @@ class Coordinator:
         ]
         await asyncio.to_thread(self._ranks.wait_loaded, self._loaded.append)
         logger.info("loaded\n%s", load_summary(self._ranks.infos, self._config.block_size))
-        self._thread = EngineThread(Engine(self._config, self._ranks), self._deliver)
-        self._leases = asyncio.create_task(self._end_leases())
+        self._thread = EngineThread(Engine(self._config, self._ranks), self._deliver, overlap=True)
+        self._ranks.meanwhile = self._thread.hand_over
+        self._requests = RequestServer(self._host, self._thread)
 
     async def progress(self) -> tuple[int, int]:
         """Return how many ranks have loaded, of how many."""
         return len(self._loaded), len(self._workers)
 
-    async def attach(self, reader_id: str) -> AsyncIterator[list[RequestOutput]]:
-        """Stream the outputs of the requests that ``reader_id`` submits, one list a step, the first one empty.
+    async def attach(self, reader_id: str) -> AsyncIterator[Ticket]:
+        """Yield what ``reader_id`` connects to the request plane with; the stream ends when it is forgotten.
 
-        A reader that lags gets several steps in one.
+        So whoever reads on learns that, and from Ray that this coordinator has died.
         """
-        mailbox = self._readers[reader_id] = Mailbox()
-        self._heard_s[reader_id] = self._loop.time()
+        if self._requests is None:
+            raise EngineDeadError("the engine has not loaded yet")
         try:
-            yield []
-            while reader_id in self._readers:
-                yield await mailbox.take()
+            yield self._requests.attach(reader_id)
+            await self._requests.detached(reader_id)
         finally:
-            await self._detach(reader_id)
-
-    async def renew(self, reader_id: str) -> None:
-        """Say that ``reader_id`` is alive. Ray does not tell us when one dies, so each has a lease of ``LEASE_S``."""
-        if reader_id not in self._readers:
-            raise EngineDeadError("this reader is not attached")
-        self._heard_s[reader_id] = self._loop.time()
-
-    async def _end_leases(self) -> None:
-        while True:
-            await asyncio.sleep(RENEW_S)
-            silent_since = self._loop.time() - LEASE_S
-            for reader_id in [reader for reader, heard in self._heard_s.items() if heard < silent_since]:
-                await self._detach(reader_id)
-
-    async def _detach(self, reader_id: str) -> None:
-        """Forget a reader and abort its requests."""
-        self._heard_s.pop(reader_id, None)
-        if (mailbox := self._readers.pop(reader_id, None)) is not None:
-            mailbox.wake()  # its stream then ends
-        for request_id in [r for r, reader in self._reader_of.items() if reader == reader_id]:
-            await self.abort(request_id)
-
-    async def submit(
-        self,
-        reader_id: str,
-        request_id: str,
-        prompt_token_ids: list[int],
-        sampling: SamplingParams,
-        speculation: SpeculationOptions,
-    ) -> None:
-        """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``."""
-        if reader_id not in self._readers:
-            raise EngineDeadError("this reader is not attached; send the request again")
-        if request_id in self._reader_of:
-            raise ValueError(f"request_id: {request_id!r} is in use")
-        self._running().submit(request_id, prompt_token_ids, sampling, speculation)
-        self._reader_of[request_id] = reader_id
-
-    async def abort(self, request_id: str, reason: str = ABORT) -> None:
-        """Drop a request; unknown or finished ones are ignored. ``reason``: see ``Engine.abort``."""
-        if self._reader_of.pop(request_id, None) is not None:
-            self._running().abort(request_id, reason)
+            self._requests.detach(reader_id)
 
     async def count_unknown_fields(self, endpoint: str, num_fields: int) -> None:
         """Add to the engine's totals what only an ingress sees."""
@@ -158,17 +111,5 @@ class Coordinator:
                     raise EngineDeadError(f"the worker of rank {rank} ended")
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        self._loop.call_soon_threadsafe(self._route, outputs)
-
-    def _route(self, outputs: list[RequestOutput]) -> None:
-        by_reader: dict[str, list[RequestOutput]] = {}
-        for output in outputs:
-            reader_id = self._reader_of.get(output.request_id)
-            if reader_id is None:
-                continue
-            by_reader.setdefault(reader_id, []).append(output)
-            if output.finish_reason is not None:
-                del self._reader_of[output.request_id]
-        for reader_id, batch in by_reader.items():
-            if reader_id in self._readers:
-                self._readers[reader_id].put(batch)
+        assert self._requests is not None, "it stands before the first request"
+        self._loop.call_soon_threadsafe(self._requests.deliver, outputs)

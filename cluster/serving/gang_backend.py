@@ -1,4 +1,4 @@
-"""A gang as a `Backend`: one stream of outputs from its coordinator, shared by all requests."""
+"""A gang as a `Backend`: one socket to its coordinator, shared by all requests; Ray tells where, and of its death."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from ...workers.model_info import RankInfo
 from ...workers.sampling_params import SamplingParams
@@ -17,18 +16,17 @@ from ..engine.backend import EngineDeadError, QueueFullError
 from ..engine.output import EngineStats, RequestOutput
 from ..engine.output_router import OutputRouter
 from ..speculation.options import AUTO, SpeculationOptions
-from .coordinator import RENEW_S
+from ..transport.request_client import RequestClient
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 0.5
-_MAX_BATCHES = 64
-"""Batches on their way at most: while this process lags further, the coordinator merges steps instead."""
+_NO_GANG = "no gang is serving at present; send the request again"
 _STATS_S = 5.0
 """Longest wait for a gang's totals: one that hangs must not hide the others'."""
 
 
 class GangBackend:
-    """Streams from the coordinator that ``find`` returns; asks again when that coordinator dies.
+    """Attaches to the coordinator that ``find`` returns; asks again when that coordinator dies.
 
     ``find_all`` returns the coordinators of all gangs by name. Requests that were live when theirs dies end with
     ``EngineDeadError``. Create it on the event loop that will use it.
@@ -39,8 +37,8 @@ class GangBackend:
     ) -> None:
         self._find, self._find_all = find, find_all
         self._router = OutputRouter()
-        self._reader_id = ""
         self._coordinator: Any = None
+        self._client: RequestClient | None = None
         self._attached = asyncio.Event()
         self._pump = asyncio.create_task(self._run())
 
@@ -56,13 +54,16 @@ class GangBackend:
         speculation: SpeculationOptions = AUTO,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs; see ``Backend.generate``."""
-        coordinator, reader_id = self._coordinator, self._reader_id
+        client = self._client
 
-        async def submit() -> None:
-            await _call(coordinator, "submit", reader_id, request_id, list(prompt_token_ids), sampling, speculation)
+        def submit() -> None:
+            if client is None:
+                raise EngineDeadError(_NO_GANG)
+            client.submit(request_id, prompt_token_ids, sampling, speculation)
 
-        async def abort(reason: str) -> None:
-            await _call(coordinator, "abort", request_id, reason)
+        def abort(reason: str) -> None:
+            assert client is not None, "it took the request"
+            client.abort(request_id, reason)
 
         return self._router.read(request_id, submit, abort)
 
@@ -96,44 +97,46 @@ class GangBackend:
 
     async def _run(self) -> None:
         while True:
-            renewal: asyncio.Task[None] | None = None
             try:
-                coordinator = await self._find()
-                # A new name each time: the coordinator may still be forgetting the last one
-                self._reader_id = uuid.uuid4().hex
-                attach = coordinator.attach.options(
-                    num_returns="streaming", _generator_backpressure_num_objects=_MAX_BATCHES
-                )
-                async for batch in attach.remote(self._reader_id):
-                    outputs = await batch
-                    if not self._attached.is_set():
-                        self._coordinator = coordinator
-                        self._attached.set()
-                        renewal = asyncio.create_task(self._renew(coordinator, self._reader_id))
-                    self._router.deliver(outputs)
-                raise EngineDeadError("the coordinator ended its stream")
-            except Exception as error:  # Ray raises many types; whichever it is, this stream is over
+                await self._serve(await self._find())
+            except Exception as error:  # Ray raises many types; whichever it is, this gang is over
                 logger.warning("lost the gang: %s", error)
-                self._coordinator = None
+                self._coordinator = self._client = None
                 self._attached.clear()
                 self._router.fail_all("the gang that served this request is gone; send it again")
                 await asyncio.sleep(_RETRY_S)
-            finally:
-                if renewal is not None:
-                    renewal.cancel()
 
-    @staticmethod
-    async def _renew(coordinator: Any, reader_id: str) -> None:
-        while True:
-            await asyncio.sleep(RENEW_S)
-            with suppress(RayError):  # a coordinator that is gone ends the stream too
-                await coordinator.renew.remote(reader_id)
+    async def _serve(self, coordinator: Any) -> None:
+        """Be attached to ``coordinator`` until it is lost, which raises."""
+        # A new name each time: the coordinator may still be forgetting the last one
+        attachment = coordinator.attach.options(num_returns="streaming").remote(uuid.uuid4().hex)
+        client = RequestClient(await (await anext(attachment)), self._router)
+        # Ray tells of the coordinator's death at once, the lease of what Ray does not see
+        watches = [asyncio.create_task(_end_of(attachment)), asyncio.create_task(client.run())]
+        try:
+            await client.connected()
+            self._coordinator, self._client = coordinator, client
+            self._attached.set()
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            done.pop().result()
+        finally:
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)
+            client.close()
+
+
+async def _end_of(attachment: Any) -> None:
+    """Raise when the stream ends, and say that it did if Ray knows no reason."""
+    async for item in attachment:
+        await item  # a death comes as an item
+    raise EngineDeadError("the coordinator has forgotten this ingress")
 
 
 async def _call(coordinator: Any, method: str, *args: Any) -> Any:
     """Call the coordinator and raise its own errors instead of Ray's wrappings."""
     if coordinator is None:
-        raise EngineDeadError("no gang is serving at present; send the request again")
+        raise EngineDeadError(_NO_GANG)
     try:
         return await getattr(coordinator, method).remote(*args)
     except RayTaskError as error:

@@ -1,1 +1,1 @@
-"""The step plane and the processes at its ends."""
+"""Step plane and request plane, and the processes of ranks."""

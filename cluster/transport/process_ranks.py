@@ -11,9 +11,9 @@ import msgspec
 
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
+from .curve import LOOPBACK
 from .rank_loop import RankSettings, run_rank
 from .remote_ranks import RemoteRanks
-from .step_plane import LOOPBACK
 
 _ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
 """OpenMP's threads otherwise spin for milliseconds at each barrier, against each other where ranks share cores. What

@@ -13,8 +13,9 @@ from ...workers.plan import RankError, RankPlan
 from ...workers.runner import ModelRunner
 from ..config import EngineConfig
 from ..engine.ranks import make_runner
+from .curve import Ticket
 from .messages import Answer, Done, Failed, Loaded, Refused, Regroup, Regrouped, Run
-from .step_plane import PlaneTicket, RankPlane
+from .step_plane import RankPlane
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class RankSettings:
     """Everything a rank is told when it starts."""
 
     config: EngineConfig
-    ticket: PlaneTicket
+    ticket: Ticket
     store: process_group.StoreAddress
     node: str
     """Address of the rank's machine."""
@@ -30,7 +31,7 @@ class RankSettings:
     @property
     def rank(self) -> int:
         """This rank's number."""
-        return self.ticket.rank
+        return int(self.ticket.identity)
 
 
 def run_rank(

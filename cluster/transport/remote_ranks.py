@@ -35,6 +35,8 @@ class RemoteRanks:
             RankSettings(config, ticket, address, node) for ticket, node in zip(self._plane.tickets, nodes, strict=True)
         ]
         self.infos: list[RankInfo] = []
+        self.meanwhile: Callable[[], None] = lambda: None
+        """Called once in a step, when every rank has its plan: for work that is not to hold them up."""
         self._epoch = 0
 
     def wait_loaded(self, on_loaded: Callable[[RankInfo], None] = lambda _: None) -> None:
@@ -62,6 +64,7 @@ class RemoteRanks:
                 self._plane.send(rank, Run(part))
         except ConnectionError as error:
             raise StepFailedError(str(error)) from error
+        self.meanwhile()
         deadline = time.monotonic() + _DEADLINES * self._config.step_timeout_s
         results: dict[int, RankResult] = {}
         errors: dict[int, str] = {}
