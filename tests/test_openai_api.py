@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionChunk
 
 from penstock.cluster.api import prompts
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
@@ -79,6 +80,9 @@ async def test_stream_and_whole_say_the_same(
     events = sse(await endpoint(http, max_tokens=60, stream=True, stream_options=options, **fields))
 
     assert events.pop() == "[DONE]"
+    if endpoint is post_chat:
+        for event in events:
+            assert ChatCompletionChunk.model_validate(event).model_dump(exclude_unset=True) == event
     usage = events.pop()
     assert usage["choices"] == []
     assert usage["usage"] == whole["usage"]

@@ -1,4 +1,4 @@
-"""The answers of /v1/chat/completions, built from the openai package's own types."""
+"""The answers of /v1/chat/completions, in the shapes of the openai package's own types."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice as ChatChoice
-from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
-from openai.types.chat.chat_completion_chunk import ChoiceDelta
 
 from .generation import Generation, TokenLogprob
 from .response_format import AnswerOptions, accounts, own_stats, prompt_logprobs, to_json
@@ -29,7 +27,7 @@ class ChatFormat:
             "system_fingerprint": options.system_fingerprint,
         }
         self._pending_usage: dict[str, Any] = {"usage": None} if options.include_usage else {}
-        self._delta = self._chunk(0, ChoiceDelta.construct(content="")).model_dump(exclude_unset=True)
+        self._delta = self._chunk(0, {"content": ""})
 
     def whole(self, generations: Sequence[Generation]) -> str:
         """Return the body of an answer that is not streamed."""
@@ -46,11 +44,11 @@ class ChatFormat:
 
     def opening(self) -> list[str]:
         """Return the chunks that precede the text: each choice's role."""
-        delta = ChoiceDelta.construct(role="assistant", content="")
+        delta = {"role": "assistant", "content": ""}
         chunks = [self._chunk(index, delta) for index in range(self.options.num_choices)]
         if self.options.return_token_ids:
-            chunks[0].prompt_token_ids = self.options.prompts[0].token_ids  # type: ignore[attr-defined]
-        return [to_json(chunk) for chunk in chunks]
+            chunks[0]["prompt_token_ids"] = self.options.prompts[0].token_ids
+        return [_to_json(chunk) for chunk in chunks]
 
     def delta(self, index: int, delta: TextDelta) -> str | None:
         """Return a chunk of choice ``index``; None if there is nothing to say."""
@@ -63,11 +61,11 @@ class ChatFormat:
         choice["logprobs"] = self._logprobs(delta.logprobs)
         if self.options.return_token_ids:
             choice["token_ids"] = delta.token_ids
-        return json.dumps(self._delta, ensure_ascii=False)
+        return _to_json(self._delta)
 
     def final(self, index: int, generation: Generation) -> str:
         """Return the chunk with a choice's finish reason and statistics."""
-        return to_json(self._chunk(index, ChoiceDelta.construct(), generation))
+        return _to_json(self._chunk(index, {}, generation))
 
     def usage(self, generations: Sequence[Generation]) -> str:
         """Return the chunk that ``stream_options.include_usage`` asks for."""
@@ -89,13 +87,18 @@ class ChatFormat:
             **extra,
         )
 
-    def _chunk(self, index: int, delta: ChoiceDelta, generation: Generation | None = None) -> ChatCompletionChunk:
+    def _chunk(self, index: int, delta: dict[str, str], generation: Generation | None = None) -> dict[str, Any]:
+        """Return a `ChatCompletionChunk` as a mapping: the first token waits for what the type costs to build."""
         finish_reason = generation.finish_reason if generation else None
-        choice = ChunkChoice.construct(index=index, delta=delta, logprobs=None, finish_reason=finish_reason)
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         extra: dict[str, Any] = {"penstock": asdict(generation.stats)} if generation else {}
-        return ChatCompletionChunk.construct(
-            object="chat.completion.chunk", **self._head, choices=[choice], **self._pending_usage, **extra
-        )
+        return {
+            "object": "chat.completion.chunk",
+            **self._head,
+            "choices": [choice],
+            **self._pending_usage,
+            **extra,
+        }
 
     def _logprobs(self, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
         if self.options.num_logprobs is None or tokens is None:
@@ -105,6 +108,10 @@ class ChatFormat:
             {**_entry(token), "top_logprobs": [_entry(top) for top in token.top_logprobs[:num_top]]} for token in tokens
         ]
         return {"content": content, "refusal": None}
+
+
+def _to_json(chunk: dict[str, Any]) -> str:
+    return json.dumps(chunk, ensure_ascii=False)
 
 
 def _entry(token: TokenLogprob) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class EngineThread:
     """Steps ``engine`` while it has requests. ``deliver`` is called in the thread with every step's outputs.
 
     With ``overlap`` that waits until the engine's ranks call `hand_over`, which they must while they run the next step,
-    or until there is no next step: then delivering holds up no rank.
+    or until there is no next step: then delivering holds up no rank. A first token goes out at once.
 
     Requests and aborts take effect between steps, in the order in which they came. A request that finds the queue full
     is refused at once; totals are those after the last step and can be read at any time.
@@ -129,7 +129,8 @@ class EngineThread:
                 if self._outputs:  # the step ended before the ranks had it
                     self.hand_over()
                 self._outputs = outputs
-                if not self._overlap:
+                # A first token does not wait for the next plan
+                if not self._overlap or any(output.offset == 0 for output in outputs):
                     self.hand_over()
             except EngineDeadError as error:
                 self._die(str(error))
