@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -27,10 +28,11 @@ from ..cluster.config import EngineConfig
 from ..cluster.engine.ranks import LocalRanks, make_runner
 from ..cluster.speculation.drafter import DraftContext, drafter_factory
 from ..cluster.speculation.output_store import OutputStore
+from ..cluster.speculation.phase_machine import DISABLED, TEST
 from ..workers.model_info import RankInfo
 from .decode import DEMO
 from .harness import Measurement, Options, Row, Target, run
-from .policy_run import FIXED, POLICIES, TABLE, PolicyRun, make_engine, serve
+from .policy_run import FIXED, POLICIES, TABLE, PolicyRun, make_engine, serve, trace
 from .recorded_ranks import Job, RecordedRanks, RowComputer
 from .step_times import StepTimes
 from .workloads import MIX, WORKLOADS, JobMaker
@@ -38,7 +40,7 @@ from .workloads import MIX, WORKLOADS, JobMaker
 BATCHES = (1, 4, 16)
 LENGTHS: tuple[int | None, ...] = (None, 64, 256, 512)
 """Tokens of a request; None: answers as long as they are."""
-NUM_TOKENS = {1: 3072, 4: 4608, 16: 9216}
+NUM_TOKENS = {1: 3072, 4: 6144, 16: 12288}
 """Of a workload, by batch. Answers have as many as the committed prompts give."""
 TWO_RANK_LENGTHS: tuple[int | None, ...] = (None, 256)
 TWO_RANK_BATCHES = (4, 16)
@@ -50,6 +52,11 @@ OVER_FIXED = 1.08
 OF_TABLE = 0.98
 CASCADE_NO_LOSS = 0.95
 CASCADE_FROM = 256
+PROBED = ("chat", 1400)
+"""Family and tokens of the requests whose probing is measured: speculation does not pay there."""
+NUM_PROBED = 4
+LONGEST_DISABLED = 128
+PROBING = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,26 @@ class Bench:
         config = replace(self.config, expert_parallel_size=cell.num_ranks)
         return serve(make_engine(policy, config, ranks, ranks.clock, lengths), jobs, cell.batch)
 
+    def probe_share(self) -> float:
+        """Return what cascade's tests add to the time of requests, from their first disabled phase of 128 steps on."""
+        family, length = PROBED
+        lost_s = time_s = 0.0
+        jobs = [self.maker.long(family, number, length) for number in range(NUM_PROBED)]
+        self.prepare(jobs)
+        for job in jobs:
+            ranks = self.ranks(1, [job])
+            steps = list(trace(make_engine("cascade", self.config, ranks, ranks.clock), job))
+            disabled = 0
+            for index, step in enumerate(steps):
+                disabled = disabled + 1 if step.report.phase == DISABLED else 0
+                if disabled == LONGEST_DISABLED:
+                    rest = steps[index + 1 :]
+                    time_s += sum(s.time_s for s in rest)
+                    plain_s = statistics.median(s.time_s for s in rest if not s.num_drafted)
+                    lost_s += sum(s.time_s - s.num_tokens * plain_s for s in rest if s.report.phase == TEST)
+                    break
+        return lost_s / time_s if time_s else math.nan
+
     def _tokens_of(self, job: Job) -> int:
         if job.sampling.ignore_eos:
             assert job.sampling.max_tokens is not None
@@ -158,7 +185,11 @@ def measure(options: Options) -> Measurement:
         num_altered += sum(run.outputs != runs["off"].outputs for run in runs.values())
         rows.append(_row(cell, len(jobs), runs))
         print(rows[-1], file=sys.stderr)
-    return Measurement(rows, targets(rows, num_altered), "float32 rows, bfloat16 prices", 1)
+    found = targets(rows, num_altered)
+    if not options.quick:
+        share = bench.probe_share()
+        found.append(Target("cascade's probing once disabled for 128 steps, of the time", share, at_most=PROBING))
+    return Measurement(rows, found, "float32 rows, bfloat16 prices", 1)
 
 
 def fit_table(runs: dict[Cell, dict[str, PolicyRun]], num_ranks: int) -> dict[int, int]:
