@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+DRAFT_LEN = 3
 API_KEY_VARIABLE = "PENSTOCK_API_KEY"
 _API_KEY = re.compile(r"[\x21-\x7e]+")
 
@@ -62,13 +63,14 @@ class EngineConfig:
     """Bytes of the KV pool, per rank; when absent 256 MiB on a CPU, on a GPU what `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float = _bounded(0.9, low=0.01, high=1.0)
     """Share of each GPU's memory for weights, activations and KV together; without effect beside `kv_cache_bytes`."""
-    speculation: str = _bounded("fixed", of=("off", "fixed", "cascade", "shadow"))
+    speculation: str = _bounded("auto", of=("auto", "off", "fixed", "cascade", "shadow"))
     """How draft lengths are chosen: off, fixed (`draft_len` always), cascade (utility measured per request by trials)
-    or shadow (expected gain against expected time, every step); docs/speculation.md."""
+    or shadow (expected gain against expected time, every step); auto is fixed where `draft_len` is given, else shadow.
+    docs/speculation.md."""
     drafter: str = _bounded("ngram")
     """Where drafts come from, by name: ngram (prompt lookup) or suffix (the longest match, also in earlier outputs)."""
-    draft_len: int = _bounded(3, low=0, high=64)
-    """Tokens drafted per request and step under `fixed`; 0 decodes plainly and calls no drafter."""
+    draft_len: int | None = _bounded(None, low=0, high=64)
+    """Tokens drafted per request and step under `fixed`, 3 when absent; 0 decodes plainly and calls no drafter."""
     max_draft_len: int = _bounded(7, low=1, high=64)
     """Most tokens that `cascade` and `shadow` draft per request and step."""
     suffix_store_tokens: int = _bounded(65536, low=0, high=1 << 24)
@@ -127,6 +129,18 @@ class EngineConfig:
     def model_name(self) -> str:
         """The model's own name."""
         return self.model_names[0]
+
+    @property
+    def policy(self) -> str:
+        """What chooses draft lengths: `speculation`, auto resolved."""
+        if self.speculation != "auto":
+            return self.speculation
+        return "shadow" if self.draft_len is None else "fixed"
+
+    @property
+    def fixed_draft_len(self) -> int:
+        """What `fixed` drafts."""
+        return DRAFT_LEN if self.draft_len is None else self.draft_len
 
     @property
     def threads_per_rank(self) -> int:

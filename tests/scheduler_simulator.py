@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from penstock.cluster.engine.block_pool import BlockPool
 from penstock.cluster.engine.request import Request
 from penstock.cluster.engine.scheduler import Scheduler
+from penstock.cluster.speculation.options import AUTO
 from penstock.workers.plan import RankPlan, StepPlan
 from penstock.workers.sampling_params import SamplingParams, TokenSampling
 
@@ -17,6 +18,7 @@ def make_request(key: int, num_prompt: int, max_tokens: int) -> Request:
         request_id=str(key),
         key=key,
         sampling=SamplingParams(),
+        speculation=AUTO,
         token_sampling=TokenSampling(seed=key),
         token_ids=[1000 * key + i for i in range(num_prompt)],
         num_prompt_tokens=num_prompt,

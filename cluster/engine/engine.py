@@ -39,7 +39,7 @@ _PHASES_S = 1.0
 class Engine:
     """Serves requests over ``ranks``. One thread calls it; between calls its state is always committed.
 
-    ``controller`` replaces the one that ``config.speculation`` names, and may then draft up to 64 tokens.
+    ``controller`` replaces the one that ``config.policy`` names, and may then draft up to 64 tokens.
 
     A request's tokens are published only when every rank has answered the step; a failed step leaves no trace but a
     count, and is planned again from what is committed.
@@ -57,14 +57,14 @@ class Engine:
         self.config, self.ranks = config, ranks
         self.model: ModelInfo = ranks.infos[0].model
         self.controller = controller or make_controller(
-            config.speculation,
-            draft_len=config.draft_len,
+            config.policy,
+            draft_len=config.fixed_draft_len,
             max_draft_len=config.max_draft_len,
             num_experts=self.model.num_experts,
             num_experts_per_tok=self.model.num_experts_per_tok,
             num_ranks=len(ranks.infos),
         )
-        own = {"off": 0, "fixed": config.draft_len}.get(config.speculation, config.max_draft_len)
+        own = {"off": 0, "fixed": config.fixed_draft_len}.get(config.policy, config.max_draft_len)
         self._max_draft_len = MAX_DRAFT_LEN if controller is not None else own
         self._drafting = Drafting(
             make_drafter,
