@@ -12,21 +12,18 @@ from __future__ import annotations
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from ..cluster.api.chat_tokenizer import ChatTokenizer
-from ..cluster.config import EngineConfig
 from ..cluster.engine.engine import Engine
-from ..cluster.engine.ranks import LocalRanks, make_runner
-from ..demo.inflate import inflate
+from ..cluster.engine.ranks import LocalRanks
 from ..demo.records import FAMILIES
-from .decode import DEMO, FACTOR
+from .decode import DEMO
 from .harness import Measurement, Options, Row, Target, quantile, run
+from .inflated import inflated_runner
 from .policy_run import PolicyRun, make_engine, serve
 from .recorded_ranks import Job
 from .workloads import JobMaker
@@ -44,17 +41,8 @@ def measure(options: Options) -> Measurement:
     """Serve every family's requests under every policy, each beside no speculation."""
     torch.set_num_threads(1)
     num_requests, length = (QUICK_REQUESTS, QUICK_LENGTH) if options.quick else (NUM_REQUESTS, LENGTH)
-    with tempfile.TemporaryDirectory() as folder:
-        inflate(DEMO, Path(folder) / "model", FACTOR)
-        config = EngineConfig(
-            model=str(Path(folder) / "model"),
-            dtype="bfloat16",
-            device="cpu",
-            num_threads=1,
-            max_model_len=1024,
-            kv_cache_bytes=32 << 20,
-        )
-        ranks = LocalRanks(make_runner(config, 0))
+    config, runner = inflated_runner()
+    ranks = LocalRanks(runner)
     maker = JobMaker(ChatTokenizer(str(DEMO)), ranks.infos[0].model.eos_token_ids, options.seed)
     engines = {policy: make_engine(policy, config, ranks, time.thread_time) for policy in ("off", *POLICIES)}
     pairs: dict[tuple[str, str], list[tuple[PolicyRun, PolicyRun]]] = {}

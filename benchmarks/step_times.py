@@ -11,7 +11,6 @@ import itertools
 import json
 import statistics
 import sys
-import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -19,15 +18,12 @@ from pathlib import Path
 
 import torch
 
-from ..cluster.config import EngineConfig
-from ..cluster.engine.ranks import make_runner
-from ..demo.inflate import inflate
 from ..workers.dispatch import LocalDispatcher, Received
 from ..workers.plan import RankPlan, RequestPlan
 from ..workers.runner import ModelRunner
 from ..workers.sampling_params import TokenSampling
-from .decode import DEMO, FACTOR
 from .harness import Measurement, Options, Row, Target, run
+from .inflated import inflated_runner
 
 TABLE = Path(__file__).parent / "results" / "step_times.json"
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
@@ -133,17 +129,7 @@ def plan_of(num_rows: int, step_id: int) -> RankPlan:
 def measure(options: Options) -> Measurement:
     """Time the grid."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        inflate(DEMO, Path(folder) / "model", FACTOR)
-        config = EngineConfig(
-            model=str(Path(folder) / "model"),
-            dtype="bfloat16",
-            device="cpu",
-            num_threads=1,
-            max_model_len=1024,
-            kv_cache_bytes=128 << 20,
-        )
-        runner = make_runner(config, 0)
+    _, runner = inflated_runner()
     times = _time(runner, QUICK_ROUNDS if options.quick else ROUNDS)
     rows: list[Row] = [
         {"rows": n, "experts": e, "cpu_ms": 1e3 * statistics.median(values), "steps": len(values)}
