@@ -1,4 +1,4 @@
-"""The demo model with a real model's experts (bfloat16, 6.3 MB each), loaded on one thread: its CPU time is measured."""
+"""The demo model with a real model's experts (bfloat16, 6.3 MB each), loaded on one thread to time its steps."""
 
 from __future__ import annotations
 
