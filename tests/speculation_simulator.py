@@ -216,14 +216,14 @@ def _step(
     prefill_chunk: int,
 ) -> None:
     rows = [0] * machine.num_ranks
-    has_prefill = False
+    prompt_rows = [0] * machine.num_ranks
     for request in live:
         left = len(request.job.prompt) - request.num_prefilled
         if left and prefill_chunk:
             chunk = min(left, prefill_chunk)
             request.num_prefilled += chunk
             rows[request.rank] += chunk
-            has_prefill = True
+            prompt_rows[request.rank] += chunk
         elif left:
             request.num_prefilled = len(request.job.prompt)
         if left and request.num_prefilled == len(request.job.prompt):
@@ -231,13 +231,13 @@ def _step(
             run.num_tokens += 1
     # Those whose prompt ends in this step yield their first token by it, and decode from the next
     decoding = [
-        r for r in live if len(r.text) > len(r.job.prompt) and r.num_left and not (has_prefill and _is_fresh(r))
+        r for r in live if len(r.text) > len(r.job.prompt) and r.num_left and not (any(prompt_rows) and _is_fresh(r))
     ]
     views = [
         RequestView(r.key, r.rank, len(r.text), r.job.options.limit(max_draft_len, r.num_left), r.job.options.is_fixed)
         for r in decoding
     ]
-    batch = Batch(views, machine.num_ranks, has_prefill)
+    batch = Batch(views, machine.num_ranks, prompt_rows)
     limits = controller.max_draft_lens(batch)
     proposals = [
         drafting.propose(r.key, r.text, limit) if limit else Proposal()
@@ -263,7 +263,7 @@ def _step(
     clock_s = machine.clock_s(true_s, rng)
     run.num_steps += 1
     run.time_s += true_s
-    controller.observe(StepObservation(clock_s, outcomes, rows, has_prefill, experts, sent, trials))
+    controller.observe(StepObservation(clock_s, outcomes, rows, any(prompt_rows), experts, sent, trials))
     for outcome in outcomes:
         run.draft_lens.setdefault(outcome.key, []).append(outcome.num_drafted)
         run.times_s.setdefault(outcome.key, []).append(true_s)

@@ -94,7 +94,7 @@ def test_steps_with_prompt_rows_feed_neither_baseline_nor_trial() -> None:
     view = RequestView(0, 0, 100, 7)
 
     def step(step_s: float, has_prefill: bool) -> int:
-        batch = Batch([view], has_prefill=has_prefill)
+        batch = Batch([view], prompt_rows=[16 * has_prefill])
         [limit] = cascade.max_draft_lens(batch)
         assert cascade.draft_lens(batch, [Proposal([1] * limit)]) == [limit]
         outcome = RequestOutcome(0, limit, 0, 1)

@@ -287,3 +287,17 @@ def test_a_waiting_request_can_be_removed() -> None:
     assert scheduler.admit() == [requests[2]]
     scheduler.remove(requests[2])
     scheduler.check_integrity()
+
+
+def test_prompt_rows_are_those_that_the_next_step_runs() -> None:
+    scheduler = make_scheduler(max_rows=16)
+    decoding, long = make_request(0, 5, 8), make_request(1, 30, 8)
+    scheduler.add(decoding)
+    scheduler.admit()
+    assert scheduler.prompt_rows() == [5]
+    commit_prompt(decoding)
+    assert scheduler.prompt_rows() == [0]
+    scheduler.add(long)
+    scheduler.admit()
+    assert scheduler.prompt_rows() == [15], "the decoding request has a row"
+    assert {key: len(tokens) for key, tokens in planned(scheduler.schedule(0, 0, {})).items()} == {0: 1, 1: 15}

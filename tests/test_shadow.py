@@ -7,10 +7,13 @@ from functools import cache
 
 import pytest
 
+from penstock.cluster.speculation.batch import Batch, RequestView
 from penstock.cluster.speculation.controller import Controller
 from penstock.cluster.speculation.drafter import drafter_factory
 from penstock.cluster.speculation.fixed import FixedController
+from penstock.cluster.speculation.observation import RequestOutcome, ShadowTrial, StepObservation
 from penstock.cluster.speculation.options import SpeculationOptions
+from penstock.cluster.speculation.proposal import Evidence, Proposal
 from penstock.cluster.speculation.shadow import ShadowController
 
 from .speculation_simulator import (
@@ -23,6 +26,7 @@ from .speculation_simulator import (
     Machine,
     bernoulli,
     jobs_of,
+    measured_experts,
     simulate,
 )
 
@@ -82,6 +86,26 @@ def test_prompts_that_come_between_do_not_mislead_it(right: float, batch_size: i
     # Of many lengths, so that prompts meet decoding requests with drafts and without alike
     jobs = [bernoulli(key, 150 + 53 * key % 160, lambda i: right, num_prompt=100) for key in range(4 * batch_size)]
     assert relative_rate(jobs, machine, batch_size=batch_size, prefill_chunk=16) >= NO_LOSS
+
+
+@pytest.mark.parametrize("num_right", [0, 4])
+def test_beside_prompts_drafts_are_priced_by_what_they_add(num_right: int) -> None:
+    controller, evidence = shadow(), Evidence("scripted", 3)
+    proposal = Proposal([1] * 4, evidence)
+    views = [RequestView(key, 0, 64, 7) for key in range(2)]
+    for step in range(60):
+        lengths = controller.draft_lens(Batch(views), [proposal] * 2)
+        rows = [2 + sum(lengths)]
+        experts = [measured_experts(rows[0])]
+        step_s = PRICED.step_s(rows, experts, [0.0], step)
+        accepted = [min(length, num_right) for length in lengths]
+        outcomes = [RequestOutcome(key, lengths[key], accepted[key], accepted[key] + 1) for key in range(2)]
+        trials = [ShadowTrial(key, evidence, 0, num_right, min(num_right + 1, 4)) for key in range(2)]
+        controller.observe(StepObservation(step_s, outcomes, rows, False, experts, [0.0], trials))
+    alone = views[:1]
+    assert controller.draft_lens(Batch(alone), [proposal]) == [0], "a plain step of one row was never measured"
+    beside = controller.draft_lens(Batch(alone, prompt_rows=[48]), [proposal])
+    assert beside == [num_right]
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ class Engine:
             for request in decoding
         ]
         self._index_prompts()
-        batch = Batch(views, len(self.ranks.infos), has_prefill=len(decoding) < self.scheduler.num_running)
+        batch = Batch(views, len(self.ranks.infos), self.scheduler.prompt_rows())
         proposals = [
             self._drafting.propose(request.key, request.token_ids, most) if most > 0 else NOTHING
             for request, most in zip(decoding, self.controller.max_draft_lens(batch), strict=True)

@@ -133,6 +133,15 @@ class Scheduler:
         self._released = [[] for _ in self.pools]
         return StepPlan(generation, step_id, ranks)
 
+    def prompt_rows(self) -> list[int]:
+        """Return how many rows each rank would run of prompts, and of texts to replay, if nothing is drafted."""
+        rows = []
+        for requests in self.running:
+            num_decoding = sum(request.is_decoding for request in requests)
+            pending = sum(request.num_pending_tokens for request in requests if not request.is_decoding)
+            rows.append(min(pending, self._max_rows - num_decoding))
+        return rows
+
     def _plan_rank(self, rank: int, drafts: Mapping[int, Sequence[int]]) -> list[RequestPlan]:
         budget = self._max_rows
         plans = []

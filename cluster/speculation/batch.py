@@ -28,5 +28,10 @@ class Batch:
     requests: Sequence[RequestView]
     num_ranks: int = 1
     """Ranks that run in lock-step."""
-    has_prefill: bool = False
-    """Whether any rank is also expected to compute part of a prompt."""
+    prompt_rows: Sequence[int] = ()
+    """Rows of prompts that each rank is also expected to compute; empty where no rank has any."""
+
+    @property
+    def has_prefill(self) -> bool:
+        """Whether any rank is also expected to compute part of a prompt."""
+        return any(self.prompt_rows)

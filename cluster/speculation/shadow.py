@@ -42,8 +42,8 @@ class ShadowController:
     receives what their accepted tokens were worth; it gains a small share of all time, and no draft is verified that
     it could not pay for.
 
-    Requests with a length of their own keep it and count as rows that run anyway. Steps with prompt rows verify what
-    a step without them would, and teach no cost.
+    Requests with a length of their own keep it and count as rows that run anyway. Beside prompt rows, which read most
+    experts anyway, drafts are cheaper; such steps teach no cost.
     """
 
     wants_trials = True
@@ -56,6 +56,8 @@ class ShadowController:
         """Time that drafts may still lose."""
         self._plain_step_s: float | None = None
         """Expected time of the planned step without drafts."""
+        self._beside: tuple[float, float] | None = None
+        """Of drafts beside prompts: the time they are expected to add, and what a token of theirs is worth."""
         self._ledgers: dict[int, UtilityLedger] = {}
         self._draft_lens: dict[int, int] = {}
 
@@ -69,14 +71,17 @@ class ShadowController:
     def draft_lens(self, batch: Batch, proposals: Sequence[Proposal]) -> list[int]:
         """Return the lengths with the best expected tokens per second; a step without measured time has none."""
         fixed = [len(p) if r.is_fixed else 0 for r, p in zip(batch.requests, proposals, strict=True)]
-        self._plain_step_s = None
+        self._plain_step_s = self._beside = None
         if not batch.requests or not self._cost.is_known:
             return fixed
         base_rows = [0] * batch.num_ranks
         for request, length in zip(batch.requests, fixed, strict=True):
             base_rows[request.rank] += 1 + length
         chains = [self._chain(r, p) for r, p in zip(batch.requests, proposals, strict=True)]
-        chosen = self._choose(chains, base_rows)
+        if batch.has_prefill:
+            chosen = self._choose_beside(chains, base_rows, batch.prompt_rows)
+        else:
+            chosen = self._choose(chains, base_rows)
         return [length + own for length, own in zip(chosen, fixed, strict=True)]
 
     def observe(self, step: StepObservation) -> None:
@@ -87,6 +92,8 @@ class ShadowController:
         if not num_rows:
             return
         self._cost.learn_experts(num_rows, max(step.experts))
+        if step.has_prefill:
+            self._account_beside(step)
         if step.has_prefill or not step.requests:
             return
         self._cost.learn(num_rows, max(step.rows), max(step.experts), max(step.rows_sent), step.step_s)
@@ -132,6 +139,30 @@ class ShadowController:
             return best.draft_lens
         return self._explore(chains, base_rows, plain_s)
 
+    def _choose_beside(
+        self, chains: Sequence[Chain], base_rows: Sequence[int], prompt_rows: Sequence[int]
+    ) -> list[int]:
+        """Return the lengths beside prompts, which are computed whether anything is drafted or not.
+
+        They read most experts already, so drafts beside them are cheaper; what they cost themselves is left out. The
+        step's own size need not have been measured: what is asked is only how much longer drafts make it.
+        """
+        if self._cost.num_measured < _ENOUGH:
+            return [0] * len(chains)
+        rows = [base + prompt for base, prompt in zip(base_rows, prompt_rows, strict=True)]
+        num_prompt, fullest = sum(prompt_rows), max(rows) - max(base_rows)
+        plain_s = self._cost.step_s(sum(base_rows), max(base_rows))
+        prompts_s = self._cost.step_s(sum(rows), max(rows)) - plain_s
+
+        def step_s(num_rows: int, max_rows: int) -> float:
+            return self._cost.step_s(num_rows + num_prompt, max_rows + fullest) - prompts_s
+
+        best = allocate(chains, base_rows, float(len(chains)), step_s, self._allowance_s)
+        if best.num_tokens * plain_s <= (1 + MARGIN) * len(chains) * best.step_s:
+            return [0] * len(chains)
+        self._beside = best.step_s - plain_s, plain_s / len(chains)
+        return best.draft_lens
+
     def _explore(self, chains: Sequence[Chain], base_rows: Sequence[int], plain_s: float) -> list[int]:
         """Return one token of the likeliest chain if its size is unknown and what it may lose is allowed, else none."""
         nothing = [0] * len(chains)
@@ -158,3 +189,12 @@ class ShadowController:
             step_s = min(step.step_s, 2 * self._cost.step_s(sum(step.rows), max(step.rows)))
             self._allowance_s += plain_s * num_tokens / len(step.requests) - step_s
         self._allowance_s = min(self._allowance_s, MAX_ALLOWANCE_STEPS * plain_s)
+
+    def _account_beside(self, step: StepObservation) -> None:
+        """Settle drafts beside prompts by what they were expected to cost: their share of the step is not measured."""
+        if self._beside is None or self._plain_step_s is not None:
+            return
+        extra_s, token_s = self._beside
+        self._beside = None
+        self._allowance_s += token_s * sum(outcome.num_accepted for outcome in step.requests) - extra_s
+        self._allowance_s = min(self._allowance_s, MAX_ALLOWANCE_STEPS * token_s * len(step.requests))

@@ -98,6 +98,11 @@ class StepCost:
         found = self._bins.get(_bin_of(num_rows))
         return found.weight if found else 0.0
 
+    @property
+    def num_measured(self) -> float:
+        """How many steps the fit rests on."""
+        return sum(found.weight for found in self._bins.values())
+
     def learn_experts(self, num_rows: int, experts: float) -> None:
         """Take one step's count of experts, whatever its rows were for."""
         self._experts.learn(num_rows, experts)
@@ -109,7 +114,7 @@ class StepCost:
         """
         self._num_steps += 1
         self._sent_per_row += (rows_sent / max_rows - self._sent_per_row) / min(self._num_steps, _MEMORY)
-        if sum(found.weight for found in self._bins.values()) >= _TRUSTED_WEIGHT:
+        if self.num_measured >= _TRUSTED_WEIGHT:
             expected = self.step_s(num_rows, max_rows)
             step_s = min(max(step_s, expected / _CLIP_FACTOR), expected * _CLIP_FACTOR)
         features = np.array([1.0, max_rows, experts, rows_sent])
