@@ -41,9 +41,7 @@ def test_the_options_of_serve():
 
 def test_every_option_says_what_it_does_and_its_default():
     shown = " ".join(_penstock("serve", "--help").stdout.split())
-    assert (
-        "Tokens drafted per request and step under fixed; 0 decodes plainly and calls no drafter. [default: 3]" in shown
-    )
+    assert "Most tokens that cascade and shadow draft per request and step. [default: 7]" in shown
 
 
 def test_flags_are_the_configuration_and_nothing_else():
