@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "workers": {"router", "kernels"},
     "cluster.speculation": set(),
     "cluster.engine": BELOW | {"cluster.speculation"},
-    "cluster.transport": BELOW | {"cluster.engine"},
+    "cluster.transport": BELOW | {"cluster.speculation", "cluster.engine"},
     "cluster.api": BELOW | {"cluster.speculation", "cluster.engine"},
     "cluster.client": BELOW | {"cluster.speculation", "cluster.engine", "cluster.transport", "cluster.api"},
     "cluster.serving": BELOW
