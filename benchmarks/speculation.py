@@ -89,8 +89,6 @@ class Bench:
         self.maker = JobMaker(ChatTokenizer(str(DEMO)), self._info.model.eos_token_ids, seed)
         self._num_tokens = num_tokens
         self._lengths: dict[tuple[str, int, str], int] = {}
-        self.num_altered = 0
-        """Outputs that differed from those without speculation."""
 
     def prepare(self, jobs: Sequence[Job]) -> None:
         """Let the engine serve ``jobs`` without speculation, and compute all rows of those texts and their drafts."""

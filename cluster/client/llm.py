@@ -15,8 +15,9 @@ from ..api.generation import Generation, TokenLogprob
 from ..api.text_stream import RequestText
 from ..config import EngineConfig
 from ..engine.backend import RequestTimeoutError
-from ..engine.engine import Engine, check_prompt
+from ..engine.engine import Engine
 from ..engine.output import STOP, EngineStats, RequestStats
+from ..engine.prompt_check import check_prompt
 from ..engine.ranks import LocalRanks, Ranks, make_runner
 from ..speculation.drafter import drafter_factory
 from ..speculation.options import SpeculationOptions

@@ -14,8 +14,9 @@ from ...workers.model_info import RankInfo
 from ...workers.sampling_params import SamplingParams
 from ..speculation.options import AUTO, SpeculationOptions
 from .backend import EngineDeadError
-from .engine import Engine, check_prompt
+from .engine import Engine
 from .output import ABORT, EngineStats, RequestOutput
+from .prompt_check import check_prompt
 from .queue_limit import QueueLimit
 
 logger = logging.getLogger(__name__)
