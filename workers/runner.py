@@ -83,7 +83,8 @@ class ModelRunner:
         steerable = config.model_type not in UNSTEERABLE
         self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
         owner = self.placement.owner_table()[:-1].to(self.device)
-        self._layers = [LayerRanks(owner, num_ranks, rank) for _ in loaded.expert_modules]
+        self.layers = [LayerRanks(owner, num_ranks, rank) for _ in loaded.expert_modules]
+        """Where budgets take the experts of each MoE layer to be."""
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
@@ -145,7 +146,7 @@ class ModelRunner:
         self._apply_tables(plan)
         rows = pack(plan, self.cache.tables, self.cache.block_size, self.cache.scratch_slot)
         self.log.reset()
-        budget = StepBudget(plan, rows.valid, self._layers, self.experts.dispatcher.sum_scores)
+        budget = StepBudget(plan, rows.valid, self.layers, self.experts.dispatcher.sum_scores)
         logits = self._forward(rows, budget.selections)
         kept_weights = budget.finish(self.experts.counts)
         num_sampled = len(rows.sampled_rows)
