@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "workers": {"router", "kernels"},
     "cluster.speculation": set(),
     "cluster.engine": BELOW | {"cluster.speculation"},
+    "cluster.calibration": BELOW | {"cluster.speculation", "cluster.engine"},
     "cluster.transport": BELOW | {"cluster.speculation", "cluster.engine"},
     "cluster.api": BELOW | {"cluster.speculation", "cluster.engine"},
     "cluster.client": BELOW | {"cluster.speculation", "cluster.engine", "cluster.transport", "cluster.api"},
@@ -47,7 +48,7 @@ for name in BLOCKED:
 
 import penstock
 names = ["cluster.config", "cluster.client.llm"]
-for room in ("cluster.speculation", "cluster.engine", "workers", "router", "kernels"):
+for room in ("cluster.speculation", "cluster.engine", "cluster.calibration", "workers", "router", "kernels"):
     package = importlib.import_module(f"penstock.{room}")
     names += [f"{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
 for name in names:
