@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...workers.model_info import RankInfo
-from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan, StepPlan, StepResult
+from ...workers.plan import Logprobs, RankPlan, RequestPlan, StepPlan, StepResult
 from ...workers.sampling_params import SamplingParams, TokenSampling
 from ..config import EngineConfig
 from ..engine.engine import Engine
