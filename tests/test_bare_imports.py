@@ -24,11 +24,14 @@ MAY_IMPORT = {
     "cluster.calibration": BELOW | {"cluster.speculation", "cluster.engine"},
     "cluster.transport": BELOW | {"cluster.speculation", "cluster.engine"},
     "cluster.api": BELOW | {"cluster.speculation", "cluster.engine"},
-    "cluster.client": BELOW | {"cluster.speculation", "cluster.engine", "cluster.transport", "cluster.api"},
+    "cluster.client": BELOW
+    | {"cluster.speculation", "cluster.engine", "cluster.calibration", "cluster.transport", "cluster.api"},
     "cluster.serving": BELOW
-    | {"cluster.speculation", "cluster.engine", "cluster.transport", "cluster.api", "cluster.client"},
+    | {"cluster.speculation", "cluster.engine", "cluster.calibration"}
+    | {"cluster.transport", "cluster.api", "cluster.client"},
     # the command line serves the shipped model
-    "cluster": BELOW | {"demo", "cluster.engine", "cluster.api", "cluster.client", "cluster.serving"},
+    "cluster": BELOW
+    | {"demo", "cluster.engine", "cluster.calibration", "cluster.api", "cluster.client", "cluster.serving"},
 }
 ROOMS = (*MAY_IMPORT, "demo", "benchmarks")
 
