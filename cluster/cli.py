@@ -12,6 +12,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.markup import escape
 
+from .calibrate_command import calibrate
 from .client_commands import bench, generate, stats
 from .config import EngineConfig
 from .engine.backend import EngineDeadError, QueueFullError
@@ -23,6 +24,7 @@ app = App(name="penstock", help="Serve Mixture-of-Experts language models, exper
 app.command(generate)
 app.command(stats)
 app.command(bench)
+app.command(calibrate)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 

@@ -84,6 +84,16 @@ class EngineConfig:
     expert_budget: str | None = _bounded(None)
     """Experts that verifying drafts may read, as in `experts=20` or `coverage=0.9,scope=owner`; lossy. No budget when
     absent. docs/budgets.md."""
+    budget_profile: str | None = _bounded(None)
+    """File that `penstock calibrate` wrote, which says what budgets cost; expert_budgets.json beside the model when
+    absent. Read once, where the server is started."""
+    max_quality_loss: float = _bounded(0.01, low=0.0, high=1.0)
+    """Most that a budget may have lost of paired exact match when calibrated, as a share (0.01 is one point); where no
+    answers were known, most tokens that it may have changed."""
+    max_perplexity_increase: float = _bounded(0.02, low=0.0, high=100.0)
+    """Most that a budget may have added to the perplexity of the model's own answers, as a share of it."""
+    allow_uncalibrated: bool = _bounded(default=False)
+    """Serve a budget that has no profile, or loses more than is allowed, with a warning."""
     step_timeout_s: float = _bounded(60.0, low=0.1, high=86400.0)
     """Longest wait of a rank in one collective; a rank that has not answered after twice this is given up."""
     load_timeout_s: float = _bounded(1800.0, low=1.0, high=86400.0)

@@ -37,6 +37,17 @@ LocalEngineFlags = _flags(
     without=("served_model_name", "api_key", "cpus_per_rank"),  # nobody else asks, and there is no Ray
     group="Engine, with --local",
 )
+CalibrationFlags = _flags(
+    "CalibrationFlags",
+    EngineConfig,
+    without=(
+        *("served_model_name", "api_key", "cpus_per_rank", "max_queued_requests", "request_timeout_s"),
+        # what the command itself decides
+        *("speculation", "draft_len", "max_draft_len", "expert_budget"),
+        *("budget_profile", "max_quality_loss", "max_perplexity_increase", "allow_uncalibrated"),
+    ),
+    group="Engine: as it will be served",
+)
 SamplingFlags = _flags(
     "SamplingFlags",
     SamplingParams,

@@ -21,13 +21,17 @@ MAY_IMPORT = {
     "workers": {"router", "kernels"},
     "cluster.speculation": set(),
     "cluster.engine": BELOW | {"cluster.speculation"},
+    "cluster.calibration": BELOW | {"cluster.speculation", "cluster.engine"},
     "cluster.transport": BELOW | {"cluster.speculation", "cluster.engine"},
     "cluster.api": BELOW | {"cluster.speculation", "cluster.engine"},
-    "cluster.client": BELOW | {"cluster.speculation", "cluster.engine", "cluster.transport", "cluster.api"},
+    "cluster.client": BELOW
+    | {"cluster.speculation", "cluster.engine", "cluster.calibration", "cluster.transport", "cluster.api"},
     "cluster.serving": BELOW
-    | {"cluster.speculation", "cluster.engine", "cluster.transport", "cluster.api", "cluster.client"},
+    | {"cluster.speculation", "cluster.engine", "cluster.calibration"}
+    | {"cluster.transport", "cluster.api", "cluster.client"},
     # the command line serves the shipped model
-    "cluster": BELOW | {"demo", "cluster.engine", "cluster.api", "cluster.client", "cluster.serving"},
+    "cluster": BELOW
+    | {"demo", "cluster.engine", "cluster.calibration", "cluster.api", "cluster.client", "cluster.serving"},
 }
 ROOMS = (*MAY_IMPORT, "demo", "benchmarks")
 
@@ -47,7 +51,7 @@ for name in BLOCKED:
 
 import penstock
 names = ["cluster.config", "cluster.client.llm"]
-for room in ("cluster.speculation", "cluster.engine", "workers", "router", "kernels"):
+for room in ("cluster.speculation", "cluster.engine", "cluster.calibration", "workers", "router", "kernels"):
     package = importlib.import_module(f"penstock.{room}")
     names += [f"{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
 for name in names:

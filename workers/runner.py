@@ -62,8 +62,8 @@ class ModelRunner:
         directory, config = inspect(model, revision)
         text_config = config.get_text_config()
         self.dtype = resolve_dtype(config, dtype)
-        num_experts = _num_experts(text_config)
-        self.top_k = _num_experts_per_tok(text_config)
+        num_experts = num_experts_of(text_config)
+        self.top_k = num_experts_per_tok(text_config)
         self.placement: Placement = contiguous(num_experts, num_ranks)
         limit = int(text_config.max_position_embeddings)
         if max_model_len is not None and max_model_len > limit:
@@ -272,11 +272,13 @@ def _resolve_device(device: str, rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _num_experts(config: object) -> int:
+def num_experts_of(config: object) -> int:
+    """Return the routed experts of each layer; raise ``ValueError`` if layers differ or ``config`` does not say."""
     return _number(config, "experts", ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
 
 
-def _num_experts_per_tok(config: object) -> int:
+def num_experts_per_tok(config: object) -> int:
+    """Return the experts that a row uses; raise ``ValueError`` if layers differ or ``config`` does not say."""
     return _number(config, "experts per token", ("num_experts_per_tok", "moe_topk", "top_k_experts"))
 
 

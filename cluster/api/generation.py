@@ -36,6 +36,12 @@ class GenerationStats:
     """Drafted from the request's `prediction`, and in the output."""
     rejected_prediction_tokens: int
     """Drafted from the request's `prediction`, and not in the output."""
+    budgeted_rows: int
+    """Rows that kept to the server's budget of experts."""
+    kept_weight: float | None
+    """Mean share of their routers' weight that the budget kept; None without such rows."""
+    lossy: bool
+    """Whether there are any: if not, the budget has changed nothing."""
     tokens_per_s: float
     """Output tokens per second after the first token; over the whole request when there is but one."""
     ttft_s: float
@@ -64,6 +70,9 @@ class GenerationStats:
             baseline_s=stats.baseline_s,
             accepted_prediction_tokens=accepted_prediction_tokens,
             rejected_prediction_tokens=rejected_prediction_tokens,
+            budgeted_rows=stats.num_budgeted_rows,
+            kept_weight=stats.kept_weight,
+            lossy=stats.num_budgeted_rows > 0,
             tokens_per_s=stats.tokens_per_s,
             ttft_s=stats.ttft_s,
             queue_s=stats.queue_s,
@@ -83,6 +92,7 @@ class GenerationStats:
 
         drafted, accepted = total([p.draft_tokens for p in parts]), total([p.accepted_tokens for p in parts])
         steps = sum(p.steps for p in parts)
+        budgeted_rows = sum(p.budgeted_rows for p in parts)
         waits = [p.queue_s for p in parts if p.queue_s is not None]
         return cls(
             seed=parts[0].seed if len({p.seed for p in parts}) == 1 else None,
@@ -96,10 +106,20 @@ class GenerationStats:
             baseline_s=_mean([p.baseline_s for p in parts]),
             accepted_prediction_tokens=sum(p.accepted_prediction_tokens for p in parts),
             rejected_prediction_tokens=sum(p.rejected_prediction_tokens for p in parts),
+            budgeted_rows=budgeted_rows,
+            kept_weight=_kept_weight(parts),
+            lossy=budgeted_rows > 0,
             tokens_per_s=sum(p.tokens_per_s for p in parts),
             ttft_s=min(p.ttft_s for p in parts),
             queue_s=min(waits, default=None),
         )
+
+
+def _kept_weight(parts: Sequence[GenerationStats]) -> float | None:
+    """Return the mean over all budgeted rows, None where there are none or those of a part are not known."""
+    lossy = [part for part in parts if part.lossy]
+    known = [part.kept_weight * part.budgeted_rows for part in lossy if part.kept_weight is not None]
+    return sum(known) / sum(part.budgeted_rows for part in lossy) if lossy and len(known) == len(lossy) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

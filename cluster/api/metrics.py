@@ -246,6 +246,18 @@ _METRICS: tuple[_Value | _Distribution, ...] = (
         "rate(penstock:expert_wire_bytes_total[1m]) / rate(penstock:expert_payload_bytes_total[1m])",
         lambda stats: stats.wire_bytes,
     ),
+    _counter(
+        "expert_budgeted_rows",
+        "Rows that kept to a budget of experts, once for each layer; their answers are lossy. "
+        "PromQL: sum(rate(penstock:expert_budgeted_rows_total[1m]))",
+        lambda stats: stats.budgeted_rows,
+    ),
+    _counter(
+        "expert_budget_kept_weight",
+        "Share of its router's weight that the budget kept, summed over those rows. PromQL, mean: sum(rate("
+        "penstock:expert_budget_kept_weight_total[5m])) / sum(rate(penstock:expert_budgeted_rows_total[5m]))",
+        lambda stats: stats.kept_weight,
+    ),
 )
 
 

@@ -47,6 +47,7 @@ def _card(state: ServingState, name: str) -> dict[str, Any]:
         parent=None,
         max_model_len=state.max_model_len,
         permission=[_permission(state, name)],
+        penstock={"expert_budget": state.expert_budget, "lossy": state.expert_budget is not None},
     )
     return card.model_dump(exclude_unset=True)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from ...workers.sampling_params import MAX_CHOICES, MAX_LISTED_TOKENS, MAX_LOGPROBS, SamplingParams
-from ..speculation.options import MAX_DRAFT_LEN, MODES, SpeculationOptions
+from ..speculation.options import BUDGETS, MAX_DRAFT_LEN, MODES, SpeculationOptions
 from .prediction import prediction_text
 
 DEFAULT_MAX_TOKENS = 16
@@ -214,6 +215,9 @@ class GenerationRequest(BaseModel):
     speculation: Annotated[dict[str, Any] | None, _INLINE_SPECULATION] = Field(
         None, description="How this request drafts, within what the server allows; max_draft_len is in [0, 64]."
     )
+    expert_budget: Annotated[str | None, _schema("string", enum=list(BUDGETS))] = Field(
+        None, description="auto: drafts are verified within the server's budget of experts, if any; off: exactly."
+    )
     prediction: Annotated[dict[str, Any] | None, _INLINE_PREDICTION] = Field(
         None, description="What the output is expected to be: drafts are taken from it first."
     )
@@ -269,7 +273,8 @@ class GenerationRequest(BaseModel):
 
     def speculation_options(self) -> SpeculationOptions:
         """Return what the request says of drafting, less its prediction; raises ``ValueError`` naming the field."""
-        return SpeculationOptions.from_mapping(self.speculation or {})
+        options = SpeculationOptions.from_mapping(self.speculation or {})
+        return options if self.expert_budget is None else replace(options, expert_budget=self.expert_budget)
 
     def prediction_text(self) -> str:
         """Return the output that the request expects, empty for none; raises ``ValueError`` naming the field."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from ... import __version__
+from ...router.expert_budget import ExpertBudget
 from ..engine.backend import Backend
 from .api_error import ApiError
 from .chat_tokenizer import ChatTokenizer
@@ -30,17 +31,26 @@ class ServingState:
     """Of the model: ids from here on are refused."""
     eos_token_ids: tuple[int, ...]
     system_fingerprint: str
+    expert_budget: str | None
+    """The budget of experts that verifications keep to, so that answers may be lossy; None for exact answers."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
     async def create(
-        cls, backend: Backend, tokenizer: ChatTokenizer, model_names: str | Sequence[str], root: str | None = None
+        cls,
+        backend: Backend,
+        tokenizer: ChatTokenizer,
+        model_names: str | Sequence[str],
+        root: str | None = None,
+        budget: ExpertBudget | None = None,
     ) -> ServingState:
         """Ask the backend's ranks for the model's limits."""
         names = (model_names,) if isinstance(model_names, str) else tuple(model_names)
         ranks = await backend.ranks()
         model = ranks[0].model
         root = root or names[0]
+        acts = budget is not None and not budget.is_void(model.num_experts, len(ranks))
+        lossy = [str(budget)] if acts else []
         return cls(
             backend,
             tokenizer,
@@ -49,7 +59,8 @@ class ServingState:
             model.max_model_len,
             model.vocab_size,
             tuple(model.eos_token_ids),
-            _fingerprint(root, str(model), str(len(ranks))),
+            _fingerprint(root, str(model), str(len(ranks)), *lossy),
+            *(lossy or [None]),
         )
 
     def check_model(self, name: str) -> None:
@@ -69,5 +80,5 @@ def serving(request: Request) -> ServingState:
 
 
 def _fingerprint(*what: str) -> str:
-    """Return a name for all that decides which tokens a seed gives: release, model, type and ranks."""
+    """Return a name for all that decides which tokens a seed gives: release, model, type, ranks and budget."""
     return f"fp_{hashlib.sha256(repr((__version__, *what)).encode()).hexdigest()[:10]}"

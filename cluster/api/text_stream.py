@@ -73,7 +73,7 @@ class RequestText:
     def __init__(self, tokenizer: ChatTokenizer, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
         self._tokenizer, self._prompt, self._sampling = tokenizer, prompt_token_ids, sampling
         self._arrived = self._first = self._last = time.perf_counter()
-        self._num_steps = 0
+        self._num_steps = self._num_budgeted_rows = 0
         self._num_received = 0
         self._num_accepted_prediction_tokens = self._num_rejected_prediction_tokens = 0
         self._detokenizer = tokenizer.detokenizer(sampling)
@@ -99,6 +99,7 @@ class RequestText:
             self._last = time.perf_counter()
             self._first = self._first if self._num_steps else self._last
             self._num_steps += output.num_steps
+            self._num_budgeted_rows += output.num_budgeted_rows
         if output.finish_reason not in (None, STOP, LENGTH):
             raise RequestFailedError(output.error or f"the request ended with {output.finish_reason}")
         is_text = output.stop_token_id is None or self._sampling.include_stop_str_in_output
@@ -153,6 +154,9 @@ class RequestText:
                 baseline_s=None,
                 accepted_prediction_tokens=predicted[0],
                 rejected_prediction_tokens=predicted[1],
+                budgeted_rows=self._num_budgeted_rows,
+                kept_weight=None,
+                lossy=self._num_budgeted_rows > 0,
                 tokens_per_s=_rate(num_tokens, ttft_s, self._last - self._arrived),
                 ttft_s=ttft_s,
                 queue_s=None,

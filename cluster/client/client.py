@@ -54,10 +54,11 @@ class AsyncTextStream(Protocol):
 
 
 class Client(Protocol):
-    """What can be asked of a deployment. Keyword arguments are the fields of `SamplingParams`, and two more.
+    """What can be asked of a deployment. Keyword arguments are the fields of `SamplingParams`, and three more.
 
     ``speculation``: a mapping of ``mode`` (auto, off, fixed) and ``max_draft_len``, within what the server allows;
     ``prediction``: the output that is expected, as text or in OpenAI's form, to draft from. Neither changes the output.
+    ``expert_budget``: off, for exact answers of a server that has a budget of experts, or auto.
 
     ``max_tokens`` defaults as in the HTTP API: 16 for text and token ids, the rest of ``max_model_len`` for a chat.
     Raises ``ValueError`` naming the field the server refuses, ``EngineDeadError`` if the engine cannot serve,

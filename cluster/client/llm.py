@@ -13,6 +13,7 @@ from ...workers.sampling_params import SamplingParams
 from ..api.chat_tokenizer import ChatTokenizer
 from ..api.generation import Generation, TokenLogprob
 from ..api.text_stream import RequestText
+from ..calibration.gate import check_budget_profile
 from ..config import EngineConfig
 from ..engine.backend import RequestTimeoutError
 from ..engine.engine import Engine
@@ -74,6 +75,7 @@ class LLM:
         self.config = EngineConfig.from_mapping({"model": model, **config})
         self.tokenizer = ChatTokenizer(self.config.tokenizer_source, self.config.revision)
         drafter_factory(self.config.drafter)  # refuse an unknown name before anything is loaded
+        check_budget_profile(self.config)
         ranks = make_ranks(self.config)
         try:
             self._engine = Engine(self.config, ranks)
@@ -98,18 +100,22 @@ class LLM:
         *,
         speculation: Mapping[str, Any] | None = None,
         prediction: str | Mapping[str, Any] | None = None,
+        expert_budget: str | None = None,
         **params: Any,
     ) -> list[Completion]:
         """Continue each prompt (text, or token ids) and return the results in order: ``n`` of each prompt in turn.
 
         ``params`` are fields of `SamplingParams`, unless ``sampling`` is given. ``speculation`` (``mode`` and
         ``max_draft_len``) and ``prediction`` (the output that is expected, to draft from) hold for every prompt and
-        change no token. All prompts are checked before any is run; ``ValueError`` names the field at fault. Raises
-        ``RequestTimeoutError`` if one takes longer than ``request_timeout_s``.
+        change no token. ``expert_budget``: ``off`` for exact answers where the engine has a budget. All prompts are
+        checked before any is run; ``ValueError`` names the field at fault. Raises ``RequestTimeoutError`` if one takes
+        longer than ``request_timeout_s``.
         """
         if sampling is not None and params:
             raise ValueError(f"sampling: given together with {', '.join(sorted(params))}; give one or the other")
-        asked = RequestParams.from_kwargs(speculation=speculation, prediction=prediction, **params)
+        asked = RequestParams.from_kwargs(
+            speculation=speculation, prediction=prediction, expert_budget=expert_budget, **params
+        )
         token_ids = [self._encode(prompt, i) for i, prompt in enumerate(_as_list(prompts))]
         return self._run(token_ids, sampling or asked.sampling, asked.encode(self.tokenizer))
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..api.chat_tokenizer import ChatTokenizer
 from ..api.generation import Generation
 from ..api.text_stream import TextDelta
+from ..calibration.gate import check_budget_profile
 from ..config import EngineConfig
 from ..engine.async_engine import AsyncEngine
 from ..engine.engine import Engine
@@ -27,6 +28,7 @@ class LocalClient:
 
     def __init__(self, config: EngineConfig) -> None:
         drafter_factory(config.drafter)  # refuse an unknown name before anything is loaded
+        check_budget_profile(config)
         self._tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
         ranks = make_ranks(config)
         try:

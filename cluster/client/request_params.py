@@ -1,4 +1,4 @@
-"""The keyword arguments of a request: fields of `SamplingParams`, and what may be said of its speculation."""
+"""The keyword arguments of a request: fields of `SamplingParams`, and what may be said of its verifications."""
 
 from __future__ import annotations
 
@@ -27,19 +27,23 @@ class RequestParams:
         *,
         speculation: Mapping[str, Any] | None = None,
         prediction: str | Mapping[str, Any] | None = None,
+        expert_budget: str | None = None,
         **sampling: Any,
     ) -> RequestParams:
         """Check them all; ``ValueError`` names the field.
 
         ``speculation``: ``mode`` and ``max_draft_len`` (`SpeculationOptions`); ``prediction``: the output that is
-        expected, as text or in OpenAI's form.
+        expected, as text or in OpenAI's form; ``expert_budget``: ``auto`` or ``off``.
         """
         if speculation is not None and not isinstance(speculation, Mapping):
             raise ValueError(f"speculation: expected a mapping of mode and max_draft_len, got {speculation!r}")
         if prediction is not None and not isinstance(prediction, str | Mapping):
             raise ValueError(f"prediction: expected text or a mapping of type and content, got {prediction!r}")
         text = prediction_text(prediction) if isinstance(prediction, Mapping) else prediction or ""
-        return cls(SamplingParams.from_kwargs(**sampling), SpeculationOptions.from_mapping(speculation or {}), text)
+        options = SpeculationOptions.from_mapping(speculation or {})
+        if expert_budget is not None:
+            options = replace(options, expert_budget=expert_budget)
+        return cls(SamplingParams.from_kwargs(**sampling), options, text)
 
     def encode(self, tokenizer: ChatTokenizer) -> SpeculationOptions:
         """Return the speculation options with the prediction's tokens."""

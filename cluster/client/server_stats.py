@@ -46,8 +46,10 @@ class ServerStats:
     def lines(self) -> list[tuple[str, str]]:
         """Return (what, figure) pairs; totals are since the server started."""
         names = ", ".join(f"{card['id']} (max_model_len {card.get('max_model_len', '?')})" for card in self.models)
+        budgets = dict.fromkeys(card.get("penstock", {}).get("expert_budget") for card in self.models)
+        lossy = [("lossy", f"verifications keep to {budget}") for budget in budgets if budget]
         up = self.samples.get(f"{PREFIX}engine_up") == 1
-        lines = [("models", names or "none"), ("engine", "up" if up else "down: it does not answer")]
+        lines = [("models", names or "none"), *lossy, ("engine", "up" if up else "down: it does not answer")]
         if up:
             lines += self._engine_lines()
         return lines + [(label, self._latency(f"{PREFIX}{name}_seconds")) for label, name in _LATENCIES]

@@ -60,6 +60,8 @@ def account(generation: Generation) -> str:
         parts.append(f"{stats.accepted_tokens} of {stats.draft_tokens} draft tokens accepted")
     if predicted := stats.accepted_prediction_tokens + stats.rejected_prediction_tokens:
         parts.append(f"{stats.accepted_prediction_tokens} of {predicted} predicted ones")
+    if stats.lossy:
+        parts.append(f"lossy: {stats.budgeted_rows} rows kept to a budget of experts")
     if stats.seed is not None:
         parts.append(f"seed {stats.seed}")
     return ", ".join(parts)

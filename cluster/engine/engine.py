@@ -292,6 +292,8 @@ class Engine:
                 output = self._commit_request(request, part, tokens, rank_result.logprobs.get(request.key), now)
                 if output is None:
                     continue
+                if kept_weight is not None:
+                    output = replace(output, num_budgeted_rows=kept_weight.num_rows)
                 outputs.append(output)
                 if part.first_sampled_row == 0 and output.offset > 0:  # it was decoding when this step was planned
                     num_kept = len(output.token_ids)

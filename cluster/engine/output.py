@@ -98,6 +98,8 @@ class RequestOutput:
     """Steps whose tokens these are: more than one if its reader lagged."""
     prediction_drafts: list[PredictionDraft] = field(default_factory=list)
     """One for each step that drafted from the request's `prediction`."""
+    num_budgeted_rows: int = 0
+    """Rows of these steps that kept to a budget of experts."""
 
     def followed_by(self, later: RequestOutput) -> RequestOutput:
         """Return this and the request's next output as one; this one's lists go over to it."""
@@ -115,6 +117,7 @@ class RequestOutput:
             prompt_logprobs=self.prompt_logprobs,
             num_steps=self.num_steps + later.num_steps,
             prediction_drafts=self.prediction_drafts,
+            num_budgeted_rows=self.num_budgeted_rows + later.num_budgeted_rows,
         )
 
 
@@ -159,6 +162,10 @@ class EngineStats:
     """Rows sent between ranks, all layers."""
     payload_bytes: int
     wire_bytes: int
+    budgeted_rows: int
+    """Rows that kept to a budget of experts, once for each layer."""
+    kept_weight: float
+    """Summed over those: the share of their routers' weight that the budget kept."""
     step_wall_s: float
     """Time spent in steps."""
     latencies: dict[str, HistogramSnapshot]

@@ -117,6 +117,8 @@ class Counters:
             rows_sent=self.rows_sent,
             payload_bytes=self.payload_bytes,
             wire_bytes=self.wire_bytes,
+            budgeted_rows=self.budgeted_rows,
+            kept_weight=self.kept_weight,
             step_wall_s=self.step_wall_s,
             latencies=self.latencies.snapshot(),
         )

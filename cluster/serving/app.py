@@ -13,6 +13,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve import Application
 
 from ...workers.loader import inspect
+from ..calibration.gate import check_budget_profile
 from ..config import API_KEY_VARIABLE, EngineConfig
 from ..speculation.drafter import drafter_factory
 from .gang import Gang
@@ -34,6 +35,7 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
     config = args if isinstance(args, EngineConfig) else EngineConfig.from_mapping(args)
     drafter_factory(config.drafter)
     inspect(config.model, config.revision)
+    check_budget_profile(config)
     config = _absolute(config)
     gpu = on_gpu(config)
     # Decided here: a worker that Ray gives no GPU may see the machine's all the same

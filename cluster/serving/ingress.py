@@ -51,7 +51,9 @@ class Ingress:
         )
         await self._backend.attached()
         _api_key = config.api_key
-        self._state = _state = await ServingState.create(self._backend, tokenizer, config.model_names, config.model)
+        self._state = _state = await ServingState.create(
+            self._backend, tokenizer, config.model_names, config.model, config.budget
+        )
         if address is not None:
             self._http = await listen(build_asgi_app(), address)
 

@@ -9,6 +9,9 @@ from itertools import groupby
 from rich.filesize import decimal
 
 from ...workers.model_info import RankInfo
+from ..calibration.gate import describe
+from ..calibration.profile import CalibratedBudget
+from ..config import EngineConfig
 
 
 def load_summary(infos: Sequence[RankInfo], block_size: int) -> str:
@@ -19,6 +22,12 @@ def load_summary(infos: Sequence[RankInfo], block_size: int) -> str:
         f"{model.num_experts_per_tok} per token, in {model.num_moe_layers} of {model.num_layers} layers"
     )
     return "\n".join([head, *(_ranks(list(same), block_size) for _, same in groupby(infos, key=_holdings))])
+
+
+def budget_summary(config: EngineConfig, calibrated: CalibratedBudget | None) -> str:
+    """Return one line about a budget that acts; ``calibrated``: what it costs, None where that is unknown or too much."""
+    known = "not calibrated, or more than is allowed" if calibrated is None else describe(calibrated)
+    return f"lossy: verifications keep to {config.expert_budget}: {known}; requests with expert_budget off are exact"
 
 
 def _holdings(info: RankInfo) -> RankInfo:

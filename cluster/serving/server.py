@@ -12,11 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from ...workers.loader import inspect
 from ..api.generation import Generation
 from ..api.metrics import PREFIX
+from ..calibration.gate import check_budget_profile
 from ..client.http_client import HttpClient
 from ..config import EngineConfig
+from ..engine.budget import make_budget
 from ..speculation.drafter import drafter_factory
 from .interrupts import interruptible, uninterruptible
-from .load_summary import load_summary
+from .load_summary import budget_summary, load_summary
 from .local_ray import LocalRay, check_port
 
 console = Console(soft_wrap=True, highlight=False)
@@ -33,6 +35,7 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
     # Refuse before Ray starts what can be refused
     drafter_factory(config.drafter)
     inspect(config.model, config.revision)
+    calibrated = check_budget_profile(config)
     if address is None:
         check_port(host, port)
     with ExitStack() as stack:
@@ -58,6 +61,8 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             if infos := loaded_ranks():
                 console.print(load_summary(infos, config.block_size))
+                if make_budget(config, infos[0].model) is not None:
+                    console.print(budget_summary(config, calibrated))
             _announce(config, url, local)
             if sample:
                 show_sample(url)

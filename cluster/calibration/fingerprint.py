@@ -1,0 +1,35 @@
+"""Which checkpoint a profile is of, by a few reads of each file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+_EDGE_BYTES = 1 << 16
+"""Read at either end of a weight file: its header, and values that no further training leaves as they are."""
+
+
+def model_fingerprint(directory: Path) -> str:
+    """Return what tells this checkpoint from others: of config.json, and of name, size and ends of weight files.
+
+    Raises ``ValueError`` naming ``model`` if a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        digest.update((directory / "config.json").read_bytes())
+        for file in sorted(directory.glob("*.safetensors")):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as weights:
+                digest.update(weights.read(_EDGE_BYTES))
+                weights.seek(max(0, size - _EDGE_BYTES))
+                digest.update(weights.read())
+    except OSError as error:
+        raise ValueError(f"model: cannot read {error.filename}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a whole file."""
+    with file.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
