@@ -48,6 +48,8 @@ class Counts:
     """Sums over requests and their steps after the prompt."""
 
     steps: list[StepCounts] = field(default_factory=list)
+    shared_experts: list[float] = field(default_factory=list)
+    """Per step without prompt rows: distinct experts that all its requests together computed per layer."""
 
     @property
     def num_tokens(self) -> int:
@@ -58,6 +60,11 @@ class Counts:
     def experts_per_layer(self) -> float:
         """Mean distinct experts of a layer and step."""
         return sum(sum(step.experts) / len(step.experts) for step in self.steps) / len(self.steps)
+
+    @property
+    def shared_experts_per_layer(self) -> float:
+        """Mean of ``shared_experts``."""
+        return sum(self.shared_experts) / len(self.shared_experts)
 
     @property
     def visits_per_token(self) -> float:
@@ -90,6 +97,9 @@ class CountedRanks(LocalRanks):
         self._dispatcher.ids.clear()
         result = super().step(plan)
         self._count(plan.ranks[0], result.ranks[0].token_ids)
+        if all(request.first_sampled_row == 0 for request in plan.ranks[0].requests):
+            experts = result.ranks[0].counts.experts
+            self.counts.shared_experts.append(sum(experts) / len(experts))
         return result
 
     def _count(self, plan: RankPlan, token_ids: Sequence[Sequence[int]]) -> None:
