@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from penstock.router.placement import Placement, contiguous
 from penstock.workers.architectures import SUPPORTED
 from penstock.workers.checkpoint import INDEX, SINGLE, CheckpointReader, LazyTensor, resolve
-from penstock.workers.loader import LoadedModel, inspect, load, resolve_dtype
+from penstock.workers.loader import LoadedModel, build, inspect, load, resolve_dtype
 
 MODEL_TYPES = SUPPORTED
 NUM_EXPERTS = 8
@@ -26,7 +26,7 @@ NUM_EXPERTS = 8
 def load_rank(directory: Path, placement: Placement | None = None, rank: int = 0) -> LoadedModel:
     placement = placement or contiguous(NUM_EXPERTS, 1)
     directory, config = inspect(str(directory))
-    return load(directory, config, resolve_dtype(config, "auto"), torch.device("cpu"), placement, rank)
+    return load(directory, build(config, resolve_dtype(config, "auto")), torch.device("cpu"), placement, rank)
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from penstock.cluster.engine.ranks import LocalRanks, make_runner
 from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.router.placement import Placement, contiguous
 from penstock.workers.checkpoint import SINGLE
-from penstock.workers.loader import inspect, load, resolve_dtype
+from penstock.workers.loader import build, inspect, load, resolve_dtype
 from penstock.workers.quantization import dequantize_fp8
 from penstock.workers.sampling_params import SamplingParams
 
@@ -174,7 +174,7 @@ def test_two_ranks_read_and_hold_their_halves(case, quantized):
     placement = Placement(NUM_EXPERTS, 2, (1, 0, 1, 1, 0, 1, 0, 1))
     for rank in range(2):
         path, config = inspect(str(directory))
-        loaded = load(path, config, torch.float32, torch.device("cpu"), placement, rank)
+        loaded = load(path, build(config, torch.float32), torch.device("cpu"), placement, rank)
         owned = placement.experts_of(rank)
         for key, tensor in loaded.model.state_dict().items():
             assert torch.equal(tensor, full[key][owned] if is_expert(key) else full[key]), key
@@ -184,7 +184,7 @@ def test_two_ranks_read_and_hold_their_halves(case, quantized):
 
 def load_whole(directory: Path) -> Tensors:
     path, config = inspect(str(directory))
-    whole = load(path, config, torch.float32, torch.device("cpu"), contiguous(NUM_EXPERTS, 1), 0)
+    whole = load(path, build(config, torch.float32), torch.device("cpu"), contiguous(NUM_EXPERTS, 1), 0)
     return whole.model.state_dict()
 
 
@@ -196,7 +196,7 @@ def is_expert(key: str) -> bool:
 def test_weights_are_dequantised_to_the_compute_dtype(case, quantized):
     directory, worth = quantized(case)
     path, config = inspect(str(directory))
-    loaded = load(path, config, torch.bfloat16, torch.device("cpu"), contiguous(NUM_EXPERTS, 1), 0)
+    loaded = load(path, build(config, torch.bfloat16), torch.device("cpu"), contiguous(NUM_EXPERTS, 1), 0)
     full = load_whole(worth)
     for module in loaded.expert_modules:
         assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}

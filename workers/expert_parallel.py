@@ -39,10 +39,10 @@ class ExpertParallel:
         self, module: torch.nn.Module, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """Dispatch, compute, combine: [T, H] with ``expert_ids`` and ``weights`` [T, K] to [T, H]."""
+        layer, counts = int(module.penstock_layer), self.counts  # type: ignore[arg-type]
         if self.valid is not None:
             expert_ids = torch.where(self.valid[:, None], expert_ids, self.num_experts)
-        received = self.dispatcher.dispatch(hidden, expert_ids, weights)
-        layer, counts = int(module.penstock_layer), self.counts  # type: ignore[arg-type]
+        received = self.dispatcher.dispatch(layer, hidden, expert_ids, weights)
         partial, num_active = self.shards[layer].run(received.hidden, received.expert_ids, received.weights)
         counts.rows[layer] = hidden.shape[0] if self.valid is None else int(self.valid.sum())
         counts.experts[layer] = num_active

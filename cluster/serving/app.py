@@ -14,6 +14,7 @@ from ray.serve import Application
 
 from ...workers.loader import inspect
 from ..config import API_KEY_VARIABLE, EngineConfig
+from ..placement_file import placement_of
 from ..speculation.drafter import drafter_factory
 from .gang import Gang
 from .http_server import Address
@@ -34,6 +35,7 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
     config = args if isinstance(args, EngineConfig) else EngineConfig.from_mapping(args)
     drafter_factory(config.drafter)
     inspect(config.model, config.revision)
+    placement = placement_of(config)
     config = _absolute(config)
     gpu = on_gpu(config)
     # Decided here: a worker that Ray gives no GPU may see the machine's all the same
@@ -61,7 +63,7 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
     # Only the ingress needs the key
     api_key = config.api_key or os.environ.get(API_KEY_VARIABLE) or None
     keyless, keyed = replace(config, api_key=None), replace(config, api_key=api_key)
-    return ingress.bind(gang.bind(keyless, gpu=gpu), keyed, address=address)
+    return ingress.bind(gang.bind(keyless, gpu=gpu, placement=placement), keyed, address=address)
 
 
 def _absolute(config: EngineConfig) -> EngineConfig:

@@ -14,6 +14,7 @@ from ..api.generation import Generation
 from ..api.metrics import PREFIX
 from ..client.http_client import HttpClient
 from ..config import EngineConfig
+from ..placement_file import placement_of
 from ..speculation.drafter import drafter_factory
 from .interrupts import interruptible, uninterruptible
 from .load_summary import load_summary
@@ -33,6 +34,7 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
     # Refuse before Ray starts what can be refused
     drafter_factory(config.drafter)
     inspect(config.model, config.revision)
+    placement_of(config)
     if address is None:
         check_port(host, port)
     with ExitStack() as stack:
