@@ -124,7 +124,12 @@ def place(
     _, model_config = inspect(model, revision)
     recorded = RoutingTrace.read(trace)
     check_model(
-        "trace", trace, build(model_config, torch.float32), recorded.model_type, recorded.num_experts, recorded.num_layers
+        "trace",
+        trace,
+        build(model_config, torch.float32),
+        recorded.model_type,
+        recorded.num_experts,
+        recorded.num_layers,
     )
     if not 1 <= num_ranks <= recorded.num_experts:
         raise ValueError(f"num_ranks: {num_ranks} is not in [1, {recorded.num_experts}], the model's experts")
@@ -133,7 +138,9 @@ def place(
     PlacementFile.of(made, method, recorded.model_type).write(output)
     console = Console(highlight=False)
     console.print(_table({"contiguous": _make("contiguous", known, num_ranks), method: made}, held_out))
-    whose = "requests that the placement was not made from" if held_out is not known else "the requests it was made from"
+    whose = (
+        "requests that the placement was not made from" if held_out is not known else "the requests it was made from"
+    )
     console.print(f"{len(held_out.ids)} rows of {whose}; written to {output}")
 
 

@@ -109,25 +109,24 @@ def placement_of(config: EngineConfig) -> Placement | None:
             f"--num-ranks {config.expert_parallel_size}`"
         )
     _, model_config = inspect(config.model, config.revision)
-    check_model("placement", path, build(model_config, torch.float32), file.model_type, file.num_experts, len(file.layers))
+    check_model(
+        "placement", path, build(model_config, torch.float32), file.model_type, file.num_experts, len(file.layers)
+    )
     try:
         return file.placement()
     except ValueError as error:
         raise ValueError(f"placement: {path}: {error}; mend it, or make one with `penstock place`") from error
 
 
-def check_model(
-    field: str, path: Path, model: EmptyModel, model_type: str, num_experts: int, num_layers: int
-) -> None:
+def check_model(field: str, path: Path, model: EmptyModel, model_type: str, num_experts: int, num_layers: int) -> None:
     """Raise ``ValueError`` naming ``field`` unless what ``path`` was made for is ``model``."""
-    pairs = (
-        ("a", model_type, model.config.model_type, "model"),
-        ("", num_experts, model.num_experts, "experts"),
-        ("", num_layers, len(model.expert_modules), "MoE layers"),
-    )
-    for article, found, wanted, what in pairs:
-        if found != wanted:
-            raise ValueError(
-                f"{field}: {path} is for {f'{article} {found}'.strip()} {what}, this model's is {wanted}; "
-                f"make one for this model"
-            )
+    own_type, own_layers = model.config.model_type, len(model.expert_modules)
+    if model_type != own_type:
+        problem = f"is for model type {model_type}, this model is of type {own_type}"
+    elif num_experts != model.num_experts:
+        problem = f"is for {num_experts} experts, this model has {model.num_experts}"
+    elif num_layers != own_layers:
+        problem = f"is for {num_layers} MoE layers, this model has {own_layers}"
+    else:
+        return
+    raise ValueError(f"{field}: {path} {problem}; make one for this model")

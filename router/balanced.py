@@ -42,7 +42,10 @@ def layer_sizes(num_layers: int, num_copies: int, num_ranks: int) -> list[list[i
 
 
 def pack(loads: np.ndarray, copies: np.ndarray, sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return the ranks [E] of each expert of a layer, by ``loads`` and ``copies`` [E] and how many experts a rank takes."""
+    """Return the ranks [E] of each expert of a layer, by its ``loads`` and ``copies`` [E].
+
+    ``sizes`` [R]: how many experts each rank takes.
+    """
     per_copy = (loads / copies).tolist()
     held: list[set[int]] = [set() for _ in sizes]
     for expert in sorted(range(len(copies)), key=lambda e: -per_copy[e]):

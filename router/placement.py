@@ -43,26 +43,29 @@ class Placement:
     def owner_table(self, layer: int, rank: int) -> torch.Tensor:
         """Return [E + 1] int64: the rank that rows of ``rank`` go to for each expert, ``num_ranks`` for the sentinel.
 
-        Its own where that holds the expert. The ranks that do not are split into runs, as equal as can be, one for
-        each holder: every holder gets its share, and neighbours in rank, which may share a machine, go the same way.
+        Its own where that holds the expert. The ranks that do not are split into runs of neighbours, as equal as can
+        be, one for each holder; the first run goes to another holder for each expert, so that ranks which hold the same
+        experts share their rows.
         """
-        return torch.tensor([*(self._owner(ranks, rank) for ranks in self.holders[layer]), self.num_ranks])
+        return torch.tensor([*(self._owner(layer, expert, rank) for expert in range(self.num_experts)), self.num_ranks])
 
     def local_ids(self, layer: int, rank: int) -> torch.Tensor:
         """Return [E + 1] int64: each id's number on the rank that ``owner_table`` gives; 0 for the sentinel."""
         num_held = [0] * self.num_ranks
         local = []
-        for ranks in self.holders[layer]:
-            local.append(num_held[self._owner(ranks, rank)])
+        for expert, ranks in enumerate(self.holders[layer]):
+            local.append(num_held[self._owner(layer, expert, rank)])
             for holder in ranks:
                 num_held[holder] += 1
         return torch.tensor([*local, 0])
 
-    def _owner(self, ranks: tuple[int, ...], rank: int) -> int:
-        if len(ranks) == 1 or rank in ranks:
-            return rank if rank in ranks else ranks[0]
+    def _owner(self, layer: int, expert: int, rank: int) -> int:
+        ranks = self.holders[layer][expert]
+        if rank in ranks:
+            return rank
         place = rank - bisect_left(ranks, rank)  # among those that do not hold it
-        return ranks[place * len(ranks) // (self.num_ranks - len(ranks))]
+        run = place * len(ranks) // (self.num_ranks - len(ranks))
+        return ranks[(expert + run) % len(ranks)]
 
 
 def contiguous(num_layers: int, num_experts: int, num_ranks: int) -> Placement:

@@ -78,7 +78,10 @@ class RoutingTrace:
                 raise ValueError(f"trace: {name} of {path} are {found}, expected {dtype}")
         if self.ids.ndim != 3 or not self.ids.size:
             raise ValueError(f"trace: ids of {path} have shape {list(self.ids.shape)}, expected [rows, layers, top_k]")
-        shapes = {"weights": self.ids.shape, **dict.fromkeys(("requests", "positions", "is_prompt"), self.ids.shape[:1])}
+        shapes = {
+            "weights": self.ids.shape,
+            **dict.fromkeys(("requests", "positions", "is_prompt"), self.ids.shape[:1]),
+        }
         for name, shape in shapes.items():
             if (found_shape := getattr(self, name).shape) != shape:
                 raise ValueError(f"trace: {name} of {path} have shape {list(found_shape)}, expected {list(shape)}")

@@ -19,7 +19,8 @@ PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SERVE_OPTIONS = """
 --address --api-key --block-size --config --cpus-per-rank --device --draft-len --drafter --dtype
 --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-draft-len
---max-model-len --max-num-batched-tokens --max-num-seqs --max-queued-requests --max-step-retries --num-threads --port
+--max-model-len --max-num-batched-tokens --max-num-seqs --max-queued-requests --max-step-retries --num-threads
+--placement --port
 --prompt-lookup-max --prompt-lookup-min --request-timeout-s --revision --served-model-name --speculation
 --step-timeout-s --suffix-store-tokens --tokenizer
 """

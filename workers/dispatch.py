@@ -100,9 +100,10 @@ class AllToAllDispatcher:
     ) -> None:
         self.rank, self.num_ranks, self.group, self.log = rank, placement.num_ranks, group, log
         layers, ranks = range(placement.num_layers), range(placement.num_ranks)
-        self.owner = torch.stack([placement.owner_table(layer, rank) for layer in layers]).to(device)
+        self.owner = torch.stack([placement.owner_table(layer, rank) for layer in layers]).to(device)  # [L, E + 1]
         self.local_ids = torch.stack([placement.local_ids(layer, rank) for layer in layers]).to(device)
-        self.num_local = torch.tensor([[len(placement.experts_of(l, r)) for r in ranks] for l in layers], device=device)
+        num_local = [[len(placement.experts_of(layer, number)) for number in ranks] for layer in layers]
+        self.num_local = torch.tensor(num_local, device=device)  # [L, R]
         self.payload_bytes_per_row = 2 * hidden_bytes
         self.row_bytes = hidden_bytes + top_k * 8
         self.hidden_bytes = hidden_bytes

@@ -117,7 +117,9 @@ class ModelRunner:
                 eos_token_ids=_eos_token_ids(directory, text_config),
                 steerable=steerable,
             ),
-            num_local_experts=[len(self.placement.experts_of(layer, rank)) for layer in range(len(self.experts.shards))],
+            num_local_experts=[
+                len(self.placement.experts_of(layer, rank)) for layer in range(len(self.experts.shards))
+            ],
             expert_bytes=expert_bytes,
             dense_bytes=all_bytes - expert_bytes,
             bytes_read=loaded.bytes_read,

@@ -29,8 +29,9 @@ def _ranks(infos: Sequence[RankInfo], block_size: int) -> str:
     first, last = infos[0], infos[-1]
     who = f"rank {first.rank}" if first is last else f"ranks {first.rank}-{last.rank}, each"
     fewest, most = min(first.num_local_experts), max(first.num_local_experts)
+    held = str(most) if fewest == most else f"{fewest}-{most}"
     return (
-        f"{who}: {most if fewest == most else f'{fewest}-{most}'} experts a layer, {decimal(first.expert_bytes)}; all else "
+        f"{who}: {held} experts a layer, {decimal(first.expert_bytes)}; all else "
         f"{decimal(first.dense_bytes)}; KV {first.num_kv_blocks} blocks x {block_size} = "
         f"{first.num_kv_blocks * block_size} tokens, {decimal(first.num_kv_blocks * first.kv_block_bytes)}; "
         f"loaded in {max(info.load_s for info in infos):.1f} s"
