@@ -25,7 +25,7 @@ from penstock.router.routing_trace import RoutingTrace
 from penstock.workers.plan import StepPlan, StepResult
 from penstock.workers.sampling_params import SamplingParams
 
-from .random_placement import random_ids, random_placement, write_placement
+from .random_placement import random_ids, random_placement
 from .tiny_engine import config_of
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
@@ -159,10 +159,10 @@ def placement_from(trace: RoutingTrace, num_ranks: int) -> Placement:
 
 @pytest.mark.distributed
 def test_ranks_count_what_the_trace_foretells(tmp_path: Path) -> None:
-    """Each step's rows sent and distinct experts, from a trace of one rank; the file is gone once ranks have started."""
+    """Each step's rows sent and distinct experts, from a trace of one rank. Started ranks need the file no more."""
     texts = ["import os\nimport sys\n", "def main(self, text):\n", "class Reader:\n", "for line in lines:\n    "]
     sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    one = EngineConfig(model=str(DEMO), dtype="float32", device="cpu", num_threads=1, kv_cache_bytes=8 << 20)
+    one = config_of(DEMO, dtype="float32")
     recorded = trace_routing(one, texts, sampling)
     placement = placement_from(recorded, 2)
     assert len({tuple(layer) for layer in placement.holders}) == 4
