@@ -42,10 +42,10 @@ LENGTHS: tuple[int | None, ...] = (None, 64, 256, 512)
 """Tokens of a request; None: answers as long as they are."""
 NUM_TOKENS = {1: 3072, 4: 6144, 16: 12288}
 """Of a workload, by batch. Answers have as many as the committed prompts give."""
-TWO_RANK_LENGTHS: tuple[int | None, ...] = (None, 256)
-TWO_RANK_BATCHES = (4, 16)
+RANKS = (1, 2)
 QUICK_TOKENS = {1: 512, 4: 1024, 16: 2048}
 QUICK_LENGTHS: tuple[int | None, ...] = (None, 128)
+QUICK_RANKS = (1,)
 
 NO_LOSS = 0.98
 OVER_FIXED = 1.08
@@ -154,11 +154,9 @@ class Bench:
 def cells(options: Options) -> list[Cell]:
     """Return all settings, the mix first: the table is fitted on it."""
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
+    num_ranks = QUICK_RANKS if options.quick else RANKS
     names = [MIX, *(name for name in WORKLOADS if name != MIX)]
-    found = [Cell(*setting, 1) for setting in itertools.product(names, lengths, BATCHES)]
-    if not options.quick:
-        found += [Cell(*setting, 2) for setting in itertools.product(names, TWO_RANK_LENGTHS, TWO_RANK_BATCHES)]
-    return found
+    return [Cell(*setting) for setting in itertools.product(names, lengths, BATCHES, num_ranks)]
 
 
 def measure(options: Options) -> Measurement:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..router.expert_budget import ExpertBudget
+
 DRAFT_LEN = 3
 API_KEY_VARIABLE = "PENSTOCK_API_KEY"
 _API_KEY = re.compile(r"[\x21-\x7e]+")
@@ -82,6 +84,9 @@ class EngineConfig:
     """Longest n-gram the `ngram` drafter looks up."""
     prompt_lookup_min: int = _bounded(1, low=1, high=32)
     """Shortest n-gram the `ngram` drafter looks up."""
+    expert_budget: str | None = _bounded(None)
+    """Experts that verifying drafts may read, as in `experts=20` or `coverage=0.9,scope=owner`; lossy. No budget when
+    absent. docs/budgets.md."""
     step_timeout_s: float = _bounded(60.0, low=0.1, high=86400.0)
     """Longest wait of a rank in one collective; a rank that has not answered after twice this is given up."""
     load_timeout_s: float = _bounded(1800.0, low=1.0, high=86400.0)
@@ -117,6 +122,8 @@ class EngineConfig:
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is not in [max_num_seqs={self.max_num_seqs}, "
                 "1048576]: every running request needs a row"
             )
+        if self.expert_budget is not None:
+            ExpertBudget.parse(self.expert_budget)
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min: {self.prompt_lookup_min} is not in [1, prompt_lookup_max={self.prompt_lookup_max}]"
@@ -139,6 +146,11 @@ class EngineConfig:
         if self.speculation != "auto":
             return self.speculation
         return "shadow" if self.draft_len is None else "fixed"
+
+    @property
+    def budget(self) -> ExpertBudget | None:
+        """`expert_budget`, read."""
+        return None if self.expert_budget is None else ExpertBudget.parse(self.expert_budget)
 
     @property
     def fixed_draft_len(self) -> int:

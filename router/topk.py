@@ -13,12 +13,25 @@ from typing import Any, Protocol
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .routing import Routing
+
+_TOPK = {torch.topk, torch.Tensor.topk}
+_AFFINITIES = {
+    torch.softmax,
+    torch.sigmoid,
+    torch.Tensor.softmax,
+    torch.Tensor.sigmoid,
+    torch.nn.functional.softmax,
+    torch.nn.functional.sigmoid,
+}
+"""What makes affinities of a router's logits."""
+
 
 class Selection(Protocol):
-    """A policy: from the scores of T rows to the K experts of each."""
+    """A policy: from the router's own choice for T rows to the K experts of each."""
 
-    def __call__(self, scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (values [T, K], indices [T, K]) chosen from ``scores`` [T, E], as ``torch.topk`` would."""
+    def __call__(self, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (values [T, K], indices [T, K]) in the router's place; the values are new tensors."""
         ...
 
 
@@ -26,18 +39,25 @@ class _TopKMode(TorchFunctionMode):
     def __init__(self, num_experts: int, top_k: int, selection: Selection | None) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.selection = num_experts, top_k, selection
+        self.affinities: torch.Tensor | None = None
         self.hits = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.topk or func is torch.Tensor.topk:
+        result = func(*args, **kwargs)
+        if func in _AFFINITIES and result.dim() == 2 and result.shape[-1] == self.num_experts:
+            self.affinities = result
+        if func in _TOPK:
             scores = args[0] if args else kwargs["input"]
             k = args[1] if len(args) > 1 else kwargs["k"]
             if scores.dim() == 2 and scores.shape[-1] == self.num_experts and k == self.top_k:
                 self.hits += 1
                 if self.selection is not None:
-                    return self.selection(scores, k)
-        return func(*args, **kwargs)
+                    values, ids = result
+                    if self.affinities is None:
+                        return self.selection(Routing(scores, scores.softmax(-1), values, ids, selects_logits=True))
+                    return self.selection(Routing(scores, self.affinities, values, ids))
+        return result
 
 
 class RouterSeam:

@@ -12,6 +12,7 @@ import torch
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
+from penstock.router.expert_budget import ExpertBudget
 from penstock.workers.architectures import SUPPORTED
 from penstock.workers.sampling_params import SamplingParams
 
@@ -52,6 +53,25 @@ class RecordingRanks:
 
     def close(self):
         pass
+
+
+class BudgetingRanks(RecordingRanks):
+    """Real ranks whose every verification keeps to a budget that an engine would not send, as it allows everything."""
+
+    def __init__(self, ranks: Ranks, budget: ExpertBudget) -> None:
+        super().__init__(ranks)
+        self._budget = budget
+
+    def step(self, plan):
+        changed = [
+            replace(
+                rank,
+                budget=self._budget,
+                requests=[replace(r, first_budgeted_row=r.first_sampled_row) for r in rank.requests],
+            )
+            for rank in plan.ranks
+        ]
+        return super().step(replace(plan, ranks=changed))
 
 
 def _config(directory: Path, num_ranks: int, **changes) -> EngineConfig:
@@ -195,3 +215,27 @@ def test_a_rank_that_fails_between_collectives_is_recovered(checkpoint, referenc
         got = _run(ranks, config, 3, prompts, sampling)
     assert got == [reference(directory, prompt, MAX_TOKENS, ignore_eos=True) for prompt in prompts]
     assert all(process.returncode == 0 for process in ranks.processes)
+
+
+@pytest.mark.parametrize("limit", ["experts", "coverage"])
+def test_a_budget_that_allows_everything_changes_no_token(served, model, reference, limit):
+    ranks, config, directory = served
+    info = ranks.infos[0].model
+    allowed = {"experts": info.num_experts} if limit == "experts" else {"coverage": 1.0}
+    rest = "substitution" if info.steerable else "truncation"
+    budget = ExpertBudget(**allowed, rest=rest, scope="global" if limit == "experts" else "request")
+    prompts = _prompts(model)
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    wanted = [reference(directory, prompt, MAX_TOKENS, ignore_eos=True) for prompt in prompts]
+    recording = BudgetingRanks(ranks, budget)
+    got = _run(recording, config, 3, prompts, sampling)
+    assert sum(map(_assert_same, [directory] * len(prompts), prompts, got, wanted)) <= 1
+    counts = [rank.counts for result in recording.results for rank in result.ranks]
+    num_rows = sum(sum(count.budgeted_rows) for count in counts)
+    assert num_rows > 0
+    assert sum(sum(count.weight_kept) for count in counts) == pytest.approx(num_rows, rel=1e-5)
+    if len(ranks.infos) == 2:
+        per_layer = 4 if budget.scope == "global" else 3
+        for result in recording.results:
+            assert {rank.num_collectives for rank in result.ranks} == {per_layer * info.num_moe_layers}
+            assert len({rank.collectives_crc for rank in result.ranks}) == 1

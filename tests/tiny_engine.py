@@ -63,6 +63,8 @@ class FailingRanks:
         self.infos = ranks.infos
         self.calls = 0
         self.plans: list[StepPlan] = []
+        self.results: list[StepResult] = []
+        """Of the steps that did not fail."""
         self.recovered: list[int] = []
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -71,6 +73,7 @@ class FailingRanks:
         self.calls += 1
         if self.fails(self.calls):
             raise StepFailedError("planted")
+        self.results.append(result)
         return result
 
     def recover(self, generation: int) -> None:

@@ -51,6 +51,10 @@ class Dispatcher(Protocol):
         """Return [T, H]: for each row, the sum of the owners' partial sums [V, H]."""
         ...
 
+    def sum_scores(self, scores: torch.Tensor) -> None:
+        """Sum ``scores`` of experts over all ranks, in place."""
+        ...
+
 
 class LocalDispatcher:
     """One rank that owns every expert: nothing moves."""
@@ -64,6 +68,9 @@ class LocalDispatcher:
     def combine(self, partial: torch.Tensor, received: Received, num_rows: int) -> torch.Tensor:
         """Return the sums themselves."""
         return partial
+
+    def sum_scores(self, scores: torch.Tensor) -> None:
+        """Leave them as they are."""
 
 
 class CollectiveLog:
@@ -158,3 +165,8 @@ class AllToAllDispatcher:
         output = torch.zeros(num_rows, partial.shape[-1], dtype=torch.float32, device=partial.device)
         output.index_add_(0, received.sent_rows, returned.float())
         return output.to(partial.dtype)
+
+    def sum_scores(self, scores: torch.Tensor) -> None:
+        """Sum ``scores`` over all ranks; one collective."""
+        self.log.add("scores")
+        dist.all_reduce(scores, group=self.group)

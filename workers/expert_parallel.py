@@ -5,9 +5,12 @@ Shapes: T rows, H hidden, K experts per row, L MoE layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..router.budgeted_selection import BudgetedSelection
 from .dispatch import Dispatcher
 from .experts import ExpertShard
 from .plan import LayerCounts
@@ -22,6 +25,7 @@ class ExpertParallel:
         self.num_experts = num_experts
         self.dispatcher = dispatcher
         self.valid: torch.Tensor | None = None
+        self.selections: Sequence[BudgetedSelection] = ()
         self.num_layers = len(expert_modules)
         for layer, module in enumerate(expert_modules):
             module.penstock = self  # type: ignore[assignment]
@@ -29,9 +33,12 @@ class ExpertParallel:
         self.shards = [ExpertShard(module) for module in expert_modules]
         self.begin(None)
 
-    def begin(self, valid: torch.Tensor | None) -> None:
-        """Start a step. ``valid`` [T] is False on padding rows; None when there are none."""
-        self.valid = valid
+    def begin(self, valid: torch.Tensor | None, selections: Sequence[BudgetedSelection] = ()) -> None:
+        """Start a step.
+
+        ``valid`` [T] is False on padding rows; None when there are none. ``selections``: of each layer, under a budget.
+        """
+        self.valid, self.selections = valid, selections
         zeros = [0] * self.num_layers
         self.counts = LayerCounts(list(zeros), list(zeros), list(zeros), list(zeros), list(zeros))
 
@@ -40,6 +47,8 @@ class ExpertParallel:
     ) -> torch.Tensor:
         """Dispatch, compute, combine: [T, H] with ``expert_ids`` and ``weights`` [T, K] to [T, H]."""
         layer, counts = int(module.penstock_layer), self.counts  # type: ignore[arg-type]
+        if self.selections:
+            expert_ids = self.selections[layer].truncate(expert_ids, weights)
         if self.valid is not None:
             expert_ids = torch.where(self.valid[:, None], expert_ids, self.num_experts)
         received = self.dispatcher.dispatch(layer, hidden, expert_ids, weights)

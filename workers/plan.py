@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..router.expert_budget import ExpertBudget
 from .sampling_params import TokenSampling
 
 EAGER = "eager"
@@ -49,6 +50,10 @@ class RequestPlan:
     """Prompt tokens whose log-probabilities are wanted: ``targets[j]`` follows row j."""
     text: TextUpdate | None = None
     """Only for requests with penalties."""
+    first_budgeted_row: int | None = None
+    """Rows from it on keep to the step's budget; None: none does."""
+    reach: list[float] = field(default_factory=list)
+    """Per budgeted row: the probability that its token is used; empty where the budget does not ask."""
 
     @property
     def num_sampled_rows(self) -> int:
@@ -69,6 +74,8 @@ class RankPlan:
     requests: list[RequestPlan] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     """Requests whose block tables and texts may be forgotten."""
+    budget: ExpertBudget | None = None
+    """Of experts and ranks, for the requests' budgeted rows; the same on all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +101,20 @@ class LayerCounts:
     """Hidden states sent and partial sums received for ``rows_sent``: 2 x H x itemsize each."""
     wire_bytes: list[int]
     """All bytes this rank sent to other ranks, counts, expert ids and weights included."""
+    budgeted_rows: list[int] = field(default_factory=list)
+    """Rows of this rank that kept to a budget; empty in a step without one."""
+    weight_kept: list[float] = field(default_factory=list)
+    """Summed over those rows: the share of the weight of their routers' own choice that the budget kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptWeight:
+    """What a step's budget left to one request."""
+
+    num_rows: int
+    """Budgeted rows."""
+    share: float
+    """Of the weight of their routers' own choice, mean over those rows and all layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +161,8 @@ class RankResult:
     """By request, for those that ask: of the tokens in ``token_ids``."""
     prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)
     """By request: of the plan's ``targets``."""
+    kept_weights: dict[int, KeptWeight] = field(default_factory=dict)
+    """By request, for those with budgeted rows."""
 
 
 @dataclass(frozen=True, slots=True)

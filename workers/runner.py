@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from ..router.budgeted_selection import BudgetedSelection, LayerRanks
 from ..router.placement import Placement, contiguous
 from ..router.topk import RouterSeam
 from . import attention
@@ -29,6 +32,7 @@ from .plan import Logprobs, RankPlan, RankResult, RequestPlan
 from .rows import PackedRows, pack
 from .sampler import accept, sample
 from .sampling_params import TokenSampling
+from .step_budget import StepBudget
 
 
 class ModelRunner:
@@ -81,6 +85,8 @@ class ModelRunner:
         self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
         steerable = config.model_type not in UNSTEERABLE
         self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
+        owners = [self.placement.owner_table(layer, rank) for layer in range(self.placement.num_layers)]
+        self._layers = [LayerRanks(owner[:-1].to(self.device), num_ranks, rank) for owner in owners]
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
@@ -117,9 +123,7 @@ class ModelRunner:
                 eos_token_ids=_eos_token_ids(directory, text_config),
                 steerable=steerable,
             ),
-            num_local_experts=[
-                len(self.placement.experts_of(layer, rank)) for layer in range(len(self.experts.shards))
-            ],
+            num_local_experts=[shard.num_experts for shard in self.experts.shards],
             expert_bytes=expert_bytes,
             dense_bytes=all_bytes - expert_bytes,
             bytes_read=loaded.bytes_read,
@@ -144,7 +148,9 @@ class ModelRunner:
         self._apply_tables(plan)
         rows = pack(plan, self.cache.tables, self.cache.block_size, self.cache.scratch_slot)
         self.log.reset()
-        logits = self._forward(rows)
+        budget = StepBudget(plan, rows.valid, self._layers, self.experts.dispatcher.sum_scores)
+        logits = self._forward(rows, budget.selections)
+        kept_weights = budget.finish(self.experts.counts)
         num_sampled = len(rows.sampled_rows)
         samplings = [request.sampling for request in plan.requests for _ in range(request.num_sampled_rows)]
         positions = (rows.positions[rows.sampled_rows] + 1).tolist()
@@ -172,6 +178,7 @@ class ModelRunner:
             collectives_crc=self.log.crc,
             logprobs=logprobs,
             prompt_logprobs=target_logprobs(plan.requests, logits[num_sampled:]),
+            kept_weights=kept_weights,
             thread_time_s=time.thread_time() - started,
         )
 
@@ -185,10 +192,15 @@ class ModelRunner:
         for request in plan.requests:
             self.cache.set_blocks(request.request_id, request.first_block, request.new_blocks)
 
-    def _forward(self, rows: PackedRows) -> torch.Tensor:
-        """Return logits [S, V] of the sampled rows and, behind them, of the scored ones."""
+    def _forward(self, rows: PackedRows, selections: Sequence[BudgetedSelection] = ()) -> torch.Tensor:
+        """Return logits [S, V] of the sampled rows and, behind them, of the scored ones.
+
+        ``selections``: of each MoE layer, in a step under a budget.
+        """
         self.cache.rows = rows = rows.to(self.device)
-        self.experts.begin(rows.valid)
+        self.experts.begin(rows.valid, selections)
+        for router, selection in zip_longest(self.routers, selections[: len(self.routers)]):
+            router.selection = selection
         wanted = rows.logit_rows
         keep = wanted if len(wanted) else torch.zeros_like(rows.token_ids[:1])
         output = self.model(

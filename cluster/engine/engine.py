@@ -24,6 +24,7 @@ from ..speculation.policy import make_controller
 from ..speculation.proposal import NOTHING
 from .backend import EngineDeadError
 from .block_pool import BlockPool
+from .budget import make_budget
 from .output import ABORT, ERROR, LENGTH, STOP, TIMEOUT, EngineStats, RequestOutput, RequestStats
 from .prompt_check import check_prompt
 from .ranks import Ranks
@@ -72,6 +73,7 @@ class Engine:
             config.suffix_store_tokens if config.drafter == "suffix" else 0,
             keep_trials=self.controller.wants_trials,
         )
+        self._budget = make_budget(config, self.model)
         self.counters = Counters(self.model.num_moe_layers)
         self.clock = clock
         pools = [BlockPool(info.num_kv_blocks, config.block_size) for info in ranks.infos]
@@ -152,8 +154,8 @@ class Engine:
         """
         self._admit()
         started = self.clock()
-        drafts = self._propose()
-        plan = self.scheduler.schedule(self._generation, self._step_id, drafts)
+        drafts, reach = self._propose()
+        plan = self.scheduler.schedule(self._generation, self._step_id, drafts, self._budget, reach)
         if plan is None:
             return []
         try:
@@ -223,8 +225,11 @@ class Engine:
             return report
         return replace(report, phase="fixed" if limit else "off", draft_len=limit)
 
-    def _propose(self) -> dict[int, Sequence[int]]:
-        """Return the drafts to verify, by `Request.key`; one decision over the requests of all ranks."""
+    def _propose(self) -> tuple[dict[int, Sequence[int]], dict[int, Sequence[float]]]:
+        """Return the drafts to verify, by `Request.key`, and how likely they are right if the budget asks.
+
+        One decision over the requests of all ranks.
+        """
         decoding = self._decoding()
         views = [
             RequestView(
@@ -245,10 +250,12 @@ class Engine:
         lengths = self.controller.draft_lens(batch, proposals)
         for request, proposal in zip(decoding, proposals, strict=True):
             request.draft_source = proposal.evidence.source
-        return {
-            request.key: proposal.token_ids[:length]
-            for request, proposal, length in zip(decoding, proposals, lengths, strict=True)
-            if length > 0
+        drafted = [found for found in zip(decoding, proposals, lengths, strict=True) if found[2] > 0]
+        drafts = {request.key: proposal.token_ids[:length] for request, proposal, length in drafted}
+        if self._budget is None or self._budget.score != "survival":
+            return drafts, {}
+        return drafts, {
+            request.key: self.controller.reach(request.key, proposal, length) for request, proposal, length in drafted
         }
 
     def _index_prompts(self) -> None:
@@ -278,6 +285,8 @@ class Engine:
         for rank_plan, rank_result in zip(plan.ranks, result.ranks, strict=True):
             for part, tokens in self._parts(rank_plan, rank_result):
                 request = self._by_key[part.request_id]
+                if (kept_weight := rank_result.kept_weights.get(request.key)) is not None:
+                    request.take_kept_weight(kept_weight)
                 if (scored := rank_result.prompt_logprobs.get(request.key)) is not None:
                     request.take_prompt_logprobs(scored)
                 output = self._commit_request(request, part, tokens, rank_result.logprobs.get(request.key), now)

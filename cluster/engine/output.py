@@ -42,6 +42,10 @@ class RequestStats:
     """Tokens per step over the step's time relative to plain decoding; None where nobody measured it."""
     baseline_s: float | None = None
     """Time of a plain step that ``utility`` was measured against."""
+    num_budgeted_rows: int = 0
+    """Rows that kept to a budget of experts; the answer is lossy if there are any."""
+    kept_weight: float | None = None
+    """Mean share of their routers' weight that the budget kept; None without such rows."""
 
     @property
     def mean_draft_len(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ...workers.plan import Logprobs, TextUpdate
+from ...workers.plan import KeptWeight, Logprobs, TextUpdate
 from ...workers.sampling_params import SamplingParams, TokenSampling
 from ..speculation.controller import RequestReport
 from ..speculation.options import SpeculationOptions
@@ -53,6 +53,10 @@ class Request:
     num_prediction_accepted_tokens: int = 0
     num_preemptions: int = 0
     """Times it lost its KV to older requests and was replayed."""
+    num_budgeted_rows: int = 0
+    """Rows that kept to a budget of experts."""
+    kept_weight: float = 0.0
+    """Summed over those rows: the share of their routers' weight that the budget kept."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -111,6 +115,11 @@ class Request:
         self.num_prediction_accepted_tokens += num_accepted
         return [PredictionDraft(offset, num_drafted, num_accepted)]
 
+    def take_kept_weight(self, kept: KeptWeight) -> None:
+        """Count what a step's budget left to it."""
+        self.num_budgeted_rows += kept.num_rows
+        self.kept_weight += kept.num_rows * kept.share
+
     def stats(self, now: float, report: RequestReport) -> RequestStats:
         """Return its counts at time ``now``, and what the controller knows of it."""
         first_token = self.first_token_s if self.first_token_s is not None else now
@@ -130,4 +139,6 @@ class Request:
             phase=report.phase,
             utility=report.utility,
             baseline_s=report.baseline_s,
+            num_budgeted_rows=self.num_budgeted_rows,
+            kept_weight=self.kept_weight / self.num_budgeted_rows if self.num_budgeted_rows else None,
         )

@@ -6,10 +6,34 @@ import math
 from bisect import insort
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from ...router.expert_budget import ExpertBudget
 from ...workers.plan import RankPlan, RequestPlan, StepPlan
 from .block_pool import BlockPool
 from .request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a step shall verify, by ``Request.key``."""
+
+    drafts: Mapping[int, Sequence[int]]
+    budget: ExpertBudget | None
+    reach: Mapping[int, Sequence[float]]
+
+    def budget_of(self, request: Request, num_sampled: int) -> tuple[int | None, list[float]]:
+        """Return the first of its ``num_sampled`` sampled rows that the budget acts on, and how likely those are used.
+
+        Those that verify drafts, of a request that allows it.
+        """
+        if self.budget is None or num_sampled < 2 or not request.speculation.allows_budget:
+            return None, []
+        first = int(self.budget.protect_first_row)
+        reach = self.reach.get(request.key)
+        # The first row is reached for sure
+        return first, [] if reach is None else [1.0, *reach][first:num_sampled]
+
 
 _WATERMARK = 0.01
 """Share of a rank's blocks that stays free when a request joins others, for those to grow into (vLLM's value)."""
@@ -117,17 +141,28 @@ class Scheduler:
         self._released[request.rank].append(request.key)
         request.rank, request.num_blocks_sent = -1, 0
 
-    def schedule(self, generation: int, step_id: int, drafts: Mapping[int, Sequence[int]]) -> StepPlan | None:
+    def schedule(
+        self,
+        generation: int,
+        step_id: int,
+        drafts: Mapping[int, Sequence[int]],
+        budget: ExpertBudget | None = None,
+        reach: Mapping[int, Sequence[float]] | None = None,
+    ) -> StepPlan | None:
         """Plan the next step; None when no request has a row to run.
 
-        ``drafts``: tokens drafted for decoding requests, by ``Request.key``.
+        ``drafts``: tokens drafted for decoding requests, by ``Request.key``. ``budget``: of the rows that verify
+        them; ``reach``: by key, the probability that each drafted token is reached and right, if the budget asks.
         """
-        planned = [self._plan_rank(rank, drafts) for rank in range(len(self.pools))]
+        wanted = _Wanted(drafts, budget, reach or {})
+        planned = [self._plan_rank(rank, wanted) for rank in range(len(self.pools))]
         if not any(planned):
             return None
+        if all(request.first_budgeted_row is None for requests in planned for request in requests):
+            budget = None
         bucket = max(1, *(sum(len(request.token_ids) for request in requests) for requests in planned))
         ranks = [
-            RankPlan(generation, step_id, bucket, requests=requests, released=self._released[rank])
+            RankPlan(generation, step_id, bucket, requests=requests, released=self._released[rank], budget=budget)
             for rank, requests in enumerate(planned)
         ]
         self._released = [[] for _ in self.pools]
@@ -142,31 +177,35 @@ class Scheduler:
             rows.append(min(pending, self._max_rows - num_decoding))
         return rows
 
-    def _plan_rank(self, rank: int, drafts: Mapping[int, Sequence[int]]) -> list[RequestPlan]:
-        budget = self._max_rows
+    def _plan_rank(self, rank: int, wanted: _Wanted) -> list[RequestPlan]:
+        num_left = self._max_rows
         plans = []
         # Decoding requests first: a stable sort keeps arrival order within both kinds
         requests = sorted(self.running[rank], key=lambda r: not r.is_decoding)
         for place, request in enumerate(requests):
-            if budget == 0:
+            if num_left == 0:
                 break
-            known = min(request.num_pending_tokens, budget)
+            known = min(request.num_pending_tokens, num_left)
             is_last_chunk = known == request.num_pending_tokens
-            draft = list(drafts.get(request.key, ())) if is_last_chunk else []
+            draft = list(wanted.drafts.get(request.key, ())) if is_last_chunk else []
             # One token always comes on top of the drafts, so drafting all that is left would be one too many
             # and drafts must not take the rows that others need to go on at all
             others = len(requests) - place - 1
             room = self.pools[rank].room(request.blocks) - request.committed_len - known
-            draft = draft[: max(0, min(budget - known - others, request.num_tokens_left - 1, room))]
-            plans.append(self._plan_request(request, known, draft, is_last_chunk))
-            budget -= known + len(draft)
+            draft = draft[: max(0, min(num_left - known - others, request.num_tokens_left - 1, room))]
+            plans.append(self._plan_request(request, known, draft, wanted, is_last_chunk=is_last_chunk))
+            num_left -= known + len(draft)
         return plans
 
-    def _plan_request(self, request: Request, known: int, draft: list[int], is_last_chunk: bool) -> RequestPlan:
+    def _plan_request(
+        self, request: Request, known: int, draft: list[int], wanted: _Wanted, *, is_last_chunk: bool
+    ) -> RequestPlan:
         start = request.committed_len
         num_rows = known + len(draft)
         self.pools[request.rank].grow(request.blocks, start + num_rows)
         first_block, request.num_blocks_sent = request.num_blocks_sent, len(request.blocks)
+        first_sampled_row = known - 1 if is_last_chunk and request.num_tokens_left else num_rows
+        first_budgeted, reach = wanted.budget_of(request, num_rows - first_sampled_row)
         return RequestPlan(
             request_id=request.key,
             committed_len=start,
@@ -174,10 +213,12 @@ class Scheduler:
             new_blocks=request.blocks[first_block:],
             token_ids=[*request.token_ids[start : start + known], *draft],
             parents=list(range(-1, num_rows - 1)),
-            first_sampled_row=known - 1 if is_last_chunk and request.num_tokens_left else num_rows,
+            first_sampled_row=first_sampled_row,
             sampling=request.token_sampling,
             targets=request.targets(known),
             text=request.text_update(is_new=first_block == 0),
+            first_budgeted_row=None if first_budgeted is None else first_sampled_row + first_budgeted,
+            reach=reach,
         )
 
     def forget_ranks(self) -> None:

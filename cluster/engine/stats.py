@@ -41,6 +41,8 @@ class Counters:
         self.rows_sent = 0
         self.payload_bytes = 0
         self.wire_bytes = 0
+        self.budgeted_rows = 0
+        self.kept_weight = 0.0
         self.step_wall_s = 0.0
 
     def add_step(self, plan: StepPlan, result: StepResult, num_tokens: int) -> None:
@@ -50,6 +52,8 @@ class Counters:
         payload = sum(sum(rank.counts.payload_bytes) for rank in result.ranks)
         self.payload_bytes += payload
         self.wire_bytes += sum(sum(rank.counts.wire_bytes) for rank in result.ranks)
+        self.budgeted_rows += sum(sum(rank.counts.budgeted_rows) for rank in result.ranks)
+        self.kept_weight += sum(sum(rank.counts.weight_kept) for rank in result.ranks)
         self.rows_sent += sum(sum(rank.counts.rows_sent) for rank in result.ranks)
         # A request whose first row already yields a token has nothing but its last token to compute
         if all(request.first_sampled_row == 0 for rank in plan.ranks for request in rank.requests):

@@ -52,6 +52,10 @@ class CascadeController:
         self._batch = batch
         return [len(proposal) for proposal in proposals]
 
+    def reach(self, key: int, proposal: Proposal, length: int) -> list[float]:
+        """Return what the drafter's evidence says: nothing is learned here."""
+        return proposal.reach(length)
+
     def observe(self, step: StepObservation) -> None:
         """Feed baseline and machine; a step with prompt rows feeds neither."""
         if not step.requests or step.has_prefill:

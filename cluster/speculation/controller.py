@@ -49,6 +49,10 @@ class Controller(Protocol):
         """
         ...
 
+    def reach(self, key: int, proposal: Proposal, length: int) -> list[float]:
+        """Return for each of the first ``length`` tokens the probability that it is reached and right, falling."""
+        ...
+
     def observe(self, step: StepObservation) -> None:
         """Learn what one committed step made of the drafts and of time, requests that it ended included."""
         ...

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MODES = ("auto", "off", "fixed")
+BUDGETS = ("auto", "off")
 MAX_DRAFT_LEN = 64
 """The largest draft length that anything may ask for."""
 _KEYS = ("mode", "max_draft_len")
@@ -25,10 +26,14 @@ class SpeculationOptions:
     """Most tokens drafted in one step; the server's limit when absent."""
     prediction_token_ids: tuple[int, ...] = ()
     """Tokens of the request's `prediction` content: drafted from first, where anything is drafted."""
+    expert_budget: str = "auto"
+    """auto: its verifications keep to the server's budget of experts, if it has one; off: they are exact."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"speculation.mode: {self.mode!r} is not one of {', '.join(MODES)}")
+        if self.expert_budget not in BUDGETS:
+            raise ValueError(f"expert_budget: {self.expert_budget!r} is not one of {', '.join(BUDGETS)}")
         length = self.max_draft_len
         if length is None:
             return
@@ -54,6 +59,11 @@ class SpeculationOptions:
             )
         if not all(0 <= token_id < vocab_size for token_id in self.prediction_token_ids):
             raise ValueError(f"prediction.content: token ids must be in [0, {vocab_size - 1}]")
+
+    @property
+    def allows_budget(self) -> bool:
+        """Whether a budget of experts may act on its verifications."""
+        return self.expert_budget == "auto"
 
     @property
     def is_fixed(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,10 @@ class Proposal:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def reach(self, length: int) -> list[float]:
+        """Return per token the probability that it is reached and right, as far as the drafter can tell."""
+        return list(accumulate(self.evidence.frequencies[:length], mul))
 
 
 NOTHING = Proposal()

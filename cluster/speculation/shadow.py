@@ -119,12 +119,15 @@ class ShadowController:
             baseline_s=ledger.baseline_s if ledger else None,
         )
 
+    def reach(self, key: int, proposal: Proposal, length: int) -> list[float]:
+        """Return what earlier proposals with such evidence came to."""
+        return list(accumulate(self._acceptance.probabilities(key, proposal.evidence, length), mul))
+
     def _chain(self, request: RequestView, proposal: Proposal) -> Chain:
         if request.is_fixed:
             return Chain(request.rank, ())
         draft_len = min(len(proposal), self._max_draft_len, request.max_draft_len)
-        right = self._acceptance.probabilities(request.key, proposal.evidence, draft_len)
-        return Chain(request.rank, list(accumulate(right, mul)))
+        return Chain(request.rank, self.reach(request.key, proposal, draft_len))
 
     def _choose(self, chains: Sequence[Chain], base_rows: Sequence[int]) -> list[int]:
         num_tokens, num_rows = float(len(chains)), sum(base_rows)

@@ -1,0 +1,57 @@
+"""What a layer's router made of its rows, and which of them a budget acts on.
+
+Shapes: T rows of this rank, E experts of the layer, K experts per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The router's own choice for T rows."""
+
+    scores: torch.Tensor
+    """[T, E] what it selects by; experts outside a row's groups are at 0 or -inf."""
+    affinities: torch.Tensor
+    """[T, E] in [0, 1]: softmax or sigmoid of its logits, free of biases and groups."""
+    values: torch.Tensor
+    """[T, K] the scores of those it selected."""
+    ids: torch.Tensor
+    """[T, K] those it selected."""
+    selects_logits: bool = False
+    """Whether ``scores`` are logits, of which the router weighs those it selected."""
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """[T, K] f32: each selected expert's share of its row's weight."""
+        return row_shares(self.affinities.gather(1, self.ids))
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetedRows:
+    """Which of T rows a budget acts on, and which of them share a list of experts."""
+
+    budgeted: torch.Tensor
+    """[T] bool: rows that verify drafts."""
+    valid: torch.Tensor | None
+    """[T] bool, False on padding rows; None when there are none."""
+    groups: torch.Tensor
+    """[T] int64 in [0, num_groups): rows of a group share one list."""
+    num_groups: int
+    reach: torch.Tensor
+    """[T] f32 in [0, 1]: probability that the row's token is used."""
+
+    @property
+    def unbudgeted(self) -> torch.Tensor:
+        """[T] bool: rows whose experts are loaded whatever the budget says."""
+        return ~self.budgeted if self.valid is None else ~self.budgeted & self.valid
+
+
+def row_shares(weights: torch.Tensor) -> torch.Tensor:
+    """Return non-negative ``weights`` [T, N] as f32 shares of their row's sum; a row of zeros stays."""
+    weights = weights.float()
+    return weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

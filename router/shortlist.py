@@ -1,0 +1,40 @@
+"""Which experts a group keeps, by what they are worth to it and what is loaded anyway.
+
+Shapes: G groups, E experts. ``importance`` [G, E] f32, none negative; ``loaded`` [G, E] bool. All return [G, E] bool.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def most_important(importance: torch.Tensor, loaded: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Keep ``num_experts``, those loaded anyway first; more only where more are loaded anyway."""
+    best = importance.masked_fill(loaded, torch.inf).topk(num_experts, dim=1).indices
+    return loaded.scatter(1, best, value=True)
+
+
+def most_important_of_owners(
+    importance: torch.Tensor, loaded: torch.Tensor, num_experts: int, owner: torch.Tensor, num_ranks: int
+) -> torch.Tensor:
+    """Keep on every rank its part of ``num_experts``, rounded up: no rank computes much more than others.
+
+    ``owner`` [E]: the rank of each expert.
+    """
+    held = owner.new_zeros(num_ranks).index_add_(0, owner, torch.ones_like(owner))
+    limits = -(-num_experts * held // owner.shape[0])
+    order = importance.masked_fill(loaded, torch.inf).argsort(dim=1, descending=True)
+    owners = owner[order]  # [G, E] best first
+    is_of = owners[:, :, None] == torch.arange(num_ranks, device=owner.device)
+    place = is_of.cumsum(dim=1).gather(2, owners[:, :, None])[:, :, 0]  # 1 for the best of its owner
+    return torch.zeros_like(loaded).scatter(1, order, place <= limits[owners]) | loaded
+
+
+def covering(importance: torch.Tensor, loaded: torch.Tensor, coverage: float, min_experts: int) -> torch.Tensor:
+    """Keep what is loaded anyway and the fewest others, ``min_experts`` in all at least, to hold ``coverage``."""
+    order = importance.masked_fill(loaded, torch.inf).argsort(dim=1, descending=True)
+    ranked = importance.gather(1, order)
+    before = ranked.cumsum(dim=1) - ranked
+    wanted = before < coverage * ranked.sum(dim=1, keepdim=True)
+    wanted[:, :min_experts] = True
+    return torch.zeros_like(loaded).scatter(1, order, wanted) | loaded

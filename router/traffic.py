@@ -1,0 +1,37 @@
+"""Which other ranks a row is worth sending to.
+
+Shapes: T rows, K experts per row, E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def visited_ranks(
+    ids: torch.Tensor,
+    shares: torch.Tensor,
+    owner: torch.Tensor,
+    num_ranks: int,
+    home: int,
+    max_ranks: int | None,
+    min_share: float,
+) -> torch.Tensor:
+    """Return [T, R] bool: the ranks that each row may use.
+
+    Its own rank ``home`` costs nothing. Of the others it may visit at most ``max_ranks``, those with most of its
+    weight, each with at least ``min_share`` of it; but the rank with most weight of all always, so that no row is left
+    without experts. ``ids`` [T, K] with ``shares`` [T, K] is what the row would choose; ``owner`` [E].
+    """
+    weight = shares.new_zeros(len(ids), num_ranks).scatter_add_(1, owner[ids], shares)
+    best = weight.argmax(dim=1, keepdim=True)
+    allowed = (weight >= min_share) & (weight > 0)
+    if max_ranks is not None and max_ranks < num_ranks - 1:
+        others = weight.clone()
+        others[:, home] = -1.0
+        nearest = torch.zeros_like(allowed).scatter_(1, others.topk(max_ranks, dim=1).indices, value=True)
+        allowed &= nearest
+        # The best rank is home, or else the first of the nearest
+    allowed.scatter_(1, best, value=True)
+    allowed[:, home] = True
+    return allowed
