@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from penstock.cluster.client.prompt_file import read_prompts
-from penstock.cluster.client.trace_run import trace_routing
+from penstock.cluster.client.trace_run import TracingRanks, trace_routing
 from penstock.cluster.config import EngineConfig
 from penstock.router.routing_trace import FORMAT, RoutingTrace
 from penstock.workers.sampling_params import SamplingParams
@@ -139,7 +139,7 @@ def reference_choices(texts: list[list[int]]) -> list[tuple[torch.Tensor, torch.
     return choices
 
 
-def test_a_trace_holds_the_choices_of_every_row(tmp_path: Path) -> None:
+def test_a_trace_holds_the_choices_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in chunks, several requests a step, preempted ones: each row once, with transformers' own choice."""
     from penstock.cluster.api.chat_tokenizer import ChatTokenizer
     from penstock.cluster.client.llm import LLM
@@ -156,9 +156,18 @@ def test_a_trace_holds_the_choices_of_every_row(tmp_path: Path) -> None:
     # A pool of little more than one request, so that the later ones are preempted and computed again
     probe = EngineConfig(model=str(DEMO), kv_cache_bytes=8 << 20, **options)
     config = EngineConfig(model=str(DEMO), kv_cache_bytes=_pool_bytes(probe, 28), **options)
+    num_computed: list[int] = []
+    finish = TracingRanks.trace
+
+    def counted(ranks: TracingRanks, prompt_lens: list[int]) -> RoutingTrace:
+        num_computed.append(sum(len(rows.ids) for rows in ranks._rows))
+        return finish(ranks, prompt_lens)
+
+    monkeypatch.setattr(TracingRanks, "trace", counted)
     num_done: list[int] = []
     trace = trace_routing(config, prompts, SamplingParams(temperature=0, max_tokens=24), num_done.append)
     assert num_done[-1] == 3
+    assert num_computed[0] > len(trace.ids), "none was preempted"
     tokenizer = ChatTokenizer(str(DEMO))
     token_ids = [tokenizer.encode_chat(p) if isinstance(p, list) else tokenizer.encode(p) for p in prompts]
     with LLM(str(DEMO), kv_cache_bytes=8 << 20, **options) as llm:
