@@ -93,7 +93,7 @@ def place(
     Parameters
     ----------
     model
-        A directory with config.json, or a model id on the Hugging Face hub.
+        A directory with config.json and safetensors weights, or a model id on the Hugging Face hub.
     trace
         What `penstock trace` recorded of this model.
     num_ranks
@@ -104,7 +104,7 @@ def place(
     output
         File to write.
     num_redundant_experts
-        With balanced: second copies of hot experts, in every layer.
+        With balanced: further copies of hot experts, in every layer.
     max_load_imbalance
         With affine: the busiest rank's load over the mean, at most. [default: 1.2]
     revision
