@@ -88,7 +88,7 @@ def place(
 ) -> None:
     """Decide from a routing trace which ranks hold which experts of MODEL, and write it to a file.
 
-    `penstock serve --placement FILE --expert-parallel-size NUM_RANKS` serves with it.
+    `penstock serve` takes the file as its placement, with as many ranks.
 
     Parameters
     ----------
