@@ -25,10 +25,10 @@ class RecordingDispatcher(LocalDispatcher):
     def __init__(self) -> None:
         self.ids: list[torch.Tensor] = []
 
-    def dispatch(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
+    def dispatch(self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
         """Keep the ids; nothing moves."""
         self.ids.append(expert_ids)
-        return super().dispatch(hidden, expert_ids, weights)
+        return super().dispatch(layer, hidden, expert_ids, weights)
 
 
 @dataclass(slots=True)
