@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import shutil
 import subprocess
 import tempfile
@@ -63,7 +64,7 @@ class TiledWeights:
         missing = -self._num_outputs % tile_size
         filled = pad(weights, (0, 0, 0, missing)) if missing else weights
         halves = filled.unflatten(1, (-1, 2, tile_size // 2))  # [E, C, 2, B / 2, I]
-        self._tiles = halves.permute(0, 1, 4, 3, 2).contiguous()
+        self._tiles = _huge_pages(halves.permute(0, 1, 4, 3, 2))
         self._num_tiles, self._padded_outputs = halves.shape[1], filled.shape[1]
         self._places = [weight.data_ptr() for weight in self._tiles]
 
@@ -89,6 +90,14 @@ class TiledWeights:
             ctypes.c_int(torch.get_num_threads()),
         )
         return output if self._padded_outputs == self._num_outputs else output[:, : self._num_outputs]
+
+
+def _huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy on huge pages where the system gives any: reading it misses fewer translations."""
+    memory = mmap.mmap(-1, max(tensor.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
 
 
 def _cut(experts: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
