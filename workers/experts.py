@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
+from ..kernels.fused_moe import fits, fused_moe
 from .packed_weights import PackedExperts, each_alone, packs_weights
 
 _GROUP_ELEMENTS = 1 << 18
@@ -23,6 +24,9 @@ the system and faulted in again at every call."""
 
 Projection = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
 """From rows [N, I], the experts in their order, and how many rows each has, to [N, O]."""
+
+FusedExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, int]]
+"""From rows [N, H], expert ids and weights [N, K] to [N, H] and the number of distinct experts."""
 
 
 class ExpertShard:
@@ -45,6 +49,7 @@ class ExpertShard:
         self._down = _projection(module, "down_proj", packed=packed)
         self._activate = module._apply_gate if module.has_gate else module.act_fn
         self._finish = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+        self._fused = _fused(self._up, self._down, self._activate) if self._finish is None else None
         if packed:
             for name in names:
                 setattr(module, name, None)
@@ -55,6 +60,9 @@ class ExpertShard:
         ``expert_ids`` [N, K]: local ids, E for "none". ``weights`` [N, K]. Reads each active expert's weights once and
         no others. Sums go in f32 in the order of K, so a row's result does not depend on the rows beside it.
         """
+        if self._fused is not None:
+            output, num_active = self._fused(hidden.float(), expert_ids, weights)
+            return output.to(hidden.dtype), num_active
         n, k = expert_ids.shape
         # numpy: decoding has few rows, and its calls cost a fraction of torch's
         flat_ids = expert_ids.flatten().cpu().numpy()
@@ -107,3 +115,17 @@ def _projection(module: Any, name: str, *, packed: bool) -> Projection:
         return PackedExperts(weights, biases)
     each = [None] * len(weights) if biases is None else list(biases)
     return partial(each_alone, [partial(linear, weight=w, bias=b) for w, b in zip(weights, each, strict=True)])
+
+
+def _fused(up: Projection, down: Projection, activate: Callable[[torch.Tensor], torch.Tensor]) -> FusedExperts | None:
+    """Return the experts as one operation if there is one that computes the same."""
+    if not isinstance(up, PackedExperts) or not isinstance(down, PackedExperts) or up.tiled is None:
+        return None
+    if down.tiled is None or up.biases is not None or not fits(up.tiled, down.tiled):
+        return None
+    # Experts name their gate in many ways; what it computes tells
+    inner = torch.linspace(-9, 7, 6 * down.tiled.num_inputs).view(3, -1)
+    gate, linear_part = inner.chunk(2, dim=-1)
+    if not torch.equal(activate(inner), silu(gate) * linear_part):
+        return None
+    return partial(fused_moe, up.tiled, down.tiled)

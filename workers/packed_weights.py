@@ -4,7 +4,7 @@ Few rows through a large weight cost the reading of the weight. On such a CPU to
 below the memory's speed, and slower with every further row; every small operation pays for two conversions. So a
 bfloat16 model is rearranged once it is loaded: large weights are packed for a kernel of sixteen-bit weights and
 float32 rows, all others and all activations become float32. That kernel is our own where a compiler is at hand
-(`kernels/grouped_gemm`), else FBGEMM's, whose weights are halves. The model computes the float32 function of its
+(`kernels/fused_moe`), else FBGEMM's, whose weights are halves. The model computes the float32 function of its
 bfloat16 weights. `benchmarks/decode` measures what that brings.
 
 Shapes: N rows, E experts, O outputs, I inputs.
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from ..kernels.grouped_gemm import TiledWeights, kernel
+from ..kernels.fused_moe import TiledWeights, kernel
 
 _SMALLEST_PACKED = 1 << 18
 """Weights of fewer elements stay in the caches, where the packed kernel's fixed cost would show."""
@@ -78,11 +78,11 @@ class PackedExperts:
     """The same linear layer of E experts, of bfloat16 weights [E, O, I] and biases [E, O], in float32."""
 
     def __init__(self, weights: torch.Tensor, biases: torch.Tensor | None) -> None:
-        self._biases = None if biases is None else biases.float()
-        self._tiled: TiledWeights | None = None
+        self.biases = None if biases is None else biases.float()
+        self.tiled: TiledWeights | None = None
         library = kernel()
         if library is not None:
-            self._tiled = TiledWeights(library, weights)
+            self.tiled = TiledWeights(library, weights)
             return
         # Each call packs on one thread
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -93,11 +93,11 @@ class PackedExperts:
 
     def __call__(self, rows: torch.Tensor, experts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """Return [N, O]: the first ``sizes[0]`` of ``rows`` [N, I] by expert ``experts[0]``, and so on."""
-        if self._tiled is None:
+        if self.tiled is None:
             return each_alone(self._layers, rows, experts, sizes)
-        output = self._tiled.multiply(rows, experts, sizes)
-        if self._biases is not None:
-            output += self._biases[experts].repeat_interleave(torch.tensor(sizes), dim=0)
+        output = self.tiled.multiply(rows, experts, sizes)
+        if self.biases is not None:
+            output += self.biases[experts].repeat_interleave(torch.tensor(sizes), dim=0)
         return output
 
 
