@@ -1,9 +1,11 @@
-// Groups of float32 rows, each times its own bfloat16 weight, and whole layers of experts; `fused_moe.py` says what for.
+// Groups of float32 rows, each times its own bfloat16 weight, whole layers of experts, and the norms between them;
+// `fused_moe.py` says what for.
 //
 // Every product is summed in the order of its inputs, so a row's result depends neither on the rows beside it nor on
 // the number of threads.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -25,6 +27,7 @@ constexpr int64_t AHEAD = 2048;      // weights: the processor's own prefetching
 constexpr int64_t READING = 3;       // what reading and widening a weight costs, in rows
 constexpr int64_t GROUP_ROWS = 64;   // larger groups are cut: so many rows' results still have their pages at hand
 constexpr int64_t BATCH_ROWS = 256;  // whose inner results are held at once
+constexpr int64_t NORM_ALONE = 1 << 16;  // numbers that one thread norms before another would wake up
 
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
@@ -211,5 +214,23 @@ int64_t fused_moe(const uint16_t *const *ups, const uint16_t *const *downs, int6
         }
     }
     return num_active;
+}
+
+// rows and out [num_rows, size], weight [size]: each row over its root mean square, times the weight
+void rms_norm(const float *rows, const float *weight, float *out, int64_t num_rows, int64_t size, float eps,
+              int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_rows * size > NORM_ALONE)
+    for (int64_t n = 0; n < num_rows; n++) {
+        const float *row = rows + n * size;
+        float lanes[LANES] = {};
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES)
+            for (int lane = 0; lane < LANES; lane++) lanes[lane] += row[i + lane] * row[i + lane];
+        float squares = 0.0f;
+        for (; i < size; i++) squares += row[i] * row[i];
+        for (int lane = 0; lane < LANES; lane++) squares += lanes[lane];
+        const float scale = 1.0f / std::sqrt(squares / size + eps);
+        for (int64_t o = 0; o < size; o++) out[n * size + o] = weight[o] * (row[o] * scale);
+    }
 }
 }

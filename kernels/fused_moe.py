@@ -48,6 +48,8 @@ def compile_kernel(*, march: str = "native") -> ctypes.CDLL:
         *(_POINTER, _POINTER, _COUNT, _COUNT),
         *(_POINTER, _POINTER, _COUNT, _COUNT, ctypes.c_int),
     ]
+    loaded.rms_norm.restype = None
+    loaded.rms_norm.argtypes = [_POINTER, _POINTER, _POINTER, _COUNT, _COUNT, ctypes.c_float, ctypes.c_int]
     return loaded
 
 
@@ -130,6 +132,24 @@ def fused_moe(
         torch.get_num_threads(),
     )
     return output, num_active
+
+
+def rms_norm(library: ctypes.CDLL, rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return ``rows`` [.., H] float32, each over its root mean square, times ``weight`` [H]: torch's to rounding."""
+    rows = rows.contiguous()
+    assert rows.dtype == weight.dtype == torch.float32 and weight.shape == rows.shape[-1:] and weight.is_contiguous()
+    output = torch.empty_like(rows)
+    size = len(weight)
+    library.rms_norm(
+        rows.data_ptr(),
+        weight.data_ptr(),
+        output.data_ptr(),
+        rows.numel() // size,
+        size,
+        eps,
+        torch.get_num_threads(),
+    )
+    return output
 
 
 def _huge_pages(tensor: torch.Tensor) -> torch.Tensor:

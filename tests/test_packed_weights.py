@@ -101,7 +101,9 @@ def _experts(act: str, inner_size: int) -> Any:
     return module
 
 
-@pytest.mark.parametrize(("act", "inner_size", "is_fused"), [("silu", 64, True), ("gelu", 64, False), ("silu", 56, False)])
+@pytest.mark.parametrize(
+    ("act", "inner_size", "is_fused"), [("silu", 64, True), ("gelu", 64, False), ("silu", 56, False)]
+)
 @torch.inference_mode()
 def test_experts_are_one_operation_where_that_computes_the_same(packing, act, inner_size, is_fused):
     module = _experts(act, inner_size)
@@ -118,7 +120,9 @@ def test_experts_are_one_operation_where_that_computes_the_same(packing, act, in
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
-def test_a_bfloat16_model_computes_the_float32_function_of_its_weights(model_type, checkpoint, everything_packed, packing):
+def test_a_bfloat16_model_computes_the_float32_function_of_its_weights(
+    model_type, checkpoint, everything_packed, packing
+):
     from transformers import AutoModelForCausalLM
 
     directory = checkpoint(model_type)
