@@ -157,13 +157,16 @@ void grouped_gemm(const uint16_t *const *weights, const int64_t *sizes, int64_t 
 
 // Experts whose gate is SiLU. ups: of each expert, tiles of [2 * inner, hidden], gates first; downs: tiles of [hidden,
 // inner]; ids [num_rows, top_k], num_experts for none, weights [num_rows, top_k], hidden and out [num_rows, hidden].
-// inner is a multiple of TILE. Returns how many distinct experts ran.
+// inner is a multiple of TILE. Returns how many distinct experts ran, -1 for ids out of range.
 int64_t fused_moe(const uint16_t *const *ups, const uint16_t *const *downs, int64_t num_experts, const int64_t *ids,
                   const float *weights, int64_t num_rows, int64_t top_k, const float *hidden, float *out,
                   int64_t hidden_size, int64_t inner_size, int num_threads) {
     const int64_t num_pairs = num_rows * top_k;
     std::vector<int64_t> starts(num_experts + 2, 0), place(num_pairs);
-    for (int64_t p = 0; p < num_pairs; p++) starts[ids[p] + 1]++;
+    for (int64_t p = 0; p < num_pairs; p++) {
+        if (ids[p] < 0 || ids[p] > num_experts) return -1;
+        starts[ids[p] + 1]++;
+    }
     std::vector<Group> groups;
     int64_t num_active = 0;
     for (int64_t e = 0; e < num_experts; e++) {

@@ -67,7 +67,7 @@ class TiledWeights:
     """E bfloat16 weights [E, O, I], kept as the kernel reads them: [E, C, I, B], O filled up with zeros."""
 
     def __init__(self, library: ctypes.CDLL, weights: torch.Tensor) -> None:
-        assert weights.dtype == torch.bfloat16 and weights.dim() == 3
+        assert weights.dtype == torch.bfloat16
         self.library = library
         self.num_outputs, self.num_inputs = weights.shape[1:]
         self.tile_size = ctypes.c_int.in_dll(library, "tile_size").value
@@ -85,7 +85,8 @@ class TiledWeights:
         Runs on torch's threads. A row's result depends on that row and its weight alone, to the bit.
         """
         rows = rows.contiguous()
-        assert rows.dtype == torch.float32 and rows.shape == (sum(sizes), self.num_inputs), "rows fit their weights"
+        assert rows.dtype == torch.float32
+        assert rows.shape == (sum(sizes), self.num_inputs), "rows fit their weights"
         output = torch.empty(len(rows), self._num_tiles * self.tile_size)
         count = len(sizes)
         self.library.grouped_gemm(
@@ -113,10 +114,12 @@ def fused_moe(
 
     Experts gate with SiLU and have no biases; ``up`` holds gates, then ups. ``hidden`` [N, H] float32, ``expert_ids``
     [N, K] in [0, E], E for "none", ``weights`` [N, K]. Sums go in the order of K. Runs on torch's threads; a row's
-    result does not depend on the rows beside it, to the bit.
+    result does not depend on the rows beside it, to the bit. Raises ``IndexError`` for other ids.
     """
     hidden, expert_ids, weights = hidden.contiguous(), expert_ids.long().contiguous(), weights.float().contiguous()
-    assert fits(up, down) and hidden.dtype == torch.float32 and hidden.shape[1] == up.num_inputs == down.num_outputs
+    assert hidden.dtype == torch.float32
+    assert fits(up, down)
+    assert hidden.shape[1] == up.num_inputs == down.num_outputs, "rows fit their weights"
     output = torch.empty_like(hidden)
     num_active = up.library.fused_moe(
         up.pointers,
@@ -131,13 +134,17 @@ def fused_moe(
         down.num_inputs,
         torch.get_num_threads(),
     )
+    if num_active < 0:
+        raise IndexError(f"expert_ids: not all are in [0, {len(up.pointers)}]")
     return output, num_active
 
 
 def rms_norm(library: ctypes.CDLL, rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return ``rows`` [.., H] float32, each over its root mean square, times ``weight`` [H]: torch's to rounding."""
     rows = rows.contiguous()
-    assert rows.dtype == weight.dtype == torch.float32 and weight.shape == rows.shape[-1:] and weight.is_contiguous()
+    assert rows.dtype == weight.dtype == torch.float32
+    assert weight.shape == rows.shape[-1:]
+    assert weight.is_contiguous()
     output = torch.empty_like(rows)
     size = len(weight)
     library.rms_norm(

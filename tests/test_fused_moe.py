@@ -87,6 +87,14 @@ def test_rows_without_experts_are_zero(library) -> None:
     assert num_active == 0
 
 
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_ids_out_of_range_are_refused(library, wrong) -> None:
+    up, down, hidden, ids, weights = layer(4)
+    ids[2, 1] = wrong
+    with pytest.raises(IndexError, match="expert_ids"):
+        fused_moe(TiledWeights(library, up), TiledWeights(library, down), hidden, ids, weights)
+
+
 def test_idle_experts_are_not_read(library) -> None:
     up, down, hidden, ids, weights = layer(4)
     ids = ids % 4

@@ -12,8 +12,8 @@ from penstock.cluster.engine.ranks import LocalRanks, make_runner
 from penstock.kernels.fused_moe import kernel
 from penstock.workers import packed_weights
 from penstock.workers.architectures import SUPPORTED
-from penstock.workers.packed_weights import PackedLinear, packs_weights
 from penstock.workers.experts import ExpertShard
+from penstock.workers.packed_weights import PackedLinear, packs_weights
 from penstock.workers.sampling_params import SamplingParams
 
 from .tiny_engine import config_of, generate

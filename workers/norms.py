@@ -13,7 +13,6 @@ from torch.nn.functional import rms_norm
 
 from ..kernels import fused_moe
 
-
 Norm = Callable[[torch.Tensor], torch.Tensor]
 
 
