@@ -24,7 +24,7 @@ constexpr int ROWS = 6;
 constexpr int TILE = 2 * LANES;      // outputs whose weights lie side by side
 constexpr int64_t STRETCH = 512;     // inputs of a tile, and of its rows, that stay in the first cache
 constexpr int64_t AHEAD = 2048;      // weights: the processor's own prefetching stops at every page
-constexpr int64_t READING = 3;       // what reading and widening a weight costs, in rows
+constexpr int64_t TAKEN = 1 << 18;   // weights that a thread takes at a time
 constexpr int64_t GROUP_ROWS = 64;   // larger groups are cut: so many rows' results still have their pages at hand
 constexpr int64_t BATCH_ROWS = 256;  // whose inner results are held at once
 constexpr int64_t NORM_ALONE = 1 << 16;  // numbers that one thread norms before another would wake up
@@ -80,16 +80,13 @@ void multiply_tile(const uint16_t *tile, const float *const *rows, int64_t num_r
                                                               i, out + n * out_stride, out_stride);
 }
 
-// Calls work(group, tile) for this thread's part of all tiles; each group costs as much as its rows and its weight
+// Calls work(group, tile) for all tiles, of `length` inputs each. A thread takes the next few when it has done its last:
+// another program may hold one of them up at any time
 template <typename Work>
-void share(const Group *groups, int64_t num_groups, int64_t num_tiles, Work work) {
-    int64_t cost = 0, place = 0;
-    for (int64_t g = 0; g < num_groups; g++) cost += (groups[g].size + READING) * num_tiles;
-    const int64_t begin = cost * omp_get_thread_num() / omp_get_num_threads();
-    const int64_t end = cost * (omp_get_thread_num() + 1) / omp_get_num_threads();
-    for (int64_t g = 0; g < num_groups; g++)
-        for (int64_t t = 0; t < num_tiles; t++, place += groups[g].size + READING)
-            if (begin <= place && place < end) work(groups[g], t);
+void share(const Group *groups, int64_t num_groups, int64_t num_tiles, int64_t length, Work work) {
+    const int64_t together = std::max<int64_t>(1, TAKEN / (length * TILE));
+#pragma omp for schedule(dynamic, together)
+    for (int64_t i = 0; i < num_groups * num_tiles; i++) work(groups[i / num_tiles], i % num_tiles);
 }
 
 void add_group(std::vector<Group> &groups, const uint16_t *weight, int64_t expert, int64_t start, int64_t size) {
@@ -149,7 +146,7 @@ void grouped_gemm(const uint16_t *const *weights, const int64_t *sizes, int64_t 
         for (int64_t n = 0; n < sizes[g]; n++) row_at.push_back(rows + row_at.size() * length);
     }
 #pragma omp parallel num_threads(num_threads)
-    share(groups.data(), groups.size(), num_tiles, [&](const Group &group, int64_t t) {
+    share(groups.data(), groups.size(), num_tiles, length, [&](const Group &group, int64_t t) {
         multiply_tile(group.weight + t * length * TILE, row_at.data() + group.start, group.size, length,
                       out + (group.start * num_tiles + t) * TILE, num_tiles * TILE);
     });
@@ -192,7 +189,7 @@ int64_t fused_moe(const uint16_t *const *ups, const uint16_t *const *downs, int6
         for (size_t first = 0, last = 0; first < groups.size(); first = last) {
             const int64_t start = groups[first].start;
             while (last < groups.size() && groups[last].start + groups[last].size - start <= BATCH_ROWS) last++;
-            share(&groups[first], last - first, inner_tiles, [&](const Group &group, int64_t t) {
+            share(&groups[first], last - first, inner_tiles, hidden_size, [&](const Group &group, int64_t t) {
                 float gate[GROUP_ROWS * TILE], up[GROUP_ROWS * TILE];
                 const float *const *given = rows.data() + group.start;
                 multiply_tile(group.weight + t * hidden_size * TILE, given, group.size, hidden_size, gate, TILE);
@@ -200,12 +197,10 @@ int64_t fused_moe(const uint16_t *const *ups, const uint16_t *const *downs, int6
                               TILE);
                 silu_and_mul(gate, up, group.size, inner + (group.start - start) * inner_size + t * TILE, inner_size);
             });
-#pragma omp barrier
-            share(&groups[first], last - first, hidden_tiles, [&](const Group &group, int64_t t) {
+            share(&groups[first], last - first, hidden_tiles, inner_size, [&](const Group &group, int64_t t) {
                 multiply_tile(downs[group.expert] + t * inner_size * TILE, inner_rows.data() + group.start - start,
                               group.size, inner_size, results + group.start * result_stride + t * TILE, result_stride);
             });
-#pragma omp barrier
         }
 #pragma omp for
         for (int64_t n = 0; n < num_rows; n++) {
