@@ -80,8 +80,8 @@ void multiply_tile(const uint16_t *tile, const float *const *rows, int64_t num_r
                                                               i, out + n * out_stride, out_stride);
 }
 
-// Calls work(group, tile) for all tiles, of `length` inputs each. A thread takes the next few when it has done its last:
-// another program may hold one of them up at any time
+// Calls work(group, tile) for all tiles, of `length` inputs each. A thread takes the next few when it has done its
+// last: another program may hold one of them up at any time
 template <typename Work>
 void share(const Group *groups, int64_t num_groups, int64_t num_tiles, int64_t length, Work work) {
     const int64_t together = std::max<int64_t>(1, TAKEN / (length * TILE));
@@ -153,16 +153,16 @@ void grouped_gemm(const uint16_t *const *weights, const int64_t *sizes, int64_t 
 }
 
 // Experts whose gate is SiLU. ups: of each expert, tiles of [2 * inner, hidden], gates first; downs: tiles of [hidden,
-// inner]; ids [num_rows, top_k], num_experts for none, weights [num_rows, top_k], hidden and out [num_rows, hidden].
-// inner is a multiple of TILE. Returns how many distinct experts ran, -1 for ids out of range.
+// inner]; ids [num_rows, top_k], num_experts or more for none; weights [num_rows, top_k]; hidden and out [num_rows,
+// hidden]. inner is a multiple of TILE. Returns how many distinct experts ran, -1 if an id is negative.
 int64_t fused_moe(const uint16_t *const *ups, const uint16_t *const *downs, int64_t num_experts, const int64_t *ids,
                   const float *weights, int64_t num_rows, int64_t top_k, const float *hidden, float *out,
                   int64_t hidden_size, int64_t inner_size, int num_threads) {
     const int64_t num_pairs = num_rows * top_k;
     std::vector<int64_t> starts(num_experts + 2, 0), place(num_pairs);
     for (int64_t p = 0; p < num_pairs; p++) {
-        if (ids[p] < 0 || ids[p] > num_experts) return -1;
-        starts[ids[p] + 1]++;
+        if (ids[p] < 0) return -1;
+        starts[std::min(ids[p], num_experts) + 1]++;
     }
     std::vector<Group> groups;
     int64_t num_active = 0;
@@ -174,7 +174,7 @@ int64_t fused_moe(const uint16_t *const *ups, const uint16_t *const *downs, int6
     const int64_t num_chosen = starts[num_experts];
     std::vector<const float *> rows(num_pairs), inner_rows(BATCH_ROWS);
     for (int64_t p = 0; p < num_pairs; p++) {
-        place[p] = starts[ids[p]]++;  // those of "none" come last
+        place[p] = starts[std::min(ids[p], num_experts)]++;  // those of "none" come last
         rows[place[p]] = hidden + p / top_k * hidden_size;
     }
     const int64_t inner_tiles = inner_size / TILE, hidden_tiles = (hidden_size + TILE - 1) / TILE;

@@ -79,18 +79,18 @@ def test_a_layer_of_experts(library, num_rows) -> None:
 def test_rows_without_experts_are_zero(library) -> None:
     up, down, hidden, ids, weights = layer(4)
     tiled = TiledWeights(library, up), TiledWeights(library, down)
-    result, num_active = fused_moe(*tiled, hidden, torch.full_like(ids, len(up)), weights)
-    assert not result.any()
-    assert num_active == 0
+    for none in (len(up), 1000):
+        result, num_active = fused_moe(*tiled, hidden, torch.full_like(ids, none), weights)
+        assert not result.any()
+        assert num_active == 0
     result, num_active = fused_moe(*tiled, hidden[:0], ids[:0], weights[:0])
     assert result.shape == (0, 40)
     assert num_active == 0
 
 
-@pytest.mark.parametrize("wrong", [-1, 7])
-def test_ids_out_of_range_are_refused(library, wrong) -> None:
+def test_negative_ids_are_refused(library) -> None:
     up, down, hidden, ids, weights = layer(4)
-    ids[2, 1] = wrong
+    ids[2, 1] = -1
     with pytest.raises(IndexError, match="expert_ids"):
         fused_moe(TiledWeights(library, up), TiledWeights(library, down), hidden, ids, weights)
 
