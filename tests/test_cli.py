@@ -21,7 +21,7 @@ SERVE_OPTIONS = """
 --drafter --dtype
 --expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-draft-len
 --max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase --max-quality-loss
---max-queued-requests --max-step-retries --no-allow-uncalibrated --num-threads
+--max-queued-requests --max-step-retries --num-threads
 --placement --port
 --prompt-lookup-max --prompt-lookup-min --request-timeout-s --revision --served-model-name --speculation
 --step-timeout-s --suffix-store-tokens --tokenizer
