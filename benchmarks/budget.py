@@ -53,16 +53,16 @@ RECOMMENDED = "experts=12"
 SEED_OFFSET = 100
 """Apart from the seeds of calibration and of what budgets were chosen on."""
 OWN_LISTS = (
-    *(f"experts={n},score=probabilities" for n in (24, 16, 12)),
-    *(f"experts={n},score=selected" for n in (12, 11)),
-    *(f"experts={n}" for n in (14, 12, 11, 10, 8)),
+    *(f"experts={n},score=probabilities" for n in (16, 12)),
+    "experts=12,score=selected",
+    *(f"experts={n}" for n in (14, 12, 11, 10)),
     "experts=12,score=survival",
     "experts=12,rest=truncation",
     "experts=12,protect_first_row=true",
     "coverage=0.9,score=selected",
-    *(f"coverage={c}" for c in (0.95, 0.9)),
+    "coverage=0.9",
 )
-SHARED_LISTS = ("experts=20,scope=source", "experts=12,scope=source")
+SHARED_LISTS = ("experts=12,scope=source",)
 QUICK_LISTS = (PAPER, RECOMMENDED, "coverage=0.9")
 MAX_LOSS = 0.01
 MAX_PERPLEXITY = 1.02

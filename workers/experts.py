@@ -124,7 +124,8 @@ def _fused(up: Projection, down: Projection, activate: Callable[[torch.Tensor], 
     if down.tiled is None or up.biases is not None or not fits(up.tiled, down.tiled):
         return None
     # Experts name their gate in many ways; what it computes tells
-    inner = torch.linspace(-9, 7, 6 * down.tiled.num_inputs).view(3, -1)
+    near = torch.linspace(-9, 7, 6 * down.tiled.num_inputs).view(3, -1)
+    inner = torch.cat([near, 100 * near])  # a gate may clamp what is large
     gate, linear_part = inner.chunk(2, dim=-1)
     if not torch.equal(activate(inner), silu(gate) * linear_part):
         return None

@@ -152,7 +152,6 @@ class ModelRunner:
         self.log.reset()
         budget = StepBudget(plan, rows.valid, self.layers, self.experts.dispatcher.sum_scores)
         logits = self._forward(rows, budget.selections)
-        kept_weights = budget.finish(self.experts.counts)
         num_sampled = len(rows.sampled_rows)
         samplings = [request.sampling for request in plan.requests for _ in range(request.num_sampled_rows)]
         positions = (rows.positions[rows.sampled_rows] + 1).tolist()
@@ -170,6 +169,7 @@ class ModelRunner:
                     logits[start:stop][emitted.to(self.device)], tokens, request.sampling.logprobs
                 )
             start = stop
+        kept_weights = budget.finish(self.experts.counts)
         return RankResult(
             generation=plan.generation,
             step_id=plan.step_id,
