@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .engine.ranks import Ranks
 
 _MAX_TOKENS = 256
-_WIDTH = 120
+_WIDTH = 140
 """Of the table where no terminal says how wide it is."""
 
 
@@ -75,7 +75,7 @@ def calibrate(
     file = output or resolve(config.model, config.revision) / FILE_NAME
     profile = _profile(config, file)
     if not data.is_file():
-        raise ValueError(f"data: no file {data}")
+        raise ValueError(f"data: cannot read {data}: No such file")
     ranks = make_ranks(config)
     try:
         entries = _measure(config, ranks, data, budgets, draft_len, max_tokens, num_records)
@@ -83,7 +83,7 @@ def calibrate(
         ranks.close()
     write_profile(profile.with_budgets(entries), file)
     out = Console()
-    out.print(_table(entries), width=out.width if out.is_terminal else _WIDTH)
+    (out if out.is_terminal else Console(width=_WIDTH)).print(_table(entries))
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"written to {file}")
     if plot is not None:
         plot_profile(entries, plot)

@@ -50,7 +50,7 @@ class ServingState:
         model = ranks[0].model
         root = root or names[0]
         acts = budget is not None and not budget.is_void(model.num_experts, len(ranks))
-        lossy = [str(budget)] if acts else []
+        lossy = str(budget) if acts else None
         return cls(
             backend,
             tokenizer,
@@ -59,8 +59,8 @@ class ServingState:
             model.max_model_len,
             model.vocab_size,
             tuple(model.eos_token_ids),
-            _fingerprint(root, str(model), str(len(ranks)), *lossy),
-            *(lossy or [None]),
+            _fingerprint(root, str(model), str(len(ranks)), *([lossy] if lossy else [])),
+            lossy,
         )
 
     def check_model(self, name: str) -> None:

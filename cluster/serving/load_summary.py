@@ -25,7 +25,7 @@ def load_summary(infos: Sequence[RankInfo], block_size: int) -> str:
 
 
 def budget_summary(config: EngineConfig, calibrated: CalibratedBudget | None) -> str:
-    """Return one line about a budget that acts; ``calibrated``: what it costs, None where that is unknown or too much."""
+    """Return one line about a budget that acts; ``calibrated``: what it costs, None where that is not known."""
     known = "not calibrated, or more than is allowed" if calibrated is None else describe(calibrated)
     return f"lossy: verifications keep to {config.expert_budget}: {known}; requests with expert_budget off are exact"
 
