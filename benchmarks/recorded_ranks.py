@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..cluster.speculation.drafter import Drafter
-from ..router.placement import Placement, contiguous
+from ..router.placement import contiguous
 from ..workers.adjustments import Texts, adjust
 from ..workers.model_info import ModelInfo, RankInfo
 from ..workers.plan import LayerCounts, RankPlan, RankResult, RequestPlan, StepPlan, StepResult
@@ -201,8 +201,8 @@ class RecordedRanks:
 
     def __init__(self, computer: RowComputer, info: RankInfo, num_ranks: int, times: StepTimes) -> None:
         self._computer, self._times = computer, times
-        self._placement: Placement = contiguous(info.model.num_experts, num_ranks)
-        self._owned = [sum(1 << expert for expert in self._placement.experts_of(rank)) for rank in range(num_ranks)]
+        placement = contiguous(1, info.model.num_experts, num_ranks)  # all layers are alike
+        self._owned = [sum(1 << expert for expert in placement.experts_of(0, rank)) for rank in range(num_ranks)]
         self.infos = [replace(info, rank=rank, num_kv_blocks=1 << 16) for rank in range(num_ranks)]
         self.now_s = 0.0
         self.jobs: list[Job] = []

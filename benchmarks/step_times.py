@@ -84,15 +84,15 @@ class ForcedRouting(LocalDispatcher):
     def __init__(self, num_experts: int) -> None:
         self._num_experts = num_experts
         self.num_distinct = 0
-        self._layer = 0
+        self._calls = 0
 
-    def dispatch(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
+    def dispatch(self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
         """Return the rows with other experts: the next ones in a circle of ``num_distinct``, begun anew each layer."""
-        self._layer += 1
-        first = 7 * self._layer
+        self._calls += 1
+        first = 7 * self._calls
         numbers = torch.arange(expert_ids.numel()) % self.num_distinct
         forced = (first + numbers) % self._num_experts
-        return super().dispatch(hidden, forced.view(expert_ids.shape).to(expert_ids.dtype), weights)
+        return super().dispatch(layer, hidden, forced.view(expert_ids.shape).to(expert_ids.dtype), weights)
 
 
 def grid(num_experts: int, top_k: int) -> list[tuple[int, int]]:

@@ -117,6 +117,7 @@ def _measure(
     from .calibration.calibrate import DRAFT_LEN, default_budgets
     from .calibration.calibrate import calibrate as run
     from .calibration.fingerprint import file_sha256
+    from .calibration.gate import placement_sha256
     from .calibration.profile import Conditions
     from .calibration.questions import read_questions
 
@@ -129,6 +130,7 @@ def _measure(
         drafter=config.drafter,
         max_num_seqs=config.max_num_seqs,
         num_ranks=config.expert_parallel_size,
+        placement_sha256=placement_sha256(config),
         dtype=info.dtype,
         max_tokens=max_tokens,
         data=data.name,
@@ -175,7 +177,7 @@ def _table(entries: Sequence[CalibratedBudget]) -> Table:
         table.add_column(name, justify="right")
     for entry in entries:
         table.add_row(
-            entry.budget,
+            str(entry.parsed),
             f"{entry.experts_per_layer:.1f}",
             f"{100 * entry.experts_saved:.0f} %",
             "" if entry.exact_match is None else f"{100 * entry.exact_match:.1f} %",

@@ -17,6 +17,7 @@ from .client_commands import bench, generate, stats
 from .config import EngineConfig
 from .engine.backend import EngineDeadError, QueueFullError
 from .flags import EngineFlags, given
+from .placement_commands import place, trace
 from .serving.deployment_error import DeploymentFailedError
 from .serving.interrupts import interruptible
 
@@ -25,6 +26,8 @@ app.command(generate)
 app.command(stats)
 app.command(bench)
 app.command(calibrate)
+app.command(trace)
+app.command(place)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 

@@ -45,6 +45,9 @@ class EngineConfig:
     """Where ranks compute: auto (cuda if present), cpu or cuda."""
     expert_parallel_size: int = _bounded(1, low=1, high=1024)
     """Ranks the experts are split across; attention is data-parallel over the same ranks."""
+    placement: str | None = None
+    """File that says which ranks hold which experts, made by `penstock place`; equal runs of experts when absent.
+    docs/placement.md."""
     num_threads: int | None = _bounded(None, low=1, high=1024)
     """CPU threads of each rank; the machine's cores shared by all ranks when absent."""
     cpus_per_rank: float = _bounded(1.0, low=0.01, high=1024.0)

@@ -13,13 +13,23 @@ from ..workers.sampling_params import SamplingParams
 from .config import EngineConfig
 
 
-def _flags(name: str, source: type, *, without: Collection[str] = (), group: str = "Parameters") -> type:
-    """Return a dataclass with ``source``'s optional fields, all None: what is not given has no say."""
+def _flags(
+    name: str,
+    source: type,
+    *,
+    only: Collection[str] = (),
+    without: Collection[str] = (),
+    group: str = "Parameters",
+) -> type:
+    """Return a dataclass with ``source``'s optional fields, all None: what is not given has no say.
+
+    ``only``: these fields, all when empty.
+    """
     docs = {entry.arg_name: entry.description or "" for entry in parse_from_object(source).params}
     hints = get_type_hints(source)
     flags = []
     for spec in fields(source):
-        if spec.default is MISSING or spec.name in without:
+        if spec.default is MISSING or spec.name in without or (only and spec.name not in only):
             continue
         default = "" if spec.default in (None, ()) else f" [default: {spec.default}]"
         hint: Any = hints[spec.name] | None
@@ -47,6 +57,15 @@ CalibrationFlags = _flags(
         *("budget_profile", "max_quality_loss", "max_perplexity_increase", "allow_uncalibrated"),
     ),
     group="Engine: as it will be served",
+)
+TraceEngineFlags = _flags(
+    "TraceEngineFlags",
+    EngineConfig,
+    only=(
+        *("tokenizer", "revision", "dtype", "device", "num_threads", "max_model_len", "max_num_seqs"),
+        *("max_num_batched_tokens", "block_size", "kv_cache_bytes", "gpu_memory_utilization"),
+    ),
+    group="Engine",
 )
 SamplingFlags = _flags(
     "SamplingFlags",

@@ -1,1 +1,1 @@
-"""Which experts, on which rank: selection, placement, traffic counts. Pure torch, no processes."""
+"""Which experts, on which rank: selection, placement, traffic counts. Pure torch and numpy, no processes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-SCORES = ("probabilities", "selected", "survival")
+SCORES = ("probabilities", "selected", "squared", "survival")
 RESTS = ("substitution", "truncation")
 SCOPES = ("request", "source", "owner", "global")
 
@@ -25,9 +25,10 @@ class ExpertBudget:
     """Experts kept, those that other rows load anyway among them (MoE-Spec's B, arXiv 2602.16052)."""
     coverage: float | None = None
     """Keep the fewest experts that hold this share of the score, in (0, 1], instead of a fixed number."""
-    score: str = "selected"
+    score: str = "squared"
     """What ranks experts, summed over budgeted rows: probabilities (the router's, of all experts; MoE-Spec's), selected
-    (the weights of each row's own choice) or survival (those, times the row's probability of being reached)."""
+    (the weight shares of each row's own choice), squared (their squares) or survival (those, times the row's
+    probability of being reached)."""
     rest: str = "substitution"
     """What becomes of a row's experts that are not kept: substitution (the row chooses again among those kept; its
     router's own rule weighs them) or truncation (they contribute nothing, the others keep their weights)."""
@@ -100,9 +101,10 @@ class ExpertBudget:
                 f"expert_budget: experts {self.experts} is not in [{top_k}, {num_experts}]: every row uses {top_k} of "
                 f"the model's {num_experts}"
             )
-        if not steerable and (self.rest, self.score) != ("truncation", "selected"):
+        if not steerable and (self.rest != "truncation" or self.score == "probabilities"):
             raise ValueError(
-                "expert_budget: this model's router does not select by top-k; choose rest truncation and score selected"
+                "expert_budget: this model's router does not select by top-k, so a row cannot choose again and only "
+                "what it chose is known; choose rest truncation, and another score than probabilities"
             )
 
     def is_void(self, num_experts: int, num_ranks: int) -> bool:

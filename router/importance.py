@@ -23,12 +23,21 @@ def selected(routing: Routing, rows: BudgetedRows) -> torch.Tensor:
     return torch.zeros_like(routing.affinities, dtype=torch.float32).scatter_(1, routing.ids, routing.shares)
 
 
+def squared(routing: Routing, rows: BudgetedRows) -> torch.Tensor:
+    """Return [T, E]: the square of `selected`.
+
+    A row that loses an expert is wrong by that share of its output, and squares are what errors cost: one expert that a
+    row leans on is worth more than several that some rows touch.
+    """
+    return selected(routing, rows) ** 2
+
+
 def survival(routing: Routing, rows: BudgetedRows) -> torch.Tensor:
-    """Return [T, E]: `selected`, times the probability that the row is reached (as AcceptMoE, arXiv 2608.02989)."""
-    return selected(routing, rows) * rows.reach[:, None]
+    """Return [T, E]: `squared`, times the probability that the row is reached (as AcceptMoE, arXiv 2608.02989)."""
+    return squared(routing, rows) * rows.reach[:, None]
 
 
-IMPORTANCE = {"probabilities": probabilities, "selected": selected, "survival": survival}
+IMPORTANCE = {"probabilities": probabilities, "selected": selected, "squared": squared, "survival": survival}
 
 
 def group_importance(score: str, routing: Routing, rows: BudgetedRows) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Which rank holds which expert."""
+"""Which ranks hold which experts, layer by layer, and which of them a row goes to."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -9,41 +10,82 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Expert -> rank map of one model; every MoE layer uses the same.
+    """Expert -> ranks map of every MoE layer of one model. An expert that several ranks hold has replicas.
 
-    Experts keep their global ids everywhere but inside a rank's own weights, where they are numbered in the order of
-    ``experts_of(rank)``. Id ``num_experts`` is the sentinel "none"; it belongs to the rank that does not exist.
+    Experts keep their global ids everywhere but inside a rank's own weights, where those of a layer are numbered in
+    the order of ``experts_of(layer, rank)``. Id ``num_experts`` is the sentinel "none"; it belongs to the rank that
+    does not exist. Where a row goes is decided by its own rank alone, never by the row: so nothing is counted or
+    exchanged to decide it, and a request gives the same tokens each time it runs on a rank.
     """
 
     num_experts: int
     num_ranks: int
-    owner: tuple[int, ...]
-    """Rank of each expert [E]."""
+    holders: tuple[tuple[tuple[int, ...], ...], ...]
+    """Per layer and expert [L][E]: the ranks that hold it, ascending, at least one."""
 
-    def experts_of(self, rank: int) -> list[int]:
-        """Return the global ids that ``rank`` holds, ascending."""
-        return [expert for expert, owner in enumerate(self.owner) if owner == rank]
+    def __post_init__(self) -> None:
+        for layer in self.holders:
+            assert len(layer) == self.num_experts
+            for ranks in layer:
+                assert ranks, "every expert is held"
+                assert list(ranks) == sorted(set(ranks))
+                assert 0 <= ranks[0] <= ranks[-1] < self.num_ranks
 
-    def owner_table(self) -> torch.Tensor:
-        """Return [E + 1] int64: the owner of each id, ``num_ranks`` for the sentinel."""
-        return torch.tensor([*self.owner, self.num_ranks])
+    @property
+    def num_layers(self) -> int:
+        """MoE layers."""
+        return len(self.holders)
 
-    def local_ids(self) -> torch.Tensor:
-        """Return [E + 1] int64: each id's number on its owner; 0 for the sentinel, which nobody owns."""
-        local = torch.zeros(self.num_experts + 1, dtype=torch.int64)
-        for rank in range(self.num_ranks):
-            for number, expert in enumerate(self.experts_of(rank)):
-                local[expert] = number
-        return local
+    def experts_of(self, layer: int, rank: int) -> list[int]:
+        """Return the global ids of the layer's experts that ``rank`` holds, ascending."""
+        return [expert for expert, ranks in enumerate(self.holders[layer]) if rank in ranks]
+
+    def owner_table(self, layer: int, rank: int) -> torch.Tensor:
+        """Return [E + 1] int64: the rank that rows of ``rank`` go to for each expert, ``num_ranks`` for the sentinel.
+
+        Its own where that holds the expert. The ranks that do not are split into runs of neighbours, as equal as can
+        be, one for each holder; the first run goes to another holder for each expert, so that ranks which hold the same
+        experts share their rows.
+        """
+        return torch.tensor([*(self._owner(layer, expert, rank) for expert in range(self.num_experts)), self.num_ranks])
+
+    def local_ids(self, layer: int, rank: int) -> torch.Tensor:
+        """Return [E + 1] int64: each id's number on the rank that ``owner_table`` gives; 0 for the sentinel."""
+        num_held = [0] * self.num_ranks
+        local = []
+        for expert, ranks in enumerate(self.holders[layer]):
+            local.append(num_held[self._owner(layer, expert, rank)])
+            for holder in ranks:
+                num_held[holder] += 1
+        return torch.tensor([*local, 0])
+
+    def _owner(self, layer: int, expert: int, rank: int) -> int:
+        ranks = self.holders[layer][expert]
+        if rank in ranks:
+            return rank
+        place = rank - bisect_left(ranks, rank)  # among those that do not hold it
+        run = place * len(ranks) // (self.num_ranks - len(ranks))
+        return ranks[(expert + run) % len(ranks)]
 
 
-def contiguous(num_experts: int, num_ranks: int) -> Placement:
-    """Split experts into equal runs, the first ranks taking one more when they do not divide.
+def contiguous(num_layers: int, num_experts: int, num_ranks: int) -> Placement:
+    """Split every layer's experts into equal runs, the first ranks taking one more when they do not divide.
 
     Raises ``ValueError`` when a rank would hold none.
     """
+    check_num_ranks(num_experts, num_ranks)
+    sizes = shares(num_experts, num_ranks)
+    holders = tuple((rank,) for rank, size in enumerate(sizes) for _ in range(size))
+    return Placement(num_experts, num_ranks, (holders,) * num_layers)
+
+
+def check_num_ranks(num_experts: int, num_ranks: int) -> None:
+    """Raise ``ValueError`` unless every rank can hold an expert of its own."""
     if not 1 <= num_ranks <= num_experts:
         raise ValueError(f"expert_parallel_size: {num_ranks} is not in [1, {num_experts}], the model's experts")
-    base, extra = divmod(num_experts, num_ranks)
-    owner = [rank for rank in range(num_ranks) for _ in range(base + (rank < extra))]
-    return Placement(num_experts, num_ranks, tuple(owner))
+
+
+def shares(total: int, num_ranks: int) -> list[int]:
+    """Return ``total`` split over the ranks: equal within one, the first ones taking more."""
+    base, extra = divmod(total, num_ranks)
+    return [base + (rank < extra) for rank in range(num_ranks)]

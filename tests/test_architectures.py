@@ -18,7 +18,7 @@ from penstock.workers.architectures import SUPPORTED, check_supported
 from penstock.workers.attention import ATTENTION, paged_attention
 from penstock.workers.experts import ExpertShard
 from penstock.workers.kv_cache import PagedKVCache
-from penstock.workers.loader import inspect, load
+from penstock.workers.loader import build, inspect, load
 from penstock.workers.sampling_params import SamplingParams
 
 from .tiny_engine import generate
@@ -70,8 +70,9 @@ def test_two_shards_add_up_to_the_whole(model_type, checkpoint):
     num_experts = 8
 
     def experts_of(num_ranks: int, rank: int) -> torch.nn.Module:
-        placement = contiguous(num_experts, num_ranks)
-        loaded = load(directory, config, torch.float32, torch.device("cpu"), placement, rank)
+        empty = build(config, torch.float32)
+        placement = contiguous(len(empty.expert_modules), num_experts, num_ranks)
+        loaded = load(directory, empty, torch.device("cpu"), placement, rank)
         assert loaded.bytes_read < loaded.checkpoint_bytes or num_ranks == 1
         return loaded.expert_modules[-1]
 

@@ -34,6 +34,7 @@ CONDITIONS = Conditions(
     drafter="ngram",
     max_num_seqs=4,
     num_ranks=1,
+    placement_sha256=None,
     dtype="float32",
     max_tokens=256,
     data="data.jsonl",
@@ -41,7 +42,7 @@ CONDITIONS = Conditions(
     num_records=600,
 )
 FINE = CalibratedBudget(
-    budget="experts=5,scope=request",
+    budget="experts=5,scope=request,score=squared",
     conditions=CONDITIONS,
     num_pairs=500,
     reference_exact_match=0.9,
@@ -75,7 +76,9 @@ def model(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 def config_of(model: Path, **options: Any) -> EngineConfig:
-    return EngineConfig.from_mapping({"model": str(model), "expert_budget": FINE.budget, "max_num_seqs": 4, **options})
+    return EngineConfig.from_mapping(
+        {"model": str(model), "expert_budget": "experts=5,scope=request", "max_num_seqs": 4, **options}
+    )
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -112,6 +115,7 @@ def test_a_later_calibration_replaces_what_was_measured_alike() -> None:
         (lambda found: found.update(extra=1), "extra: Unexpected keyword argument"),
         (lambda found: found["budgets"][0].pop("num_pairs"), r"budgets\.0\.num_pairs: Field required"),
         (lambda found: found["budgets"][0].update(perplexity_ratio="1"), r"budgets\.0\.perplexity_ratio: .*number"),
+        (lambda found: found["budgets"][0].update(budget="experts=x"), "expert_budget: 'x' is no value of experts"),
         (lambda found: found["budgets"][0]["conditions"].update(x=1), r"budgets\.0\.conditions\.x: Unexpected"),
     ],
 )
@@ -171,14 +175,14 @@ def test_what_can_change_nothing_needs_no_profile(model: Path, budget: str | Non
         ),
         ({"expert_budget": "experts=1"}, r"expert_budget: experts 1 is not in \[2, 8\]"),
         (
-            {"expert_budget": WORSE.budget},
+            {"expert_budget": "experts=3,scope=request"},
             (
                 r"expert_budget: experts=3,scope=request has 10.0 points of exact match lost .*: more than "
                 r"max_quality_loss = 0.01 allows; within it: experts=5,scope=request, experts=6"
             ),
         ),
         (
-            {"expert_budget": UNSURE.budget},
+            {"expert_budget": "coverage=0.5,scope=request"},
             r"expert_budget: .* has perplexity \+5.0 %: more than max_perplexity_increase = 0.02 allows",
         ),
         ({"max_quality_loss": 0.001}, "expert_budget: .* within it: none calibrated"),
@@ -188,6 +192,11 @@ def test_what_can_change_nothing_needs_no_profile(model: Path, budget: str | Non
             {"expert_budget": "experts=6", "max_num_seqs": 5},
             "max_num_seqs: 5 requests may share a list .* for 4; choose scope=request.* --max-num-seqs 5",
         ),
+        (
+            {"expert_budget": "experts=6,scope=owner", "expert_parallel_size": 2, "placement": __file__},
+            "placement: .*test_budget_profile.py is not what experts=6,scope=owner was calibrated with, or measure it",
+        ),
+        ({"expert_budget": "experts=6,scope=owner,score=selected"}, "expert_budget: .* is not in"),
         ({"expert_budget": "experts=6,scope=owner"}, "expert_parallel_size: 1 is not 2, the number of ranks"),
     ],
 )

@@ -53,7 +53,7 @@ def importance_by_hand(score: str, routing: Routing, rows: BudgetedRows, group: 
         else:
             factor = float(rows.reach[row]) if score == "survival" else 1.0
             for expert, share in shares_by_hand(routing, row).items():
-                worth[expert] += factor * share
+                worth[expert] += factor * (share if score == "selected" else share**2)
     return worth
 
 
@@ -102,7 +102,7 @@ def test_requests_with_lists_of_their_own_do_not_see_each_other() -> None:
 def test_the_fewest_experts_that_cover_a_share_are_kept(coverage: float) -> None:
     routing, rows = softmax_routing(), rows_of([True] * T)
     limits = limit(ExpertBudget(coverage=coverage), routing, rows, ONE_RANK)
-    worth = importance_by_hand("selected", routing, rows, 0)
+    worth = importance_by_hand("squared", routing, rows, 0)
     ranked = sorted(range(E), key=lambda e: -worth[e])
     number = next(n for n in range(1, E + 1) if sum(worth[e] for e in ranked[:n]) >= coverage * sum(worth) - 1e-6)
     assert set(limits.allowed[0].nonzero()[:, 0].tolist()) == set(ranked[: max(number, K)])
@@ -112,7 +112,7 @@ def test_the_fewest_experts_that_cover_a_share_are_kept(coverage: float) -> None
 def test_owners_keep_equal_parts(num_experts: int) -> None:
     routing, rows = softmax_routing(12), rows_of([True] * 12)
     limits = limit(ExpertBudget(experts=num_experts, scope="owner"), routing, rows, FOUR_RANKS)
-    worth = importance_by_hand("selected", routing, rows, 0)
+    worth = importance_by_hand("squared", routing, rows, 0)
     each = math.ceil(num_experts * 2 / E)
     expected = {
         expert for rank in range(4) for expert in sorted((2 * rank, 2 * rank + 1), key=lambda e: -worth[e])[:each]
@@ -133,7 +133,7 @@ def test_all_ranks_keep_the_same_at_scope_global() -> None:
         for routing, own in zip(routings, rows, strict=True)
     ]
     loaded = loaded_by_hand(routings[1], rows[1], 0)
-    worths = [importance_by_hand("selected", *pair, 0) for pair in zip(routings, rows, strict=True)]
+    worths = [importance_by_hand("squared", *pair, 0) for pair in zip(routings, rows, strict=True)]
     expected = shortlist_by_hand([a + b for a, b in zip(*worths, strict=True)], loaded, 3)
     for found, own in zip(limits, rows, strict=True):
         assert set(found.allowed[own.budgeted][0].nonzero()[:, 0].tolist()) == expected

@@ -51,7 +51,7 @@ def test_what_it_writes_is_served(data: Path, tmp_path: Path, capsys: pytest.Cap
     assert entry.experts_per_layer <= 16 < entry.reference_experts_per_layer
     # Another run adds to it
     calibrate(DEMO, data=data, output=output, budget=BUDGETS[1:], max_tokens=24, draft_len=7, engine=FLAGS)
-    assert [entry.budget for entry in read_profile(output).budgets] == list(BUDGETS)
+    assert [str(entry.parsed) for entry in read_profile(output).budgets] == list(BUDGETS)
     options: dict[str, Any] = {
         "dtype": "float32", "device": "cpu", "num_threads": 1, "max_model_len": 512, "draft_len": 7,
         "budget_profile": str(output), "max_quality_loss": 1.0, "max_perplexity_increase": 100.0,

@@ -32,6 +32,7 @@ CONDITIONS = Conditions(
     drafter="ngram",
     max_num_seqs=32,
     num_ranks=1,
+    placement_sha256=None,
     dtype="float32",
     data="d.jsonl",
     data_sha256="0",
@@ -110,8 +111,8 @@ def test_a_calibration_says_what_was_measured_of_each_budget(
 
     budgets = [ExpertBudget(experts=2, scope="request"), ExpertBudget(coverage=0.7)]
     small, wide = calibrate(*tiny, questions, budgets, decode, CONDITIONS, count)
-    assert [small.budget, wide.budget] == ["experts=2,scope=request", "coverage=0.7"]
-    assert seen == dict.fromkeys(["no budget", small.budget, wide.budget], 2 * len(questions))
+    assert [str(small.parsed), str(wide.parsed)] == ["experts=2,scope=request", "coverage=0.7"]
+    assert seen == dict.fromkeys(["no budget", str(small.parsed), str(wide.parsed)], 2 * len(questions))
     assert small.conditions == CONDITIONS
     assert (small.num_pairs, small.reference_exact_match) == (4, 0.75)
     assert small.exact_match_loss == pytest.approx(0.75 - (small.exact_match or 0))

@@ -17,16 +17,25 @@ from safetensors.torch import load_file, save_file
 from penstock.router.placement import Placement, contiguous
 from penstock.workers.architectures import SUPPORTED
 from penstock.workers.checkpoint import INDEX, SINGLE, CheckpointReader, LazyTensor, resolve
-from penstock.workers.loader import LoadedModel, inspect, load, resolve_dtype
+from penstock.workers.loader import LoadedModel, build, inspect, load, resolve_dtype
+
+from .uneven_placement import owned_by_name, uneven
 
 MODEL_TYPES = SUPPORTED
 NUM_EXPERTS = 8
 
 
-def load_rank(directory: Path, placement: Placement | None = None, rank: int = 0) -> LoadedModel:
-    placement = placement or contiguous(NUM_EXPERTS, 1)
+def load_rank(
+    directory: Path, placement: Callable[[int], Placement] = lambda n: contiguous(n, NUM_EXPERTS, 1), rank: int = 0
+) -> LoadedModel:
+    """``placement``: by the number of MoE layers."""
     directory, config = inspect(str(directory))
-    return load(directory, config, resolve_dtype(config, "auto"), torch.device("cpu"), placement, rank)
+    empty = build(config, resolve_dtype(config, "auto"))
+    return load(directory, empty, torch.device("cpu"), placement(len(empty.expert_modules)), rank)
+
+
+def halves(num_layers: int) -> Placement:
+    return contiguous(num_layers, NUM_EXPERTS, 2)
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -59,17 +68,18 @@ def test_two_ranks_hold_and_read_their_halves(checkpoint: Callable[[str], Path],
     checkpoint_bytes = sum(tensor.nbytes for tensor in saved.values())
     in_file = sum(tensor.nbytes for name, tensor in full.items() if ".experts." in name)
     # Uneven and out of order too: nothing may rely on equal contiguous runs
-    for placement in (contiguous(NUM_EXPERTS, 2), Placement(NUM_EXPERTS, 2, (1, 0, 1, 1, 0, 1, 0, 1))):
+    for make in (halves, uneven):
         for rank in range(2):
-            loaded = load_rank(directory, placement, rank)
-            owned = placement.experts_of(rank)
+            loaded = load_rank(directory, make, rank)
+            num_layers = len(loaded.expert_modules)
+            owned = owned_by_name(loaded, make(num_layers), rank)
             state = loaded.model.state_dict()
             assert state.keys() == full.keys()
             for name, tensor in state.items():
-                expected = full[name][owned] if ".experts." in name else full[name]
-                assert torch.equal(tensor, expected), name
+                assert torch.equal(tensor, full[name][owned[name]] if name in owned else full[name]), name
             expert_bytes = sum(p.nbytes for module in loaded.expert_modules for p in module.parameters())
-            assert expert_bytes * NUM_EXPERTS == in_file * len(owned)
+            num_held = sum(len(make(num_layers).experts_of(layer, rank)) for layer in range(num_layers))
+            assert expert_bytes * NUM_EXPERTS * num_layers == in_file * num_held
             assert loaded.bytes_read == checkpoint_bytes - in_file + expert_bytes
             assert loaded.bytes_read < loaded.checkpoint_bytes == checkpoint_bytes
             assert not any(tensor.is_meta for tensor in (*loaded.model.parameters(), *loaded.model.buffers()))
@@ -80,7 +90,7 @@ def test_buffers_outside_the_checkpoint_are_computed(checkpoint: Callable[[str],
 
     directory = checkpoint("qwen3_moe")
     expected = dict(AutoModelForCausalLM.from_pretrained(directory).named_buffers())
-    buffers = dict(load_rank(directory, contiguous(NUM_EXPERTS, 2), 1).model.named_buffers())
+    buffers = dict(load_rank(directory, halves, 1).model.named_buffers())
     assert buffers.keys() == expected.keys()
     assert any(name.endswith("inv_freq") for name in buffers)
     for name, buffer in buffers.items():
@@ -93,13 +103,15 @@ def test_stacked_experts_are_sliced(checkpoint: Callable[[str], Path], tmp_path:
     full = full_state(directory)
     assert any(name.endswith(".experts.gate_up_proj") for name in full)
     stacked = rewrite(directory, tmp_path / "stacked", full)
-    placement = Placement(NUM_EXPERTS, 2, (1, 0, 1, 1, 0, 1, 0, 1))
     in_file = sum(tensor.nbytes for name, tensor in full.items() if ".experts." in name)
     for rank in range(2):
-        loaded, owned = load_rank(stacked, placement, rank), placement.experts_of(rank)
+        loaded = load_rank(stacked, uneven, rank)
+        owned = owned_by_name(loaded, uneven(len(loaded.expert_modules)), rank)
         for name, tensor in loaded.model.state_dict().items():
-            assert torch.equal(tensor, full[name][owned] if ".experts." in name else full[name]), name
-        assert loaded.bytes_read == loaded.checkpoint_bytes - in_file + in_file * len(owned) // NUM_EXPERTS
+            assert torch.equal(tensor, full[name][owned[name]] if name in owned else full[name]), name
+        held = sum(full[name][numbers].nbytes for name, numbers in owned.items())
+        assert held < in_file
+        assert loaded.bytes_read == loaded.checkpoint_bytes - in_file + held
 
 
 def test_bfloat16_weights_are_read_as_they_are_stored(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -20,9 +20,17 @@ SERVE_OPTIONS = """
 --address --allow-uncalibrated --api-key --block-size --budget-profile --config --cpus-per-rank --device --draft-len
 --drafter --dtype --expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes
 --load-timeout-s --max-draft-len --max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase
---max-quality-loss --max-queued-requests --max-step-retries --num-threads --port
+--max-quality-loss --max-queued-requests --max-step-retries --num-threads
+--placement --port
 --prompt-lookup-max --prompt-lookup-min --request-timeout-s --revision --served-model-name --speculation
 --step-timeout-s --suffix-store-tokens --tokenizer
+"""
+TRACE_OPTIONS = """
+--block-size --data --device --dtype --gpu-memory-utilization --kv-cache-bytes --max-model-len
+--max-num-batched-tokens --max-num-seqs --max-tokens --num-threads --output --revision --seed --temperature --tokenizer
+"""
+PLACE_OPTIONS = """
+--max-load-imbalance --method --num-ranks --num-redundant-experts --output --revision --trace
 """
 
 
@@ -34,10 +42,13 @@ def _penstock(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_options_of_serve():
+@pytest.mark.parametrize(
+    ("command", "options"), [("serve", SERVE_OPTIONS), ("trace", TRACE_OPTIONS), ("place", PLACE_OPTIONS)]
+)
+def test_the_options_of_a_command(command, options):
     """Scripts and manifests of users hold these: a change is a breaking one."""
-    shown = _penstock("serve", "--help").stdout
-    assert sorted({word for word in shown.split() if word.startswith("--")}) == SERVE_OPTIONS.split()
+    shown = _penstock(command, "--help").stdout
+    assert sorted({word for word in shown.split() if word.startswith("--")}) == options.split()
 
 
 def test_every_option_says_what_it_does_and_its_default():

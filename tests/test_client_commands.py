@@ -32,11 +32,11 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 
 OPTIONS = {
     "generate": """
-        --api-key --block-size --chat --device --draft-len --drafter --dtype --expert-parallel-size
+        --api-key --block-size --chat --device --draft-len --drafter --dtype --expert-budget --expert-parallel-size
         --frequency-penalty --gpu-memory-utilization --ignore-eos --json --kv-cache-bytes
         --load-timeout-s --local --max-draft-len --max-model-len --max-num-batched-tokens
         --max-num-seqs --max-queued-requests --max-step-retries --max-tokens --min-p --min-tokens
-        --model --num-threads --prediction --presence-penalty --prompt-lookup-max --prompt-lookup-min
+        --model --num-threads --placement --prediction --presence-penalty --prompt-lookup-max --prompt-lookup-min
         --repetition-penalty --request-timeout-s --revision --seed --speculation --stats
         --step-timeout-s --stop --stop-token-ids --suffix-store-tokens --system --temperature
         --tokenizer --top-k --top-p --url

@@ -39,7 +39,7 @@ def test_spaces_and_order_do_not_matter() -> None:
         ("coverage=0", r"coverage 0.0 is not in \(0, 1\]"),
         ("coverage=1.01", r"coverage 1.01 is not in \(0, 1\]"),
         ("coverage=nan", r"coverage nan is not in \(0, 1\]"),
-        ("experts=8,score=best", "score 'best' is not one of probabilities, selected, survival"),
+        ("experts=8,score=best", "score 'best' is not one of probabilities, selected, squared, survival"),
         ("experts=8,rest=drop", "rest 'drop' is not one of substitution, truncation"),
         ("experts=8,scope=node", "scope 'node' is not one of request, source, owner, global"),
         ("max_ranks_per_row=0", "max_ranks_per_row 0 is not at least 1"),
@@ -62,10 +62,10 @@ def test_a_number_of_experts_that_the_model_cannot_keep_to_is_refused(experts: i
 
 
 @pytest.mark.parametrize(
-    "budget", [ExpertBudget(experts=8), ExpertBudget(experts=8, rest="truncation", score="survival")]
+    "budget", [ExpertBudget(experts=8), ExpertBudget(experts=8, rest="truncation", score="probabilities")]
 )
 def test_a_router_without_top_k_can_only_be_truncated(budget: ExpertBudget) -> None:
-    with pytest.raises(ValueError, match="choose rest truncation and score selected"):
+    with pytest.raises(ValueError, match="choose rest truncation"):
         budget.check(16, 2, steerable=False)
     ExpertBudget(experts=8, rest="truncation").check(16, 2, steerable=False)
 

@@ -16,12 +16,16 @@ from penstock.router.expert_budget import ExpertBudget
 from penstock.workers.architectures import SUPPORTED
 from penstock.workers.sampling_params import SamplingParams
 
+from .random_placement import write_placement
 from .tiny_engine import DRAFT_LENS, Published, config_of, controller_of, faulty_ranks
 
 # All architectures on one rank; on two, one of each kind of router and attention, and a trained model
 ON_TWO_RANKS = ("qwen3_moe", "deepseek_v3", "gpt_oss", "demo")
-CASES = [(model, 1) for model in (*SUPPORTED, "demo")] + [
-    pytest.param((model, 2), marks=pytest.mark.distributed) for model in ON_TWO_RANKS
+# Other experts on other ranks in every layer, some of them on both
+PLACED = (("demo", "affine"), ("gpt_oss", "balanced"))
+CASES = [(model, 1, "contiguous") for model in (*SUPPORTED, "demo")] + [
+    pytest.param((model, 2, method), marks=pytest.mark.distributed)
+    for model, method in (*((model, "contiguous") for model in ON_TWO_RANKS), *PLACED)
 ]
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 MAX_TOKENS = 24
@@ -135,8 +139,8 @@ def _assert_same(directory: Path, prompt: list[int], got: list[int], want: list[
     return 1
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def case(request) -> tuple[str, int]:
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
+def case(request) -> tuple[str, int, str]:
     return request.param
 
 
@@ -146,11 +150,15 @@ def model(case) -> str:
 
 
 @pytest.fixture(scope="module")
-def served(case, checkpoint) -> Iterator[tuple[Ranks, EngineConfig, Path]]:
+def served(case, checkpoint, tmp_path_factory) -> Iterator[tuple[Ranks, EngineConfig, Path]]:
     """One or two ranks of a model; two run in processes of their own, and rank 1 fails a step of every engine."""
-    model, num_ranks = case
+    model, num_ranks, method = case
     directory = _directory(model, checkpoint)
     config = _config(directory, num_ranks)
+    if method != "contiguous":
+        path = tmp_path_factory.mktemp("placement") / f"{method}.json"
+        write_placement(directory, num_ranks, method, path)
+        config = replace(config, placement=str(path))
     if num_ranks == 1:
         yield LocalRanks(make_runner(config, 0)), config, directory
         return

@@ -21,7 +21,7 @@ MODEL = ModelInfo(
 RANK = RankInfo(
     rank=0,
     model=MODEL,
-    num_local_experts=32,
+    num_local_experts=[32] * 16,
     expert_bytes=6_400_000_000,
     dense_bytes=950_000_000,
     bytes_read=7_350_000_000,
@@ -38,6 +38,12 @@ def test_ranks_that_hold_the_same_share_a_line() -> None:
         "ranks 0-1, each: 32 experts a layer, 6.4 GB; all else 950.0 MB; KV 1000 blocks x 16 = 16000 tokens, 2.1 GB; "
         "loaded in 20.0 s"
     )
+
+
+def test_layers_that_differ_are_a_range() -> None:
+    infos = [replace(RANK, num_local_experts=[32, 33] * 8), replace(RANK, rank=1, num_local_experts=[33, 32] * 8)]
+    _, both = load_summary(infos, 16).splitlines()
+    assert both.startswith("ranks 0-1, each: 32-33 experts a layer, ")
 
 
 def test_ranks_that_differ_have_lines_of_their_own() -> None:

@@ -15,13 +15,14 @@ from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
 from penstock.cluster.transport.process_ranks import ProcessRanks
-from penstock.router.placement import Placement, contiguous
+from penstock.router.placement import contiguous
 from penstock.workers.checkpoint import SINGLE
-from penstock.workers.loader import inspect, load, resolve_dtype
+from penstock.workers.loader import EmptyModel, LoadedModel, build, inspect, load, resolve_dtype
 from penstock.workers.quantization import dequantize_fp8
 from penstock.workers.sampling_params import SamplingParams
 
 from .tiny_engine import config_of, generate
+from .uneven_placement import owned_by_name, uneven
 
 # Neither divides 24, so that last blocks are not full, as in DeepSeek-V3's attention
 BLOCK = (16, 10)
@@ -171,21 +172,29 @@ def test_two_ranks_read_and_hold_their_halves(case, quantized):
     stored = tensors_of(directory)
     in_file = sum(tensor.nbytes for key, tensor in stored.items() if is_expert(key))
     assert any(tensor.itemsize == 1 for key, tensor in stored.items() if is_expert(key))
-    placement = Placement(NUM_EXPERTS, 2, (1, 0, 1, 1, 0, 1, 0, 1))
     for rank in range(2):
         path, config = inspect(str(directory))
-        loaded = load(path, config, torch.float32, torch.device("cpu"), placement, rank)
-        owned = placement.experts_of(rank)
+        empty = build(config, torch.float32)
+        placement = uneven(len(empty.expert_modules))
+        loaded = load(path, empty, torch.device("cpu"), placement, rank)
+        owned = owned_by_name(loaded, placement, rank)
         for key, tensor in loaded.model.state_dict().items():
-            assert torch.equal(tensor, full[key][owned] if is_expert(key) else full[key]), key
+            assert torch.equal(tensor, full[key][owned[key]] if key in owned else full[key]), key
+        num_held = sum(loaded.expert_modules[layer].num_experts for layer in range(placement.num_layers))
         assert loaded.checkpoint_bytes == sum(tensor.nbytes for tensor in stored.values())
-        assert loaded.bytes_read == loaded.checkpoint_bytes - in_file + in_file * len(owned) // NUM_EXPERTS
+        assert loaded.bytes_read == loaded.checkpoint_bytes - in_file + in_file * num_held // (
+            NUM_EXPERTS * placement.num_layers
+        )
 
 
 def load_whole(directory: Path) -> Tensors:
     path, config = inspect(str(directory))
-    whole = load(path, config, torch.float32, torch.device("cpu"), contiguous(NUM_EXPERTS, 1), 0)
-    return whole.model.state_dict()
+    return load_one(path, build(config, torch.float32)).model.state_dict()
+
+
+def load_one(path: Path, empty: EmptyModel) -> LoadedModel:
+    placement = contiguous(len(empty.expert_modules), NUM_EXPERTS, 1)
+    return load(path, empty, torch.device("cpu"), placement, 0)
 
 
 def is_expert(key: str) -> bool:
@@ -196,7 +205,7 @@ def is_expert(key: str) -> bool:
 def test_weights_are_dequantised_to_the_compute_dtype(case, quantized):
     directory, worth = quantized(case)
     path, config = inspect(str(directory))
-    loaded = load(path, config, torch.bfloat16, torch.device("cpu"), contiguous(NUM_EXPERTS, 1), 0)
+    loaded = load_one(path, build(config, torch.bfloat16))
     full = load_whole(worth)
     for module in loaded.expert_modules:
         assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import psutil
 import pytest
 
 from penstock.cluster.client.http_client import HttpClient
+
+from .random_placement import write_placement
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 MODEL = "penstock-demo"
@@ -60,13 +63,18 @@ def _wait(what: str, condition, timeout_s: float = 30.0) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("serve") / "log"
+    with _running(["demo"], tmp_path_factory.mktemp("serve") / "log") as server:
+        yield server
+
+
+@contextmanager
+def _running(command: list[str], log: Path) -> Iterator[Server]:
     port = _free_port()
     with log.open("w") as out:
         # An address left over from another cluster must not matter
         environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
         process = subprocess.Popen(
-            [PENSTOCK, "demo", "--port", str(port)], stdout=out, stderr=out, text=True, env=environment
+            [PENSTOCK, *command, "--port", str(port)], stdout=out, stderr=out, text=True, env=environment
         )
     try:
         _wait("server up", lambda: process.poll() is not None or "Ctrl-C" in log.read_text(), START_S)
@@ -315,7 +323,7 @@ def test_a_worker_that_dies_ends_its_streams_with_an_error_and_the_gang_comes_ba
 
 
 def test_ctrl_c_leaves_nothing_behind(server):
-    """The last test of this file: it ends the server."""
+    """The last test of that server: it ends it."""
     family = psutil.Process(server.process.pid).children(recursive=True)
     folder = Path(server.ray_environment["RAY_AUTH_TOKEN_PATH"]).parent
     assert len(family) > 5
@@ -325,6 +333,38 @@ def test_ctrl_c_leaves_nothing_behind(server):
     # Zombies are the init process's business
     _wait("processes gone", lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family))
     assert not folder.exists()
+
+
+def test_a_placement_reaches_the_workers_by_its_content(tmp_path):
+    """Its file need not be where they run, nor there at all any more when the gang is built again."""
+    from penstock.cluster.client.llm import LLM
+
+    path = tmp_path / "placement.json"
+    write_placement(DEMO, 2, "balanced", path)
+    options = [
+        "--expert-parallel-size",
+        "2",
+        "--served-model-name",
+        MODEL,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--num-threads",
+        "1",
+    ]
+    with LLM(str(DEMO), dtype="float32", device="cpu", num_threads=1) as llm:
+        wanted = llm.generate("import os\n", temperature=0, max_tokens=24)[0].text
+    with _running(["serve", str(DEMO), "--placement", str(path), *options], tmp_path / "log") as server:
+        path.unlink()
+        # 32 experts and three replicas
+        assert "17-18 experts a layer" in server.log.read_text()
+        client = HttpClient(server.url)
+        assert client.generate("import os\n", temperature=0, max_tokens=24).text == wanted
+        client.close()
+        _processes(server, "Worker.run")[0].kill()
+        _wait("another gang", lambda: not _answers(server), 60)
+        _wait("another gang", lambda: _answers(server), 120)
 
 
 def test_a_port_in_use_is_refused_with_one_line():

@@ -43,8 +43,8 @@ class Dispatcher(Protocol):
 
     payload_bytes_per_row: int
 
-    def dispatch(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
-        """Send rows [T, H] with global ``expert_ids`` [T, K] (E for "none") to the experts' owners."""
+    def dispatch(self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
+        """Send rows [T, H] with global ``expert_ids`` [T, K] (E for "none") to the owners of that layer's experts."""
         ...
 
     def combine(self, partial: torch.Tensor, received: Received, num_rows: int) -> torch.Tensor:
@@ -61,7 +61,7 @@ class LocalDispatcher:
 
     payload_bytes_per_row = 0
 
-    def dispatch(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
+    def dispatch(self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
         """Return the rows themselves."""
         return Received(hidden, expert_ids, weights, torch.empty(0, dtype=torch.int64), [0], [0], 0, 0)
 
@@ -106,16 +106,18 @@ class AllToAllDispatcher:
         top_k: int,
     ) -> None:
         self.rank, self.num_ranks, self.group, self.log = rank, placement.num_ranks, group, log
-        self.owner = placement.owner_table().to(device)
-        self.local_ids = placement.local_ids().to(device)
-        self.num_local = torch.tensor([len(placement.experts_of(r)) for r in range(placement.num_ranks)], device=device)
+        layers, ranks = range(placement.num_layers), range(placement.num_ranks)
+        self.owner = torch.stack([placement.owner_table(layer, rank) for layer in layers]).to(device)  # [L, E + 1]
+        self.local_ids = torch.stack([placement.local_ids(layer, rank) for layer in layers]).to(device)
+        num_local = [[len(placement.experts_of(layer, number)) for number in ranks] for layer in layers]
+        self.num_local = torch.tensor(num_local, device=device)  # [L, R]
         self.payload_bytes_per_row = 2 * hidden_bytes
         self.row_bytes = hidden_bytes + top_k * 8
         self.hidden_bytes = hidden_bytes
 
-    def dispatch(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
+    def dispatch(self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
         """Exchange counts, then rows."""
-        owners = self.owner[expert_ids]  # [T, K]
+        owners = self.owner[layer][expert_ids]  # [T, K]
         ranks = torch.arange(self.num_ranks, device=hidden.device)
         visits = (owners[:, None, :] == ranks[None, :, None]).any(dim=-1)  # [T, R]
         to_rank, sent_rows = visits.t().nonzero(as_tuple=True)  # grouped by rank, rows ascending
@@ -126,7 +128,7 @@ class AllToAllDispatcher:
         sent_counts, received_counts = counts.tolist(), received_counts_t.tolist()
 
         mine = owners[sent_rows] == to_rank[:, None]  # [S, K]
-        local = torch.where(mine, self.local_ids[expert_ids[sent_rows]], self.num_local[to_rank][:, None])
+        local = torch.where(mine, self.local_ids[layer][expert_ids[sent_rows]], self.num_local[layer][to_rank][:, None])
         message = torch.cat(
             [
                 hidden[sent_rows].contiguous().view(torch.uint8),

@@ -51,7 +51,7 @@ class ExpertParallel:
             expert_ids = self.selections[layer].truncate(expert_ids, weights)
         if self.valid is not None:
             expert_ids = torch.where(self.valid[:, None], expert_ids, self.num_experts)
-        received = self.dispatcher.dispatch(hidden, expert_ids, weights)
+        received = self.dispatcher.dispatch(layer, hidden, expert_ids, weights)
         partial, num_active = self.shards[layer].run(received.hidden, received.expert_ids, received.weights)
         counts.rows[layer] = hidden.shape[0] if self.valid is None else int(self.valid.sum())
         counts.experts[layer] = num_active

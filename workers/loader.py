@@ -24,6 +24,24 @@ _EXPERT_KEY = re.compile(r"^(?P<head>.*\.experts\.)(?P<number>\d+)(?P<tail>\..*)
 
 
 @dataclass(frozen=True, slots=True)
+class EmptyModel:
+    """A model without storage, its experts modules still whole."""
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    expert_modules: list[torch.nn.Module]
+    """The experts modules in layer order."""
+    routers: list[torch.nn.Module]
+    """The routers of ``expert_modules``."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a MoE layer."""
+        return int(self.expert_modules[0].num_experts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """One rank's model and what loading it took."""
 
@@ -63,16 +81,23 @@ def resolve_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
     return chosen
 
 
-def load(
-    directory: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, placement: Placement, rank: int
-) -> LoadedModel:
-    """Load ``rank``'s shard of the checkpoint in ``directory``.
-
-    The model is built without storage, its experts modules cut to the owned experts, and transformers' own converter
-    fed with lazy slices of just those. Raises ``ValueError`` naming ``model`` for missing, unknown or misshapen
-    tensors.
-    """
+def build(config: PreTrainedConfig, dtype: torch.dtype) -> EmptyModel:
+    """Build the model of ``config`` without storage; raise ``ValueError`` naming ``model`` if it has no MoE layer."""
     from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS
+        )
+    return EmptyModel(model, config, dtype, *_moe_modules(model))
+
+
+def load(directory: Path, empty: EmptyModel, device: torch.device, placement: Placement, rank: int) -> LoadedModel:
+    """Load ``rank``'s shard of the checkpoint in ``directory`` into ``empty``, which is used up.
+
+    The experts modules are cut to the owned experts, and transformers' own converter fed with lazy slices of just
+    those. Raises ``ValueError`` naming ``model`` for missing, unknown or misshapen tensors.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -80,19 +105,15 @@ def load(
 
     # Every rank would print one; whoever started the ranks shows their progress
     disable_progress_bar()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS
-        )
-    experts, routers = _moe_modules(model)
-    owned = placement.experts_of(rank)
-    for module in experts:
-        _shrink(module, placement.num_experts, len(owned))
+    model, config, dtype = empty.model, empty.config, empty.dtype
+    owned = [placement.experts_of(layer, rank) for layer in range(placement.num_layers)]
+    for module, numbers in zip(empty.expert_modules, owned, strict=True):
+        _shrink(module, placement.num_experts, len(numbers))
 
     mapping = get_model_conversion_mapping(model)
     with CheckpointReader(directory) as reader:
         weights = open_weights(reader, config, dtype)
-        tensors = _owned_tensors(weights, model, mapping, placement.num_experts, owned)
+        tensors = _owned_tensors(weights, empty, mapping, placement.num_experts, owned)
         load_config_ = LoadStateDictConfig(
             weight_mapping=mapping,  # type: ignore[arg-type]
             dtype=dtype,
@@ -113,7 +134,7 @@ def load(
         bytes_read, total = reader.bytes_read, reader.total_bytes
     model.eval()
     model.requires_grad_(False)
-    return LoadedModel(model, config, experts, routers, bytes_read, total)
+    return LoadedModel(model, config, empty.expert_modules, empty.routers, bytes_read, total)
 
 
 def _moe_modules(model: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
@@ -149,35 +170,46 @@ def _shrink(module: torch.nn.Module, num_experts: int, num_local: int) -> None:
 
 
 def _owned_tensors(
-    weights: Weights, model: PreTrainedModel, mapping: list[Any], num_experts: int, owned: list[int]
+    weights: Weights, empty: EmptyModel, mapping: list[Any], num_experts: int, owned: list[list[int]]
 ) -> dict[str, Any]:
-    """Return the tensors to load: dense ones whole, owned experts renumbered or sliced, no others."""
+    """Return the tensors to load: dense ones whole, each layer's owned experts renumbered or sliced, no others."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    local = {expert: number for number, expert in enumerate(owned)}
-    parameters = model.state_dict()
-    expert_parameters = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if _is_experts(module)
+    layers = {id(module): layer for layer, module in enumerate(empty.expert_modules)}
+    layer_of = {
+        f"{path}.{name}": layers[id(module)]
+        for path, module in empty.model.named_modules()
+        if id(module) in layers
         for name, _ in module.named_parameters(recurse=False)
     }
+    parameters = empty.model.state_dict()
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def layer_named(key: str) -> int | None:
+        target, _ = rename_source_key(key, renamings, converters, empty.model.base_model_prefix, parameters)
+        return layer_of.get(target)
+
+    local = [{expert: number for number, expert in enumerate(numbers)} for numbers in owned]
+    layer_of_head: dict[str, int | None] = {}
     tensors: dict[str, Any] = {}
     for key in weights.keys():  # noqa: SIM118 - no mapping
         numbered = _EXPERT_KEY.match(key)
         if numbered:
-            number = int(numbered["number"])
-            if number in local:
-                tensors[f"{numbered['head']}{local[number]}{numbered['tail']}"] = weights.lazy(key)
-            elif number >= num_experts:
+            number, head = int(numbered["number"]), numbered["head"]
+            if number >= num_experts:
                 raise ValueError(f"model: the weights hold {key}, but config.json names {num_experts} experts")
+            if head not in layer_of_head:
+                layer_of_head[head] = layer_named(key)
+            layer = layer_of_head[head]
+            if layer is None:  # of a layer that the model does not have
+                tensors[key] = weights.lazy(key)
+            elif number in local[layer]:
+                tensors[f"{head}{local[layer][number]}{numbered['tail']}"] = weights.lazy(key)
             continue
         experts = None
-        if weights.shape(key)[:1] == [num_experts]:
-            target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-            experts = owned if target in expert_parameters else None
+        if weights.shape(key)[:1] == [num_experts] and (layer := layer_named(key)) is not None:
+            experts = owned[layer]
         tensors[key] = weights.lazy(key, experts)
     return tensors
 

@@ -30,8 +30,8 @@ class RankInfo:
 
     rank: int
     model: ModelInfo
-    num_local_experts: int
-    """Experts held per MoE layer."""
+    num_local_experts: list[int]
+    """Experts held, per MoE layer."""
     expert_bytes: int
     """Bytes of expert weights held, all layers."""
     dense_bytes: int

@@ -23,7 +23,7 @@ from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
 from .expert_parallel import ExpertParallel
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
-from .loader import inspect, load, resolve_dtype
+from .loader import build, inspect, load, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
@@ -38,7 +38,8 @@ from .step_budget import StepBudget
 class ModelRunner:
     """Loads a shard on construction; ``step`` is called from one thread, on all ranks in lock-step.
 
-    Raises ``ValueError`` naming the field for a model that cannot be served or a pool too small for ``max_model_len``.
+    ``placement``: which ranks hold which experts, equal runs of them when None. Raises ``ValueError`` naming the field
+    for a model that cannot be served or a pool too small for ``max_model_len``.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ModelRunner:
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
         max_num_batched_tokens: int = 512,
+        placement: Placement | None = None,
     ) -> None:
         started = time.perf_counter()
         self.rank, self.num_ranks = rank, num_ranks
@@ -64,11 +66,12 @@ class ModelRunner:
         self.dtype = resolve_dtype(config, dtype)
         num_experts = num_experts_of(text_config)
         self.top_k = num_experts_per_tok(text_config)
-        self.placement: Placement = contiguous(num_experts, num_ranks)
         limit = int(text_config.max_position_embeddings)
         if max_model_len is not None and max_model_len > limit:
             raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
-        loaded = load(directory, config, self.dtype, self.device, self.placement, rank)
+        empty = build(config, self.dtype)
+        self.placement = placement or contiguous(len(empty.expert_modules), num_experts, num_ranks)
+        loaded = load(directory, empty, self.device, self.placement, rank)
         self.model = loaded.model
         all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
         self.hidden_size = int(text_config.hidden_size)
@@ -82,8 +85,9 @@ class ModelRunner:
         self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
         steerable = config.model_type not in UNSTEERABLE
         self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
-        owner = self.placement.owner_table()[:-1].to(self.device)
-        self._layers = [LayerRanks(owner, num_ranks, rank) for _ in loaded.expert_modules]
+        owners = [self.placement.owner_table(layer, rank) for layer in range(self.placement.num_layers)]
+        self.layers = [LayerRanks(owner[:-1].to(self.device), num_ranks, rank) for owner in owners]
+        """Where budgets take the experts of each MoE layer to be."""
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
@@ -120,7 +124,7 @@ class ModelRunner:
                 eos_token_ids=_eos_token_ids(directory, text_config),
                 steerable=steerable,
             ),
-            num_local_experts=len(self.placement.experts_of(rank)),
+            num_local_experts=[shard.num_experts for shard in self.experts.shards],
             expert_bytes=expert_bytes,
             dense_bytes=all_bytes - expert_bytes,
             bytes_read=loaded.bytes_read,
@@ -145,7 +149,7 @@ class ModelRunner:
         self._apply_tables(plan)
         rows = pack(plan, self.cache.tables, self.cache.block_size, self.cache.scratch_slot)
         self.log.reset()
-        budget = StepBudget(plan, rows.valid, self._layers, self.experts.dispatcher.sum_scores)
+        budget = StepBudget(plan, rows.valid, self.layers, self.experts.dispatcher.sum_scores)
         logits = self._forward(rows, budget.selections)
         kept_weights = budget.finish(self.experts.counts)
         num_sampled = len(rows.sampled_rows)

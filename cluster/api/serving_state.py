@@ -59,7 +59,7 @@ class ServingState:
             model.max_model_len,
             model.vocab_size,
             tuple(model.eos_token_ids),
-            _fingerprint(root, str(model), str(len(ranks)), *([lossy] if lossy else [])),
+            _fingerprint(root, str(model), str(len(ranks)), *filter(None, [lossy])),
             lossy,
         )
 

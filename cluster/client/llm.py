@@ -61,7 +61,12 @@ def make_ranks(config: EngineConfig) -> Ranks:
 
         return ProcessRanks(config)
     torch.set_num_threads(config.threads_per_rank)
-    return LocalRanks(make_runner(config, 0))
+    placement = None
+    if config.placement is not None:
+        from ..placement_file import placement_of  # needs pydantic
+
+        placement = placement_of(config)
+    return LocalRanks(make_runner(config, 0, placement))
 
 
 class LLM:

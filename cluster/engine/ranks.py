@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from ...router.placement import Placement
 from ...workers.model_info import RankInfo
 from ...workers.plan import StepFailedError, StepPlan, StepResult
 from ...workers.runner import ModelRunner
@@ -29,8 +30,9 @@ class Ranks(Protocol):
         ...
 
 
-def make_runner(config: EngineConfig, rank: int) -> ModelRunner:
-    """Load ``rank``'s shard as ``config`` says."""
+def make_runner(config: EngineConfig, rank: int, placement: Placement | None = None) -> ModelRunner:
+    """Load ``rank``'s shard as ``config`` says; ``placement``: what the file of that name holds, if one is named."""
+    assert (placement is None) == (config.placement is None), "whoever starts the ranks reads the file"
     return ModelRunner(
         model=config.model,
         revision=config.revision,
@@ -43,6 +45,7 @@ def make_runner(config: EngineConfig, rank: int) -> ModelRunner:
         kv_cache_bytes=config.kv_cache_bytes,
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        placement=placement,
     )
 
 

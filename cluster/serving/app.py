@@ -15,6 +15,7 @@ from ray.serve import Application
 from ...workers.loader import inspect
 from ..calibration.gate import check_budget_profile
 from ..config import API_KEY_VARIABLE, EngineConfig
+from ..placement_file import placement_of
 from ..speculation.drafter import drafter_factory
 from .gang import Gang
 from .http_server import Address
@@ -36,6 +37,7 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
     drafter_factory(config.drafter)
     inspect(config.model, config.revision)
     check_budget_profile(config)
+    placement = placement_of(config)
     config = _absolute(config)
     gpu = on_gpu(config)
     # Decided here: a worker that Ray gives no GPU may see the machine's all the same
@@ -63,7 +65,7 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
     # Only the ingress needs the key
     api_key = config.api_key or os.environ.get(API_KEY_VARIABLE) or None
     keyless, keyed = replace(config, api_key=None), replace(config, api_key=api_key)
-    return ingress.bind(gang.bind(keyless, gpu=gpu), keyed, address=address)
+    return ingress.bind(gang.bind(keyless, gpu=gpu, placement=placement), keyed, address=address)
 
 
 def _absolute(config: EngineConfig) -> EngineConfig:

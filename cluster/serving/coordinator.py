@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from ...router.placement import Placement
 from ...workers.model_info import RankInfo
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
@@ -27,10 +28,13 @@ logger = logging.getLogger(__name__)
 class Coordinator:
     """Owns the engine of one gang. Methods run on the actor's event loop, the engine in its own thread.
 
-    ``workers``: actor handles of `Worker`, in rank order; ``nodes``: their machines' addresses.
+    ``workers``: actor handles of `Worker`, in rank order; ``nodes``: their machines' addresses; ``placement``: what the
+    file that ``config`` names holds.
     """
 
-    def __init__(self, config: EngineConfig, workers: Sequence[Any], nodes: Sequence[str]) -> None:
+    def __init__(
+        self, config: EngineConfig, workers: Sequence[Any], nodes: Sequence[str], placement: Placement | None
+    ) -> None:
         # The process is the actor's own: its log has what we say, and the warnings of others
         logging.basicConfig()
         logging.getLogger(__name__.split(".")[0]).setLevel(logging.INFO)
@@ -39,7 +43,7 @@ class Coordinator:
         if set(nodes) == {host}:  # one machine: nothing need be heard outside it
             host, nodes = LOOPBACK, [LOOPBACK] * len(nodes)
         self._host = host
-        self._ranks = RemoteRanks(config, host, list(nodes), self._check_workers)
+        self._ranks = RemoteRanks(config, host, list(nodes), self._check_workers, placement)
         self._runs: list[ray.ObjectRef] = []
         self._loaded: list[RankInfo] = []
         self._thread: EngineThread | None = None

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ...router.placement import Placement
 from ..config import EngineConfig
 from .coordinator import Coordinator
 from .resources import COORDINATOR_CPUS, COORDINATOR_PREFIX, NAMESPACE
@@ -18,7 +19,9 @@ from .worker import Worker
 class Gang:
     """Owns the actors of one gang, which die with it. Serve's constructor call returns when all ranks have loaded."""
 
-    async def __init__(self, config: EngineConfig, *, gpu: bool = False) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: EngineConfig, *, gpu: bool = False, placement: Placement | None = None
+    ) -> None:
         from ray import serve
 
         group = ray.util.get_current_placement_group()
@@ -45,7 +48,7 @@ class Gang:
             namespace=NAMESPACE,
             scheduling_strategy=_bundle(group, 1),
         )
-        self._coordinator: Any = coordinator.remote(config, self._workers, [nodes[i] for i in order])
+        self._coordinator: Any = coordinator.remote(config, self._workers, [nodes[i] for i in order], placement)
         await self._coordinator.load.remote()
 
     async def coordinator(self) -> Any:

@@ -25,20 +25,22 @@ def load_summary(infos: Sequence[RankInfo], block_size: int) -> str:
 
 
 def budget_summary(config: EngineConfig, calibrated: CalibratedBudget | None) -> str:
-    """Return one line about a budget that acts; ``calibrated``: what it costs, None where that is not known."""
+    """Return one line about a budget that acts; ``calibrated``: what it costs, None if unknown or too much."""
     known = "not calibrated, or more than is allowed" if calibrated is None else describe(calibrated)
     return f"lossy: verifications keep to {config.expert_budget}: {known}; requests with expert_budget off are exact"
 
 
 def _holdings(info: RankInfo) -> RankInfo:
-    return replace(info, rank=0, load_s=0.0, bytes_read=0)
+    return replace(info, rank=0, load_s=0.0, bytes_read=0, num_local_experts=sorted(set(info.num_local_experts)))
 
 
 def _ranks(infos: Sequence[RankInfo], block_size: int) -> str:
     first, last = infos[0], infos[-1]
     who = f"rank {first.rank}" if first is last else f"ranks {first.rank}-{last.rank}, each"
+    fewest, most = min(first.num_local_experts), max(first.num_local_experts)
+    held = str(most) if fewest == most else f"{fewest}-{most}"
     return (
-        f"{who}: {first.num_local_experts} experts a layer, {decimal(first.expert_bytes)}; all else "
+        f"{who}: {held} experts a layer, {decimal(first.expert_bytes)}; all else "
         f"{decimal(first.dense_bytes)}; KV {first.num_kv_blocks} blocks x {block_size} = "
         f"{first.num_kv_blocks * block_size} tokens, {decimal(first.num_kv_blocks * first.kv_block_bytes)}; "
         f"loaded in {max(info.load_s for info in infos):.1f} s"

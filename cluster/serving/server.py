@@ -16,6 +16,7 @@ from ..calibration.gate import check_budget_profile
 from ..client.http_client import HttpClient
 from ..config import EngineConfig
 from ..engine.budget import make_budget
+from ..placement_file import placement_of
 from ..speculation.drafter import drafter_factory
 from .interrupts import interruptible, uninterruptible
 from .load_summary import budget_summary, load_summary
@@ -36,6 +37,7 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
     drafter_factory(config.drafter)
     inspect(config.model, config.revision)
     calibrated = check_budget_profile(config)
+    placement_of(config)
     if address is None:
         check_port(host, port)
     with ExitStack() as stack:

@@ -11,6 +11,7 @@ import msgspec
 
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
+from ..placement_file import placement_of
 from .curve import LOOPBACK
 from .rank_loop import RankSettings, run_rank
 from .remote_ranks import RemoteRanks
@@ -23,11 +24,13 @@ the user's own environment says goes first."""
 class ProcessRanks(RemoteRanks):
     """Starts ``expert_parallel_size`` processes on loopback and waits until they have loaded.
 
-    ``command``: the program of a rank; it is given its settings on standard input.
+    ``command``: the program of a rank; it is given its settings on standard input. Raises ``ValueError`` naming
+    ``placement`` for a file that does not fit.
     """
 
     def __init__(self, config: EngineConfig, command: Sequence[str] = ()) -> None:
-        super().__init__(config, LOOPBACK, [LOOPBACK] * config.expert_parallel_size, self._check_processes)
+        placement = placement_of(config)
+        super().__init__(config, LOOPBACK, [LOOPBACK] * config.expert_parallel_size, self._check_processes, placement)
         command = command or [sys.executable, "-m", "penstock.cluster.transport.process_ranks"]
         self.processes: list[subprocess.Popen[bytes]] = []
         try:

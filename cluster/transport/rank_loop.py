@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...router.placement import Placement
 from ...workers import process_group
 from ...workers.plan import RankError, RankPlan
 from ...workers.runner import ModelRunner
@@ -27,6 +28,8 @@ class RankSettings:
     store: process_group.StoreAddress
     node: str
     """Address of the rank's machine."""
+    placement: Placement | None = None
+    """What the configuration's file of that name holds: this machine may not have it."""
 
     @property
     def rank(self) -> int:
@@ -37,14 +40,14 @@ class RankSettings:
 def run_rank(
     settings: RankSettings,
     closed: Callable[[], bool] = lambda: False,
-    make: Callable[[EngineConfig, int], ModelRunner] = make_runner,
+    make: Callable[[EngineConfig, int, Placement | None], ModelRunner] = make_runner,
 ) -> None:
     """Serve until told to close, or until ``closed`` says that the coordinator is gone."""
     plane = RankPlane(settings.ticket)
     try:
         torch.set_num_threads(settings.config.threads_per_rank)
         try:
-            runner = make(settings.config, settings.rank)
+            runner = make(settings.config, settings.rank, settings.placement)
         except ValueError as error:
             plane.send(Refused(str(error)))
             return

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ...router.placement import Placement
 from ...workers.model_info import RankInfo
 from ...workers.plan import RankResult, StepFailedError, StepPlan, StepResult
 from ...workers.process_group import open_store
@@ -24,15 +25,24 @@ class RemoteRanks:
     """All ranks of a gang. Create it, start a process for each of ``settings``, then ``wait_loaded``.
 
     ``check`` raises ``EngineDeadError`` when a rank's process is known to be gone; it is asked while nothing comes.
+    ``placement``: what the file that ``config`` names holds.
     """
 
-    def __init__(self, config: EngineConfig, host: str, nodes: list[str], check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        host: str,
+        nodes: list[str],
+        check: Callable[[], None],
+        placement: Placement | None = None,
+    ) -> None:
         assert len(nodes) == config.expert_parallel_size
         self._config, self._check = config, check
         self._store, address = open_store(host)
         self._plane = CoordinatorPlane(host, len(nodes))
         self.settings = [
-            RankSettings(config, ticket, address, node) for ticket, node in zip(self._plane.tickets, nodes, strict=True)
+            RankSettings(config, ticket, address, node, placement)
+            for ticket, node in zip(self._plane.tickets, nodes, strict=True)
         ]
         self.infos: list[RankInfo] = []
         self.meanwhile: Callable[[], None] = lambda: None
