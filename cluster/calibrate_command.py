@@ -119,7 +119,7 @@ def _measure(
     from .calibration.fingerprint import file_sha256
     from .calibration.gate import placement_sha256
     from .calibration.profile import Conditions
-    from .calibration.questions import read_questions
+    from .client.question_file import read_questions
 
     info = ranks.infos[0].model
     tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)

@@ -15,7 +15,7 @@ import penstock
 from penstock.cluster.calibrate_command import calibrate
 from penstock.cluster.calibration.fingerprint import file_sha256
 from penstock.cluster.calibration.profile import read_profile
-from penstock.cluster.calibration.questions import read_questions
+from penstock.cluster.client.question_file import read_questions
 from penstock.cluster.flags import CalibrationFlags
 from penstock.demo.records import generate
 
@@ -107,8 +107,8 @@ class Words:
         return [len(word) for word in prompt.split()]
 
     def encode_chat(self, messages: Any) -> list[int]:
-        if not isinstance(messages, list):
-            raise ValueError("messages: expected a list")
+        if "content" not in messages[-1]:
+            raise ValueError("messages: expected content")
         return [100, *self.encode(messages[-1]["content"])]
 
 
@@ -135,22 +135,20 @@ def test_records_are_chats_or_texts_and_may_have_an_answer(written: Callable[[st
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not JSON"),
-        ("[]", "expected an object, got list"),
-        ("{}", "expected either messages or prompt"),
-        ('{"prompt": "a", "messages": []}', "expected either messages or prompt"),
-        ('{"prompt": 1}', "prompt: expected text, got int"),
-        ('{"prompt": "a", "answer": 5}', "answer: expected text, got int"),
-        ('{"messages": {}}', "messages: expected a list"),
-        ('{"prompt": "a b c d"}', r"a prompt of 4 tokens is not in \[1, 3\]"),
-        ('{"prompt": ""}', r"a prompt of 0 tokens is not in \[1, 3\]"),
+        ("{", "is not JSON"),
+        ("[]", "has neither messages nor a prompt"),
+        ('{"prompt": 1}', "has neither messages nor a prompt"),
+        ('{"prompt": "a", "answer": 5}', ": answer: expected text, got int"),
+        ('{"messages": [{"role": "user"}]}', ": messages: expected content"),
+        ('{"prompt": "a b c d"}', r": 4 tokens are not in \[1, 3\]"),
+        ('{"prompt": " "}', r": 0 tokens are not in \[1, 3\]"),
     ],
 )
 def test_a_bad_line_is_named(written: Callable[[str], Path], line: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^data: .* line 2: {message}"):
+    with pytest.raises(ValueError, match=f"^data: line 2 of .*{message}"):
         read_questions(written(f'{{"prompt": "a"}}\n{line}\n'), Words(), max_prompt_tokens=3)
 
 
 def test_a_file_without_records_is_refused(written: Callable[[str], Path]) -> None:
-    with pytest.raises(ValueError, match=r"^data: .* holds no records"):
+    with pytest.raises(ValueError, match=r"^data: .* holds no prompt"):
         read_questions(written("\n"), Words(), max_prompt_tokens=3)
