@@ -36,7 +36,8 @@ OPTIONS = {
         --expert-budget --expert-parallel-size
         --frequency-penalty --gpu-memory-utilization --ignore-eos --json --kv-cache-bytes
         --load-timeout-s --local --max-draft-len --max-model-len --max-num-batched-tokens
-        --max-num-seqs --max-perplexity-increase --max-quality-loss --max-queued-requests --max-step-retries --max-tokens --min-p --min-tokens
+        --max-num-seqs --max-perplexity-increase --max-quality-loss --max-queued-requests
+        --max-step-retries --max-tokens --min-p --min-tokens
         --model --num-threads --placement --prediction --presence-penalty --prompt-lookup-max --prompt-lookup-min
         --repetition-penalty --request-timeout-s --revision --seed --speculation --stats
         --step-timeout-s --stop --stop-token-ids --suffix-store-tokens --system --temperature
