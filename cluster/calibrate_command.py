@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .engine.ranks import Ranks
 
 _MAX_TOKENS = 256
-_WIDTH = 120
+_WIDTH = 140
 """Of the table where no terminal says how wide it is."""
 
 
@@ -75,7 +75,7 @@ def calibrate(
     file = output or resolve(config.model, config.revision) / FILE_NAME
     profile = _profile(config, file)
     if not data.is_file():
-        raise ValueError(f"data: no file {data}")
+        raise ValueError(f"data: cannot read {data}: No such file")
     ranks = make_ranks(config)
     try:
         entries = _measure(config, ranks, data, budgets, draft_len, max_tokens, num_records)
@@ -83,7 +83,7 @@ def calibrate(
         ranks.close()
     write_profile(profile.with_budgets(entries), file)
     out = Console()
-    out.print(_table(entries), width=out.width if out.is_terminal else _WIDTH)
+    (out if out.is_terminal else Console(width=_WIDTH)).print(_table(entries))
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"written to {file}")
     if plot is not None:
         plot_profile(entries, plot)
@@ -117,8 +117,9 @@ def _measure(
     from .calibration.calibrate import DRAFT_LEN, default_budgets
     from .calibration.calibrate import calibrate as run
     from .calibration.fingerprint import file_sha256
+    from .calibration.gate import placement_sha256
     from .calibration.profile import Conditions
-    from .calibration.questions import read_questions
+    from .client.question_file import read_questions
 
     info = ranks.infos[0].model
     tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
@@ -129,6 +130,7 @@ def _measure(
         drafter=config.drafter,
         max_num_seqs=config.max_num_seqs,
         num_ranks=config.expert_parallel_size,
+        placement_sha256=placement_sha256(config),
         dtype=info.dtype,
         max_tokens=max_tokens,
         data=data.name,
@@ -175,7 +177,7 @@ def _table(entries: Sequence[CalibratedBudget]) -> Table:
         table.add_column(name, justify="right")
     for entry in entries:
         table.add_row(
-            entry.budget,
+            str(entry.parsed),
             f"{entry.experts_per_layer:.1f}",
             f"{100 * entry.experts_saved:.0f} %",
             "" if entry.exact_match is None else f"{100 * entry.exact_match:.1f} %",

@@ -18,10 +18,9 @@ from penstock.cluster.serving.deployment_error import DeploymentFailedError
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SERVE_OPTIONS = """
 --address --allow-uncalibrated --api-key --block-size --budget-profile --config --cpus-per-rank --device --draft-len
---drafter --dtype
---expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-draft-len
---max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase --max-quality-loss
---max-queued-requests --max-step-retries --num-threads
+--drafter --dtype --expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes
+--load-timeout-s --max-draft-len --max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase
+--max-quality-loss --max-queued-requests --max-step-retries --num-threads
 --placement --port
 --prompt-lookup-max --prompt-lookup-min --request-timeout-s --revision --served-model-name --speculation
 --step-timeout-s --suffix-store-tokens --tokenizer
@@ -29,6 +28,12 @@ SERVE_OPTIONS = """
 TRACE_OPTIONS = """
 --block-size --data --device --dtype --gpu-memory-utilization --kv-cache-bytes --max-model-len
 --max-num-batched-tokens --max-num-seqs --max-tokens --num-threads --output --revision --seed --temperature --tokenizer
+"""
+CALIBRATE_OPTIONS = """
+--block-size --budget --data --device --draft-len --drafter --dtype --expert-parallel-size --gpu-memory-utilization
+--kv-cache-bytes --load-timeout-s --max-model-len --max-num-batched-tokens --max-num-seqs --max-step-retries
+--max-tokens --num-records --num-threads --output --placement --plot --prompt-lookup-max --prompt-lookup-min
+--revision --step-timeout-s --suffix-store-tokens --tokenizer
 """
 PLACE_OPTIONS = """
 --max-load-imbalance --method --num-ranks --num-redundant-experts --output --revision --trace
@@ -44,7 +49,8 @@ def _penstock(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("command", "options"), [("serve", SERVE_OPTIONS), ("trace", TRACE_OPTIONS), ("place", PLACE_OPTIONS)]
+    ("command", "options"),
+    [("serve", SERVE_OPTIONS), ("trace", TRACE_OPTIONS), ("place", PLACE_OPTIONS), ("calibrate", CALIBRATE_OPTIONS)],
 )
 def test_the_options_of_a_command(command, options):
     """Scripts and manifests of users hold these: a change is a breaking one."""

@@ -20,7 +20,7 @@ from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.cli import app, main
 from penstock.cluster.client.bench_serve import Load
 from penstock.cluster.client.llm import LLM
-from penstock.cluster.client.server_stats import quantile
+from penstock.cluster.client.server_stats import ServerStats, quantile
 from penstock.cluster.client_commands import PROMPTS
 
 from .scripted_backend import LoopbackServer, ScriptedBackend
@@ -32,10 +32,12 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 
 OPTIONS = {
     "generate": """
-        --api-key --block-size --chat --device --draft-len --drafter --dtype --expert-budget --expert-parallel-size
+        --allow-uncalibrated --api-key --block-size --budget-profile --chat --device --draft-len --drafter --dtype
+        --expert-budget --expert-parallel-size
         --frequency-penalty --gpu-memory-utilization --ignore-eos --json --kv-cache-bytes
         --load-timeout-s --local --max-draft-len --max-model-len --max-num-batched-tokens
-        --max-num-seqs --max-queued-requests --max-step-retries --max-tokens --min-p --min-tokens
+        --max-num-seqs --max-perplexity-increase --max-quality-loss --max-queued-requests
+        --max-step-retries --max-tokens --min-p --min-tokens
         --model --num-threads --placement --prediction --presence-penalty --prompt-lookup-max --prompt-lookup-min
         --repetition-penalty --request-timeout-s --revision --seed --speculation --stats
         --step-timeout-s --stop --stop-token-ids --suffix-store-tokens --system --temperature
@@ -246,6 +248,14 @@ def test_stats_of_a_dead_engine_say_so(server, backend, penstock):
     done = penstock("stats", "--url", server.url)
     assert done.returncode == 0
     assert "down" in done.stdout
+
+
+def test_stats_call_a_budget_lossy():
+    card = {"id": "m", "penstock": {"expert_budget": "experts=5", "lossy": True}}
+    assert ("lossy", "verifications keep to experts=5") in ServerStats([card], {}, {}).lines()
+    exact = {"id": "m", "penstock": {"expert_budget": None, "lossy": False}}
+    for models in ([exact], [{"id": "of another server"}]):
+        assert "lossy" not in dict(ServerStats(models, {}, {}).lines())
 
 
 def test_quantiles_are_those_of_promql():

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from penstock.cluster.serving.load_summary import load_summary
+from penstock.cluster.config import EngineConfig
+from penstock.cluster.serving.load_summary import budget_summary, load_summary
 from penstock.workers.model_info import ModelInfo, RankInfo
+
+from .test_budget_profile import FINE
 
 MODEL = ModelInfo(
     architecture="OlmoeForCausalLM",
@@ -52,3 +55,11 @@ def test_ranks_that_differ_have_lines_of_their_own() -> None:
     assert first.startswith("rank 0: 32 experts")
     assert others.startswith("ranks 1-2, each: ")
     assert "KV 500 blocks x 16 = 8000 tokens" in others
+
+
+def test_a_budget_is_called_lossy() -> None:
+    config = EngineConfig(model="m", expert_budget="experts=5,scope=request")
+    known = budget_summary(config, FINE)
+    assert known.startswith("lossy: verifications keep to experts=5,scope=request: 25 % fewer experts a verification")
+    assert "0.4 points of exact match lost" in known
+    assert "not calibrated" in budget_summary(config, None)

@@ -20,6 +20,7 @@ from .scripted_backend import MAX_MODEL_LEN, ScriptedBackend
 STATS = {
     *("seed", "steps", "draft_tokens", "accepted_tokens", "acceptance", "mean_draft_len", "phase", "utility"),
     *("baseline_s", "accepted_prediction_tokens", "rejected_prediction_tokens", "tokens_per_s", "ttft_s", "queue_s"),
+    *("budgeted_rows", "kept_weight", "lossy"),
 }
 
 
@@ -163,6 +164,7 @@ async def test_models(http: httpx.AsyncClient) -> None:
     card = listed["data"][0]
     assert card == (await http.get(f"/v1/models/{MODEL}")).json()
     assert (card["id"], card["object"], card["max_model_len"]) == (MODEL, "model", MAX_MODEL_LEN)
+    assert card["penstock"] == {"expert_budget": None, "lossy": False}
 
 
 async def test_request_id_is_honoured_or_made(http: httpx.AsyncClient) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ...workers.architectures import UNSTEERABLE
 from ...workers.checkpoint import load_config, resolve
 from ...workers.runner import num_experts_of, num_experts_per_tok
 from ..config import EngineConfig
-from .fingerprint import model_fingerprint
+from .fingerprint import file_sha256, model_fingerprint
 from .profile import FILE_NAME, BudgetProfile, CalibratedBudget, read_profile
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _allowed(config: EngineConfig, budget: ExpertBudget, directory: Path) -> Cal
         )
     entries = _entries(profile, config, budget)
     if not entries:
-        known = ", ".join(dict.fromkeys(entry.budget for entry in profile.budgets)) or "none"
+        known = _names(profile.budgets) or "none"
         raise ValueError(f"expert_budget: {budget} is not in {file}, which has: {known}; measure it with {command}")
     problems = [_problem(entry, config, budget) for entry in entries]
     fitting = [entry for entry, problem in zip(entries, problems, strict=True) if problem is None]
@@ -93,10 +93,14 @@ def _allowed(config: EngineConfig, budget: ExpertBudget, directory: Path) -> Cal
 
 
 def _entries(profile: BudgetProfile, config: EngineConfig, budget: ExpertBudget) -> Sequence[CalibratedBudget]:
-    names = {str(budget)}
+    wanted = [budget]
     if budget.scope == "source" and config.max_num_seqs == 1:  # a rank's only request has its list to itself
-        names.add(str(replace(budget, scope="request")))
-    return [entry for entry in profile.budgets if entry.budget in names]
+        wanted.append(replace(budget, scope="request"))
+    return [entry for entry in profile.budgets if entry.parsed in wanted]
+
+
+def _names(entries: Iterable[CalibratedBudget]) -> str:
+    return ", ".join(dict.fromkeys(str(entry.parsed) for entry in entries))
 
 
 def _problem(entry: CalibratedBudget, config: EngineConfig, budget: ExpertBudget) -> str | None:
@@ -112,7 +116,9 @@ def _problem(entry: CalibratedBudget, config: EngineConfig, budget: ExpertBudget
             f"expert_parallel_size: {config.expert_parallel_size} is not {measured.num_ranks}, the number of ranks "
             f"that {budget} was calibrated on"
         )
-    has_shared_list = budget.limits_experts and budget.scope != "request" and entry.budget == str(budget)
+    if ranks_matter and measured.placement_sha256 != placement_sha256(config):
+        return f"placement: {config.placement} is not what {budget} was calibrated with"
+    has_shared_list = budget.limits_experts and budget.scope != "request" and entry.parsed == budget
     if has_shared_list and config.max_num_seqs > measured.max_num_seqs:
         return (
             f"max_num_seqs: {config.max_num_seqs} requests may share a list of experts, but {budget} was "
@@ -121,11 +127,17 @@ def _problem(entry: CalibratedBudget, config: EngineConfig, budget: ExpertBudget
     return None
 
 
+def placement_sha256(config: EngineConfig) -> str | None:
+    """Return what tells the placement file of ``config`` from others, None without one."""
+    return None if config.placement is None else file_sha256(Path(config.placement).expanduser())
+
+
 def _flags(config: EngineConfig) -> str:
     drafted = config.fixed_draft_len if config.policy == "fixed" else config.max_draft_len
+    placement = f" --placement {config.placement}" if config.placement else ""
     return (
         f"--draft-len {drafted} --max-num-seqs {config.max_num_seqs} "
-        f"--expert-parallel-size {config.expert_parallel_size}"
+        f"--expert-parallel-size {config.expert_parallel_size}{placement}"
     )
 
 
@@ -133,14 +145,14 @@ def _check_loss(entry: CalibratedBudget, config: EngineConfig, profile: BudgetPr
     if is_allowed(entry, config):
         return
     if entry.quality_loss > config.max_quality_loss:
-        said = f"{entry.budget} has {_loss(entry)}: more than max_quality_loss = {config.max_quality_loss:g}"
+        said = f"{entry.parsed} has {_loss(entry)}: more than max_quality_loss = {config.max_quality_loss:g}"
     else:
         said = (
-            f"{entry.budget} has perplexity {100 * entry.perplexity_increase:+.1f} %: more than "
+            f"{entry.parsed} has perplexity {100 * entry.perplexity_increase:+.1f} %: more than "
             f"max_perplexity_increase = {config.max_perplexity_increase:g}"
         )
-    fine = [other.budget for other in profile.budgets if is_allowed(other, config)]
-    raise ValueError(f"expert_budget: {said} allows; within it: {', '.join(dict.fromkeys(fine)) or 'none calibrated'}")
+    fine = _names(other for other in profile.budgets if is_allowed(other, config))
+    raise ValueError(f"expert_budget: {said} allows; within it: {fine or 'none calibrated'}")
 
 
 def _loss(entry: CalibratedBudget) -> str:

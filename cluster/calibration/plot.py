@@ -29,7 +29,10 @@ def plot_profile(entries: Sequence[CalibratedBudget], file: Path) -> None:
             upper.plot(read, 100 * entry.exact_match_loss, "o", color="tab:blue")
         upper.plot(read, 100 * (1 - entry.next_token_agreement), "x", color="tab:orange")
         lower.plot(read, 100 * entry.perplexity_increase, "o", color="tab:green")
-        lower.annotate(entry.budget, (read, 100 * entry.perplexity_increase), fontsize=6, rotation=30)
+        lower.annotate(
+            f" {entry.parsed}", (read, 100 * entry.perplexity_increase), fontsize=6, rotation=90, ha="center"
+        )
+    lower.margins(y=0.8)  # names stand above their points
     upper.set_ylabel("points of exact match lost (95 % CI)\nx: % of next tokens changed")
     lower.set_ylabel("perplexity increase, %")
     lower.set_xlabel("distinct experts of a verification, % of those without a budget")

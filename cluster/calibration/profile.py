@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +30,8 @@ class Conditions:
     max_num_seqs: int
     """Requests at once on each rank: those that shared a list, unless every request had its own."""
     num_ranks: int
+    placement_sha256: str | None
+    """Of the placement file; null without one."""
     dtype: str
     max_tokens: int
     data: str
@@ -45,7 +47,7 @@ class CalibratedBudget:
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     budget: str
-    """As `ExpertBudget` writes it."""
+    """Every field of it (`spelled_out`)."""
     conditions: Conditions
     num_pairs: int
     """Records whose right answer was known; the next four are of them, and null if there were none."""
@@ -64,6 +66,11 @@ class CalibratedBudget:
     kept_weight: float | None
     reference_tokens_per_step: float
     tokens_per_step: float
+
+    @property
+    def parsed(self) -> ExpertBudget:
+        """``budget``, read; ``str`` of it is what people write."""
+        return ExpertBudget.parse(self.budget)
 
     @property
     def is_of_tasks(self) -> bool:
@@ -93,10 +100,21 @@ class CalibratedBudget:
         return 1 - self.experts_per_layer / self.reference_experts_per_layer
 
     @property
-    def key(self) -> tuple[str, int, int, int]:
+    def key(self) -> tuple[object, ...]:
         """What a later calibration under the same conditions replaces."""
         conditions = self.conditions
-        return self.budget, conditions.draft_len, conditions.max_num_seqs, conditions.num_ranks
+        where = conditions.num_ranks, conditions.placement_sha256
+        return self.budget, conditions.draft_len, conditions.max_num_seqs, *where
+
+
+def spelled_out(budget: ExpertBudget) -> str:
+    """Return every field of ``budget`` that has a value, for `ExpertBudget.parse`: defaults may change one day."""
+    values = ((spec.name, getattr(budget, spec.name)) for spec in fields(budget))
+    return ",".join(
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in values
+        if value is not None
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +142,7 @@ def calibrated(
     """Return what a profile says of one measurement."""
     matches = quality.matches
     return CalibratedBudget(
-        budget=str(budget),
+        budget=spelled_out(budget),
         conditions=conditions,
         num_pairs=matches.num_pairs if matches else 0,
         reference_exact_match=matches.reference_share if matches else None,
@@ -164,11 +182,17 @@ def read_profile(file: Path) -> BudgetProfile:
             "`penstock calibrate`"
         )
     try:
-        return TypeAdapter(BudgetProfile).validate_json(text)
+        profile = TypeAdapter(BudgetProfile).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"budget_profile: {file} is not a profile: {where}: {first['msg']}") from error
+    for entry in profile.budgets:
+        try:
+            ExpertBudget.parse(entry.budget)
+        except ValueError as error:
+            raise ValueError(f"budget_profile: {file} is not a profile: {error}") from error
+    return profile
 
 
 def _rounded(value: Any) -> Any:
