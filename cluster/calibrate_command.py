@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,6 +74,10 @@ def calibrate(
         check_plotting()
     config = EngineConfig.from_mapping({"model": model, **given(engine)})
     file = output or resolve(config.model, config.revision) / FILE_NAME
+    # A run takes long: what it cannot write is known now
+    for name, target in (("output", file), ("plot", plot)):
+        if target is not None and not os.access(target if target.exists() else target.parent, os.W_OK):
+            raise ValueError(f"{name}: cannot write {target}")
     profile = _profile(config, file)
     if not data.is_file():
         raise ValueError(f"data: cannot read {data}: No such file")

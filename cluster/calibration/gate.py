@@ -106,6 +106,10 @@ def _names(entries: Iterable[CalibratedBudget]) -> str:
 def _problem(entry: CalibratedBudget, config: EngineConfig, budget: ExpertBudget) -> str | None:
     """Return how the server goes beyond what was measured, None if it does not: more rows would share a list."""
     measured = entry.conditions
+    if entry.kept_weight is None or not entry.num_tokens:
+        return f"expert_budget: no draft was verified when {budget} was calibrated; take data that drafts are found for"
+    if config.drafter != measured.drafter:
+        return f"drafter: {config.drafter} is not {measured.drafter}, which {budget} was calibrated with"
     drafted = {"off": 0, "fixed": config.fixed_draft_len}.get(config.policy, config.max_draft_len)
     if drafted > measured.draft_len:
         field = "draft_len" if config.policy == "fixed" else "max_draft_len"
@@ -137,7 +141,7 @@ def _flags(config: EngineConfig) -> str:
     placement = f" --placement {config.placement}" if config.placement else ""
     return (
         f"--draft-len {drafted} --max-num-seqs {config.max_num_seqs} "
-        f"--expert-parallel-size {config.expert_parallel_size}{placement}"
+        f"--drafter {config.drafter} --expert-parallel-size {config.expert_parallel_size}{placement}"
     )
 
 

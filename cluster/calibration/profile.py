@@ -15,6 +15,8 @@ FILE_NAME = "expert_budgets.json"
 VERSION = 1
 _STRICT = {"extra": "forbid", "strict": True}
 """How pydantic reads these classes."""
+MIN_PAIRS = 100
+"""Fewer right answers tell nothing of a loss of one in a hundred."""
 MIN_EXACT_MATCH = 0.4
 """What the model must get right without a budget before its exact match says anything about one."""
 
@@ -75,7 +77,8 @@ class CalibratedBudget:
     @property
     def is_of_tasks(self) -> bool:
         """Whether `quality_loss` is one of exact match."""
-        return self.reference_exact_match is not None and self.reference_exact_match >= MIN_EXACT_MATCH
+        known = self.num_pairs >= MIN_PAIRS and self.reference_exact_match is not None
+        return known and (self.reference_exact_match or 0.0) >= MIN_EXACT_MATCH
 
     @property
     def quality_loss(self) -> float:
