@@ -8,12 +8,13 @@ distinct experts per layer, and the other ranks that its rows visit if its home 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..cluster.engine.ranks import LocalRanks
 from ..router.budgeted_selection import LayerRanks
+from ..router.expert_budget import ExpertBudget
 from ..workers.dispatch import LocalDispatcher, Received
 from ..workers.plan import RankPlan, StepPlan, StepResult
 from ..workers.runner import ModelRunner
@@ -91,10 +92,19 @@ class CountedRanks(LocalRanks):
         self._bits = torch.tensor([1 << expert for expert in range(num_experts)] + [0])
         assert num_experts < 63, "experts are counted as bits"
         self.counts = Counts()
+        self.budget: ExpertBudget | None = None
+        """Kept to by every verification, if the engine sends none: an engine of one rank limits no visits."""
+
+    @property
+    def step_ids(self) -> list[torch.Tensor]:
+        """Per layer, the experts [T, K] that the latest step's rows were dispatched to."""
+        return self._dispatcher.ids
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run the step and count what it was to each decoding request."""
         self._dispatcher.ids.clear()
+        if self.budget is not None:
+            plan = replace(plan, ranks=[_budgeted(rank, self.budget) for rank in plan.ranks])
         result = super().step(plan)
         self._count(plan.ranks[0], result.ranks[0].token_ids)
         if all(request.first_sampled_row == 0 for request in plan.ranks[0].requests):
@@ -123,6 +133,15 @@ class CountedRanks(LocalRanks):
             seen[:, layer.home] = False
             total += seen.sum(dim=1)
         return total
+
+
+def _budgeted(plan: RankPlan, budget: ExpertBudget) -> RankPlan:
+    """Return the plan with a budget on all rows that verify drafts."""
+    requests = [
+        replace(request, first_budgeted_row=request.first_sampled_row) if request.num_sampled_rows > 1 else request
+        for request in plan.requests
+    ]
+    return replace(plan, requests=requests, budget=budget)
 
 
 def _union(bits: Sequence[int]) -> int:

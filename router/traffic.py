@@ -24,14 +24,12 @@ def visited_ranks(
     without experts. ``ids`` [T, K] with ``shares`` [T, K] is what the row would choose; ``owner`` [E].
     """
     weight = shares.new_zeros(len(ids), num_ranks).scatter_add_(1, owner[ids], shares)
-    best = weight.argmax(dim=1, keepdim=True)
-    allowed = (weight >= min_share) & (weight > 0)
-    if max_ranks is not None and max_ranks < num_ranks - 1:
-        others = weight.clone()
-        others[:, home] = -1.0
-        nearest = torch.zeros_like(allowed).scatter_(1, others.topk(max_ranks, dim=1).indices, value=True)
-        allowed &= nearest
-        # The best rank is home, or else the first of the nearest
-    allowed.scatter_(1, best, value=True)
+    others = weight.clone()
+    others[:, home] = -1.0
+    nearest = others.topk(num_ranks - 1 if max_ranks is None else min(max_ranks, num_ranks - 1), dim=1).indices
+    shares_there = weight.gather(1, nearest)
+    is_worth_it = (shares_there >= min_share) & (shares_there > 0)
+    is_worth_it[:, 0] |= shares_there[:, 0] > weight[:, home]  # the best of all
+    allowed = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, nearest, is_worth_it)
     allowed[:, home] = True
     return allowed

@@ -67,13 +67,12 @@ def loaded_by_hand(routing: Routing, rows: BudgetedRows, group: int) -> set[int]
 
 
 def shortlist_by_hand(worth: list[float], loaded: set[int], num_experts: int) -> set[int]:
-    ranked = sorted(range(E), key=lambda e: (e not in loaded, -worth[e]))
-    return loaded | set(ranked[:num_experts])
+    return loaded | set(sorted(range(E), key=lambda e: -worth[e])[:num_experts])
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("num_experts", [2, 3, 5, 8])
-def test_the_best_experts_are_kept_and_those_loaded_anyway_first(score: str, num_experts: int) -> None:
+def test_the_best_experts_are_kept_and_those_loaded_anyway(score: str, num_experts: int) -> None:
     routing = softmax_routing()
     rows = rows_of([False, True, True, True, False, True], reach=[1.0, 1.0, 0.7, 0.2, 1.0, 0.05])
     limits = limit(ExpertBudget(experts=num_experts, score=score), routing, rows, ONE_RANK)
@@ -85,6 +84,28 @@ def test_the_best_experts_are_kept_and_those_loaded_anyway_first(score: str, num
         assert set(limits.allowed[row].nonzero()[:, 0].tolist()) == allowed
         kept = sum(share for expert, share in shares_by_hand(routing, row).items() if expert in allowed)
         assert float(limits.kept[row]) == pytest.approx(kept, abs=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["source", "owner"])
+def test_batch_mates_that_load_experts_take_nobodys_place(scope: str) -> None:
+    routing = softmax_routing(16)
+    budget = ExpertBudget(experts=4, scope=scope)
+    verifying = [True] * T + [False] * 10
+    alone = Routing(*(tensor[:T] for tensor in (routing.scores, routing.affinities, routing.values, routing.ids)))
+    before = limit(budget, alone, rows_of([True] * T), FOUR_RANKS)
+    after = limit(budget, routing, rows_of(verifying), FOUR_RANKS)
+    assert bool((after.allowed[:T] | ~before.allowed).all())
+    assert bool((after.kept[:T] >= before.kept - 1e-6).all())
+    assert bool((after.kept[:T] > before.kept + 1e-3).any())
+
+
+def test_ties_send_no_row_to_more_ranks_than_allowed() -> None:
+    scores = torch.full((1, 64), 1 / 64)
+    ids = torch.tensor([[5, 9, 33]])
+    ranks = LayerRanks(torch.arange(64), 64, 0)
+    routing = Routing(scores, scores, scores.gather(1, ids), ids)
+    budget = ExpertBudget(max_ranks_per_row=2, rest="truncation")
+    assert int(limit(budget, routing, rows_of([True]), ranks).allowed[0, 1:].sum()) == 2
 
 
 def test_requests_with_lists_of_their_own_do_not_see_each_other() -> None:
@@ -205,9 +226,8 @@ def test_substitution_weighs_what_it_keeps_by_the_models_formula(
     seam = RouterSeam(router, E, top_k)
     with torch.inference_mode():
         logits, own_weights, own_ids = router(hidden)
-        selection = BudgetedSelection(
-            ExpertBudget(experts=max(num_experts, top_k), score="probabilities"), rows_of(budgeted), ONE_RANK, None
-        )
+        budget = ExpertBudget(experts=max(num_experts, top_k), score="probabilities", scope="request")
+        selection = BudgetedSelection(budget, rows_of(budgeted, [0, 1, 1, 1, 1, 1]), ONE_RANK, None)
         seam.selection = selection
         _, weights, ids = router(hidden)
     assert selection.limits is not None

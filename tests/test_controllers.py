@@ -164,3 +164,11 @@ def test_utility_is_tokens_per_step_over_relative_time(policy: str) -> None:
     assert last.baseline_s == pytest.approx(2.44e-3 + 4 * 0.372e-3, rel=0.02)
     assert last.utility == pytest.approx(run.num_tokens / (run.time_s / last.baseline_s), rel=0.05)
     assert last.utility > 1.5
+
+
+def test_a_drafter_says_how_likely_its_tokens_are_reached() -> None:
+    proposal = Proposal([5] * 4, Evidence("ngram", 3, (0.8, 0.5, 0.5, 0.9)))
+    assert proposal.reach(3) == pytest.approx([0.8, 0.4, 0.2])
+    assert Proposal([5] * 4, Evidence("prediction", 3)).reach(2) == [1.0, 1.0]
+    for policy in ("fixed", "cascade"):
+        assert controller(policy).reach(0, proposal, 2) == pytest.approx([0.8, 0.4])

@@ -35,6 +35,7 @@ def test_spaces_and_order_do_not_matter() -> None:
         ("experts=many", "'many' is no value of experts"),
         ("experts=2.5", "'2.5' is no value of experts"),
         ("protect_first_row=yes,experts=4", "'yes' is no value of protect_first_row"),
+        ("experts=8,experts=9", "experts is given twice"),
         ("experts=8,coverage=0.5", "experts and coverage exclude each other"),
         ("coverage=0", r"coverage 0.0 is not in \(0, 1\]"),
         ("coverage=1.01", r"coverage 1.01 is not in \(0, 1\]"),

@@ -114,6 +114,8 @@ class AllToAllDispatcher:
         self.payload_bytes_per_row = 2 * hidden_bytes
         self.row_bytes = hidden_bytes + top_k * 8
         self.hidden_bytes = hidden_bytes
+        self._score_bytes = 0
+        """Sent for a budget's scores since the last dispatch."""
 
     def dispatch(self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
         """Exchange counts, then rows."""
@@ -142,6 +144,7 @@ class AllToAllDispatcher:
         dist.all_to_all_single(inbox, message, received_counts, sent_counts, group=self.group)
         rows_out = sum(sent_counts) - sent_counts[self.rank]
         sums_out = sum(received_counts) - received_counts[self.rank]
+        score_bytes, self._score_bytes = self._score_bytes, 0
         ids_end = self.hidden_bytes + (self.row_bytes - self.hidden_bytes) // 2
         return Received(
             hidden=inbox[:, : self.hidden_bytes].contiguous().view(hidden.dtype),
@@ -151,8 +154,11 @@ class AllToAllDispatcher:
             sent_counts=sent_counts,
             received_counts=received_counts,
             rows_sent=rows_out,
-            # one int64 count to every other rank, rows out, and other ranks' sums back
-            wire_bytes=8 * (self.num_ranks - 1) + rows_out * self.row_bytes + sums_out * self.hidden_bytes,
+            # one int64 count to every other rank, rows out, other ranks' sums back, and a budget's scores
+            wire_bytes=8 * (self.num_ranks - 1)
+            + rows_out * self.row_bytes
+            + sums_out * self.hidden_bytes
+            + score_bytes,
         )
 
     def combine(self, partial: torch.Tensor, received: Received, num_rows: int) -> torch.Tensor:
@@ -170,3 +176,5 @@ class AllToAllDispatcher:
         """Sum ``scores`` over all ranks; one collective."""
         self.log.add("scores")
         dist.all_reduce(scores, group=self.group)
+        # As a ring sends it
+        self._score_bytes += 2 * (self.num_ranks - 1) * scores.nbytes // self.num_ranks

@@ -6,20 +6,27 @@ Shapes: N rows, H hidden, K experts per row, E experts held here, F expert inter
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
-from .packed_weights import PackedLinear, packs_weights
+from ..kernels.fused_moe import fits, fused_moe
+from .packed_weights import PackedExperts, each_alone, packs_weights
 
 _GROUP_ELEMENTS = 1 << 18
 """What the first projections of a group of experts may yield on a CPU: more would leave its caches, and be returned to
 the system and faulted in again at every call."""
+
+
+Projection = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
+"""From rows [N, I], the experts in their order, and how many rows each has, to [N, O]."""
+
+FusedExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, int]]
+"""From rows [N, H], expert ids and weights [N, K] to [N, H] and the number of distinct experts."""
 
 
 class ExpertShard:
@@ -38,10 +45,11 @@ class ExpertShard:
         self._dtype = torch.float32 if packed else weight.dtype
         width = weight.shape[2 if module.is_transposed else 1]
         self._group_rows = max(1, _GROUP_ELEMENTS // width) if weight.device.type == "cpu" else sys.maxsize
-        self._up = _projections(module, up_name, packed=packed)
-        self._down = _projections(module, "down_proj", packed=packed)
+        self._up = _projection(module, up_name, packed=packed)
+        self._down = _projection(module, "down_proj", packed=packed)
         self._activate = module._apply_gate if module.has_gate else module.act_fn
         self._finish = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+        self._fused = _fused(self._up, self._down, self._activate) if self._finish is None else None
         if packed:
             for name in names:
                 setattr(module, name, None)
@@ -52,6 +60,9 @@ class ExpertShard:
         ``expert_ids`` [N, K]: local ids, E for "none". ``weights`` [N, K]. Reads each active expert's weights once and
         no others. Sums go in f32 in the order of K, so a row's result does not depend on the rows beside it.
         """
+        if self._fused is not None:
+            output, num_active = self._fused(hidden.float(), expert_ids, weights)
+            return output.to(hidden.dtype), num_active
         n, k = expert_ids.shape
         # numpy: decoding has few rows, and its calls cost a fraction of torch's
         flat_ids = expert_ids.flatten().cpu().numpy()
@@ -63,7 +74,7 @@ class ExpertShard:
         index, row_of = (torch.from_numpy(places).to(hidden.device) for places in (order, order // k))
         rows = hidden.to(self._dtype).index_select(0, row_of)
         active = [expert for expert, count in enumerate(counts) if count]
-        results = torch.cat(self._compute(rows, active, [counts[expert] for expert in active]))
+        results = self._compute(rows, active, [counts[expert] for expert in active])
         if self._finish is not None:
             results = self._finish(results)
         computed = torch.zeros(n * k, hidden.shape[-1], device=hidden.device)
@@ -71,16 +82,17 @@ class ExpertShard:
         weighted = computed.view(n, k, -1) * weights.float().unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden.dtype), len(active)
 
-    def _compute(self, rows: torch.Tensor, experts: list[int], sizes: list[int]) -> list[torch.Tensor]:
+    def _compute(self, rows: torch.Tensor, experts: list[int], sizes: list[int]) -> torch.Tensor:
         """Return each expert's results for its rows; those of one expert lie together, ``sizes`` of them."""
-        results: list[torch.Tensor] = []
-        parts = rows.split(sizes)
+        results = []
+        start = 0
         for group in self._groups(sizes):
+            stop = start + sum(sizes[group])
             # One gate for all experts of a group: at few rows its calls would cost as much as its arithmetic
-            inner = [self._up[e](part) for e, part in zip(experts[group], parts[group], strict=True)]
-            gated = self._activate(torch.cat(inner) if len(inner) > 1 else inner[0]).split(sizes[group])
-            results += [self._down[e](part) for e, part in zip(experts[group], gated, strict=True)]
-        return results
+            gated = self._activate(self._up(rows[start:stop], experts[group], sizes[group]))
+            results.append(self._down(gated, experts[group], sizes[group]))
+            start = stop
+        return torch.cat(results) if len(results) > 1 else results[0]
 
     def _groups(self, sizes: list[int]) -> Iterator[slice]:
         """Cut the experts into runs of at most ``_group_rows`` rows, or of one expert."""
@@ -93,15 +105,28 @@ class ExpertShard:
         yield slice(start, len(sizes))
 
 
-def _projections(module: Any, name: str, *, packed: bool) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """Return each expert's linear layer; unless ``packed`` it refers to the module's own weights."""
+def _projection(module: Any, name: str, *, packed: bool) -> Projection:
+    """Return all experts' linear layer; unless ``packed`` it refers to the module's own weights."""
     weights = module.get_parameter(name)
     if module.is_transposed:
         weights = weights.transpose(1, 2)
-    biases = module.get_parameter(f"{name}_bias") if module.has_bias else [None] * len(weights)
-    pairs = zip(weights, biases, strict=True)
+    biases = module.get_parameter(f"{name}_bias") if module.has_bias else None
     if packed:
-        # Each call packs on one thread
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            return [layer.forward for layer in pool.map(lambda pair: PackedLinear(*pair), pairs)]
-    return [partial(linear, weight=weight, bias=bias) for weight, bias in pairs]
+        return PackedExperts(weights, biases)
+    each = [None] * len(weights) if biases is None else list(biases)
+    return partial(each_alone, [partial(linear, weight=w, bias=b) for w, b in zip(weights, each, strict=True)])
+
+
+def _fused(up: Projection, down: Projection, activate: Callable[[torch.Tensor], torch.Tensor]) -> FusedExperts | None:
+    """Return the experts as one operation if there is one that computes the same."""
+    if not isinstance(up, PackedExperts) or not isinstance(down, PackedExperts) or up.tiled is None:
+        return None
+    if down.tiled is None or up.biases is not None or not fits(up.tiled, down.tiled):
+        return None
+    # Experts name their gate in many ways; what it computes tells
+    near = torch.linspace(-9, 7, 6 * down.tiled.num_inputs).view(3, -1)
+    inner = torch.cat([near, 100 * near])  # a gate may clamp what is large
+    gate, linear_part = inner.chunk(2, dim=-1)
+    if not torch.equal(activate(inner), silu(gate) * linear_part):
+        return None
+    return partial(fused_moe, up.tiled, down.tiled)

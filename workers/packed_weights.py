@@ -1,20 +1,26 @@
-"""Sixteen-bit weights on a CPU without sixteen-bit arithmetic: held as halves, multiplied in float32.
+"""Sixteen-bit weights on a CPU without sixteen-bit arithmetic: held in sixteen bits, multiplied in float32.
 
 Few rows through a large weight cost the reading of the weight. On such a CPU torch's bfloat16 kernels read far
 below the memory's speed, and slower with every further row; every small operation pays for two conversions. So a
-bfloat16 model is rearranged once it is loaded: large weights are packed for FBGEMM's kernel (half-precision weights,
-float32 rows), all others and all activations become float32. It computes the float32 function of the bfloat16
-weights. `benchmarks/decode` measures what that brings.
+bfloat16 model is rearranged once it is loaded: large weights are packed for a kernel of sixteen-bit weights and
+float32 rows, all others and all activations become float32. That kernel is our own where a compiler is at hand
+(`kernels/fused_moe`), else FBGEMM's, whose weights are halves. The model computes the float32 function of its
+bfloat16 weights. `benchmarks/decode` measures what that brings.
+
+Shapes: N rows, E experts, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
+
+from ..kernels.fused_moe import TiledWeights, kernel
 
 _SMALLEST_PACKED = 1 << 18
 """Weights of fewer elements stay in the caches, where the packed kernel's fixed cost would show."""
@@ -36,27 +42,74 @@ def packs_weights(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer [N, I] to [N, O] in float32 of a bfloat16 weight [O, I].
+    """A linear layer [.., I] to [.., O] in float32 of a bfloat16 weight [O, I].
 
-    Packed values are exact for magnitudes from 2^-14, and within 2^-25 below. Weights that are small, or hold values
-    beyond a half's range, are kept as float32.
+    Weights that are small are kept as float32. FBGEMM's are exact for magnitudes from 2^-14 and within 2^-25 below;
+    with values beyond a half's range they are kept as float32.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        wide = weight.float()
-        bias = None if bias is None else bias.float()
+        self._bias = None if bias is None else bias.float()
+        self._tiled: TiledWeights | None = None
         self._packed: Any = None
+        library = kernel()
+        if weight.numel() >= _SMALLEST_PACKED and library is not None:
+            self._tiled = TiledWeights(library, weight[None])
+            return
+        wide = weight.float()
         if wide.numel() >= _SMALLEST_PACKED and wide.abs().max() <= _LARGEST_HALF:
-            self._packed = torch.ops.quantized.linear_prepack_fp16(wide, bias)
+            self._packed = torch.ops.quantized.linear_prepack_fp16(wide, self._bias)
         else:
-            self._wide, self._bias = wide, bias
+            self._wide = wide
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return ``rows`` times the weight's transpose, plus the bias."""
+        if self._tiled is not None:
+            flat = rows.reshape(-1, rows.shape[-1])
+            output = self._tiled.multiply(flat, [0], [len(flat)]).unflatten(0, rows.shape[:-1])
+            return output if self._bias is None else output.add_(self._bias)
         if self._packed is None:
             return linear(rows, self._wide, self._bias)
         return _linear_fp16(rows, self._packed)
+
+
+class PackedExperts:
+    """The same linear layer of E experts, of bfloat16 weights [E, O, I] and biases [E, O], in float32."""
+
+    def __init__(self, weights: torch.Tensor, biases: torch.Tensor | None) -> None:
+        self.biases = None if biases is None else biases.float()
+        self.tiled: TiledWeights | None = None
+        library = kernel()
+        if library is not None:
+            self.tiled = TiledWeights(library, weights)
+            return
+        # Each call packs on one thread
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            each = [None] * len(weights) if biases is None else list(biases)
+            self._layers: list[Callable[[torch.Tensor], torch.Tensor]] = [
+                layer.forward for layer in pool.map(PackedLinear, weights, each)
+            ]
+
+    def __call__(self, rows: torch.Tensor, experts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Return [N, O]: the first ``sizes[0]`` of ``rows`` [N, I] by expert ``experts[0]``, and so on."""
+        if self.tiled is None:
+            return each_alone(self._layers, rows, experts, sizes)
+        output = self.tiled.multiply(rows, experts, sizes)
+        if self.biases is not None:
+            output += self.biases[experts].repeat_interleave(torch.tensor(sizes), dim=0)
+        return output
+
+
+def each_alone(
+    layers: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    rows: torch.Tensor,
+    experts: Sequence[int],
+    sizes: Sequence[int],
+) -> torch.Tensor:
+    """Return [N, O]: each expert's rows, ``sizes`` of them in turn, by its layer."""
+    results = [layers[expert](part) for expert, part in zip(experts, rows.split(sizes), strict=True)]
+    return torch.cat(results) if len(results) > 1 else results[0]
 
 
 def pack_dense(model: nn.Module, expert_modules: Collection[nn.Module], routers: Collection[nn.Module]) -> None:

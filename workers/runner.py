@@ -13,6 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from ..kernels.fused_moe import kernel
 from ..router.budgeted_selection import BudgetedSelection, LayerRanks
 from ..router.placement import Placement, contiguous
 from ..router.topk import RouterSeam
@@ -81,7 +82,7 @@ class ModelRunner:
             pack_dense(self.model, loaded.expert_modules, loaded.routers)
         self.activation_dtype = torch.float32 if packed else self.dtype
         if self.device.type == "cpu" and self.activation_dtype == torch.float32:
-            fuse_norms(self.model)
+            fuse_norms(self.model, kernel() if packed else None)
         self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
         steerable = config.model_type not in UNSTEERABLE
         self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
@@ -151,7 +152,6 @@ class ModelRunner:
         self.log.reset()
         budget = StepBudget(plan, rows.valid, self.layers, self.experts.dispatcher.sum_scores)
         logits = self._forward(rows, budget.selections)
-        kept_weights = budget.finish(self.experts.counts)
         num_sampled = len(rows.sampled_rows)
         samplings = [request.sampling for request in plan.requests for _ in range(request.num_sampled_rows)]
         positions = (rows.positions[rows.sampled_rows] + 1).tolist()
@@ -169,6 +169,7 @@ class ModelRunner:
                     logits[start:stop][emitted.to(self.device)], tokens, request.sampling.logprobs
                 )
             start = stop
+        kept_weights = budget.finish(self.experts.counts)
         return RankResult(
             generation=plan.generation,
             step_id=plan.step_id,

@@ -30,7 +30,7 @@ def budgeted_rows(plan: RankPlan, valid: torch.Tensor | None, device: torch.devi
         budgeted, groups, reach = [False], [0], [1.0]
     return BudgetedRows(
         budgeted=torch.tensor(budgeted, device=device),
-        valid=valid,
+        valid=None if valid is None else valid.to(device),
         groups=torch.tensor(groups, device=device),
         num_groups=max(1, len(plan.requests)) if per_request else 1,
         reach=torch.tensor(reach, device=device),
@@ -59,6 +59,7 @@ class StepBudget:
         if not self.selections:
             return {}
         limits = [selection.limits for selection in self.selections]
+        assert None not in limits, "every layer has run"
         kept = torch.stack([found.kept for found in limits if found is not None]).cpu()  # [L, T]
         weights: dict[int, KeptWeight] = {}
         start = 0

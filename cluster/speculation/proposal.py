@@ -34,8 +34,12 @@ class Proposal:
         return len(self.token_ids)
 
     def reach(self, length: int) -> list[float]:
-        """Return per token the probability that it is reached and right, as far as the drafter can tell."""
-        return list(accumulate(self.evidence.frequencies[:length], mul))
+        """Return for ``length`` tokens the probability that each is reached and right, as far as the drafter can tell.
+
+        Of a token whose frequency it does not know, it is sure.
+        """
+        frequencies = list(self.evidence.frequencies[:length])
+        return list(accumulate([*frequencies, *[1.0] * (length - len(frequencies))], mul))
 
 
 NOTHING = Proposal()
