@@ -141,7 +141,7 @@ def test_the_grid_goes_from_most_experts_to_twice_what_a_row_uses(
     fields |= {"num_experts": num_experts, "num_experts_per_tok": top_k, "steerable": steerable}
     budgets = default_budgets(ModelInfo(**fields))  # type: ignore[arg-type]
     assert [budget.experts for budget in budgets if budget.experts] == sizes
-    assert [budget.coverage for budget in budgets if budget.coverage] == [0.95, 0.9, 0.85, 0.8]
+    assert [budget.coverage for budget in budgets if budget.coverage] == [0.98, 0.95, 0.9]
     for budget in budgets:
         budget.check(num_experts, top_k, steerable=steerable)
         assert budget.scope == "request"

@@ -18,9 +18,10 @@ from penstock.cluster.serving.deployment_error import DeploymentFailedError
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SERVE_OPTIONS = """
 --address --allow-uncalibrated --api-key --block-size --budget-profile --config --cpus-per-rank --device --draft-len
---drafter --dtype --expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes
---load-timeout-s --max-draft-len --max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase
---max-quality-loss --max-queued-requests --max-step-retries --num-threads
+--drafter --dtype
+--expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-draft-len
+--max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase --max-quality-loss
+--max-queued-requests --max-step-retries --num-threads
 --placement --port
 --prompt-lookup-max --prompt-lookup-min --request-timeout-s --revision --served-model-name --speculation
 --step-timeout-s --suffix-store-tokens --tokenizer

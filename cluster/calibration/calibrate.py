@@ -13,7 +13,7 @@ from .quality import Question, measure_budget, measure_reference
 
 DRAFT_LEN = 7
 _SHARES = (0.75, 0.625, 0.5, 0.375, 0.25)
-_COVERAGES = (0.95, 0.9, 0.85, 0.8)
+_COVERAGES = (0.98, 0.95, 0.9)
 
 OnProgress = Callable[[str, int], None]
 """Told what is being measured, and how many more of its answers and texts are done."""
