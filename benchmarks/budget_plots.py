@@ -50,7 +50,7 @@ def draw_quality(rows: Sequence[Row], target: Path) -> None:
         axis.set_title(task)
         axis.set_xlabel("distinct experts saved, % of all steps'")
     axes[0].set_ylabel("points of exact match lost (95 % CI)")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(target, dpi=110)
 
 
