@@ -61,6 +61,8 @@ FINE = CalibratedBudget(
 WORSE = replace(FINE, budget="experts=3,scope=request", exact_match=0.8, exact_match_loss=0.1)
 UNSURE = replace(FINE, budget="coverage=0.5,scope=request", perplexity_ratio=1.05)
 SHARED = replace(FINE, budget="experts=6")
+UNTRIED = replace(FINE, budget="experts=7,scope=request", kept_weight=None)
+SILENT = replace(FINE, budget="coverage=0.7,scope=request", num_tokens=0)
 OWNERS = replace(FINE, budget="experts=6,scope=owner", conditions=replace(CONDITIONS, num_ranks=2))
 
 
@@ -68,9 +70,8 @@ OWNERS = replace(FINE, budget="experts=6,scope=owner", conditions=replace(CONDIT
 def model(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     shutil.copytree(checkpoint("qwen3_moe"), directory)
-    found = BudgetProfile(
-        model="model", fingerprint=model_fingerprint(directory), budgets=[FINE, WORSE, UNSURE, SHARED, OWNERS]
-    )
+    budgets = [FINE, WORSE, UNSURE, SHARED, UNTRIED, SILENT, OWNERS]
+    found = BudgetProfile(model="model", fingerprint=model_fingerprint(directory), budgets=budgets)
     write_profile(found, directory / FILE_NAME)
     return directory
 
@@ -140,6 +141,7 @@ def test_nonsense_is_refused(model: Path, text: str) -> None:
 def test_the_loss_is_of_tasks_where_the_model_can_do_them_and_of_tokens_else() -> None:
     assert FINE.quality_loss == 0.004
     assert replace(FINE, reference_exact_match=0.39).quality_loss == pytest.approx(0.03)
+    assert replace(FINE, num_pairs=99).quality_loss == pytest.approx(0.03), "too few to tell"
     assert replace(FINE, reference_exact_match=None, exact_match_loss=None).quality_loss == pytest.approx(0.03)
     assert "25 % fewer experts" in describe(FINE)
     assert "0.4 points of exact match lost (95 % CI -0.4 to 1.2, 500 pairs)" in describe(FINE)
@@ -187,6 +189,15 @@ def test_what_can_change_nothing_needs_no_profile(model: Path, budget: str | Non
         ),
         ({"max_quality_loss": 0.001}, "expert_budget: .* within it: none calibrated"),
         ({"max_draft_len": 8}, "max_draft_len: 8 is more than the 7 tokens that .* --draft-len 8"),
+        ({"drafter": "suffix"}, "drafter: suffix is not ngram, which .* was calibrated with.* --drafter suffix"),
+        (
+            {"expert_budget": "experts=7,scope=request"},
+            "expert_budget: no draft was verified when experts=7,scope=request was calibrated",
+        ),
+        (
+            {"expert_budget": "coverage=0.7,scope=request"},
+            "expert_budget: no draft was verified when coverage=0.7,scope=request was calibrated",
+        ),
         ({"draft_len": 9}, "draft_len: 9 is more than the 7 tokens"),
         (
             {"expert_budget": "experts=6", "max_num_seqs": 5},
@@ -220,7 +231,7 @@ def test_a_profile_is_of_one_model(model: Path) -> None:
     (model / "kept.json").rename(model / FILE_NAME)
     weights = next(model.glob("*.safetensors"))
     changed = bytearray(weights.read_bytes())
-    changed[-1] ^= 1
+    changed[len(changed) // 2] ^= 1
     weights.write_bytes(changed)
     with pytest.raises(ValueError, match=r"^budget_profile: .* is of another model \(model\) or of other weights"):
         check_budget_profile(config_of(model))

@@ -86,6 +86,17 @@ def test_the_best_experts_are_kept_and_those_loaded_anyway(score: str, num_exper
         assert float(limits.kept[row]) == pytest.approx(kept, abs=1e-6)
 
 
+@pytest.mark.parametrize(("score", "kept"), [("selected", {1, 3}), ("squared", {0, 3}), ("survival", {0, 2})])
+def test_scores_disagree_on_who_matters(score: str, kept: set[int]) -> None:
+    scores = torch.zeros(3, E)
+    scores[0, 0], scores[0, 2] = 0.6, 0.4  # one row leans on 0; two rows touch 1
+    scores[1:, 1], scores[1:, 3] = 0.35, 0.65
+    routing = Routing(scores, scores, *scores.topk(K))
+    rows = rows_of([True] * 3, reach=[1.0, 0.1, 0.1])
+    limits = limit(ExpertBudget(experts=2, score=score), routing, rows, ONE_RANK)
+    assert set(limits.allowed[0].nonzero()[:, 0].tolist()) == kept
+
+
 @pytest.mark.parametrize("scope", ["source", "owner"])
 def test_batch_mates_that_load_experts_take_nobodys_place(scope: str) -> None:
     routing = softmax_routing(16)
@@ -97,6 +108,13 @@ def test_batch_mates_that_load_experts_take_nobodys_place(scope: str) -> None:
     assert bool((after.allowed[:T] | ~before.allowed).all())
     assert bool((after.kept[:T] >= before.kept - 1e-6).all())
     assert bool((after.kept[:T] > before.kept + 1e-3).any())
+
+
+def test_no_row_is_left_without_its_best_rank() -> None:
+    scores = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.55, 0.0, 0.45, 0.0]])
+    routing = Routing(scores, scores, *scores.topk(K))
+    limits = limit(ExpertBudget(min_rank_share=0.9), routing, rows_of([True]), FOUR_RANKS)
+    assert limits.allowed[0].nonzero()[:, 0].tolist() == [2, 3, 4, 5], "home, and the rank of most weight"
 
 
 def test_ties_send_no_row_to_more_ranks_than_allowed() -> None:

@@ -78,6 +78,8 @@ def test_what_it_writes_is_served(data: Path, tmp_path: Path, capsys: pytest.Cap
         ({"max_tokens": 0}, "^max_tokens: 0 is not at least 1"),
         ({"num_records": 0}, "^num_records: 0 is not at least 1"),
         ({"draft_len": 0}, "^draft_len: 0 is not at least 1"),
+        ({"output": Path("nowhere/out.json")}, "^output: cannot write nowhere/out.json"),
+        ({"plot": Path("nowhere/out.png")}, "^plot: cannot write nowhere/out.png"),
         ({"data": Path("nowhere.jsonl")}, "^data: cannot read nowhere.jsonl: No such file"),
     ],
 )
