@@ -10,7 +10,7 @@ from ..cluster.engine.engine import Engine
 from ..cluster.engine.ranks import Ranks
 from ..cluster.speculation.batch import Batch
 from ..cluster.speculation.controller import Controller, RequestReport
-from ..cluster.speculation.observation import StepObservation
+from ..cluster.speculation.observation import ShadowTrial, StepObservation
 from ..cluster.speculation.proposal import Proposal
 from .recorded_ranks import Job
 
@@ -46,6 +46,9 @@ class TableController:
         return proposal.reach(length)
 
     def observe(self, step: StepObservation) -> None:
+        """Nothing is learned."""
+
+    def learn(self, trials: Sequence[ShadowTrial]) -> None:
         """Nothing is learned."""
 
     def forget(self, key: int) -> None:

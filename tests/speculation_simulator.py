@@ -15,7 +15,7 @@ from penstock.cluster.speculation.batch import Batch, RequestView
 from penstock.cluster.speculation.controller import Controller
 from penstock.cluster.speculation.drafter import DraftContext, DrafterFactory
 from penstock.cluster.speculation.drafting import Drafting
-from penstock.cluster.speculation.observation import RequestOutcome, StepObservation
+from penstock.cluster.speculation.observation import RequestOutcome, ShadowTrial, StepObservation
 from penstock.cluster.speculation.options import SpeculationOptions
 from penstock.cluster.speculation.output_store import OutputStore
 from penstock.cluster.speculation.proposal import Evidence, Proposal
@@ -157,6 +157,13 @@ class Run:
     """Per request, what the clock said of them."""
     phases: dict[int, list[str]] = field(default_factory=dict)
     """Per request, the controller's phase after each."""
+    trials: list[ShadowTrial] = field(default_factory=list)
+    """Of the last step: the engine lets a controller learn from them when the next one is planned."""
+
+    def let_learn(self, controller: Controller) -> None:
+        """Have the controller learn from the last step."""
+        trials, self.trials = self.trials, []
+        controller.learn(trials)
 
     @property
     def rate(self) -> float:
@@ -194,6 +201,7 @@ def simulate(
             run.full_time_s += run.time_s - time_s
         for request in [r for r in live if not r.num_left]:
             live.remove(request)
+            run.let_learn(controller)
             drafting.close(request.key, request.text)
             controller.forget(request.key)
     return run
@@ -263,7 +271,9 @@ def _step(
     clock_s = machine.clock_s(true_s, rng)
     run.num_steps += 1
     run.time_s += true_s
-    controller.observe(StepObservation(clock_s, outcomes, rows, any(prompt_rows), experts, sent, trials))
+    run.let_learn(controller)
+    controller.observe(StepObservation(clock_s, outcomes, rows, any(prompt_rows), experts, sent))
+    run.trials = trials
     for outcome in outcomes:
         run.draft_lens.setdefault(outcome.key, []).append(outcome.num_drafted)
         run.times_s.setdefault(outcome.key, []).append(true_s)

@@ -129,7 +129,8 @@ def test_a_batch_shares_one_length() -> None:
 
     class Spy:
         wants_trials = False
-        observe, forget, report = cascade.observe, cascade.forget, cascade.report
+        observe, learn = cascade.observe, cascade.learn
+        forget, report = cascade.forget, cascade.report
 
         def max_draft_lens(self, batch: Batch) -> list[int]:
             lengths.append(cascade.max_draft_lens(batch))

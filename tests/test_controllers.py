@@ -131,7 +131,8 @@ def test_two_ranks_take_different_lengths_in_one_step() -> None:
     outcomes = [RequestOutcome(0, 0, 0, 1), RequestOutcome(1, 0, 0, 1)]
     step_s = fixed_s + per_expert_s * 3.3
     shadow.draft_lens(batch, [Proposal(), Proposal()])
-    shadow.observe(StepObservation(step_s, outcomes, [1, 1], False, [3.3, 3.3], [2.0, 2.0], trials))
+    shadow.observe(StepObservation(step_s, outcomes, [1, 1], False, [3.3, 3.3], [2.0, 2.0]))
+    shadow.learn(trials)
     lengths = shadow.draft_lens(batch, [proposal, proposal])
     assert lengths[0] > 2
     assert lengths[1] == 0

@@ -13,7 +13,7 @@ from penstock.cluster.engine.output import LENGTH
 from penstock.cluster.speculation.batch import Batch
 from penstock.cluster.speculation.fixed import FixedController
 from penstock.cluster.speculation.ngram import NgramDrafter
-from penstock.cluster.speculation.observation import StepObservation
+from penstock.cluster.speculation.observation import ShadowTrial, StepObservation
 from penstock.cluster.speculation.proposal import Proposal
 from penstock.workers.runner import ModelRunner
 
@@ -115,6 +115,7 @@ class Halving(FixedController):
         super().__init__(6)
         self.wanted: list[int] = []
         self.steps: list[StepObservation] = []
+        self.trials: list[ShadowTrial] = []
         self.forgotten: list[int] = []
 
     def draft_lens(self, batch: Batch, proposals: Sequence[Proposal]) -> list[int]:
@@ -127,6 +128,12 @@ class Halving(FixedController):
         if not step.has_prefill:
             assert [outcome.num_drafted for outcome in step.requests] == self.wanted
         self.steps.append(step)
+
+    def learn(self, trials: Sequence[ShadowTrial]) -> None:
+        assert not {trial.key for trial in trials} & set(self.forgotten)
+        if trials:
+            assert {trial.key for trial in trials} <= {outcome.key for outcome in self.steps[-1].requests}
+        self.trials += trials
 
     def forget(self, key: int) -> None:
         self.forgotten.append(key)
@@ -155,7 +162,7 @@ def test_the_controller_has_its_way_and_learns_what_came_of_it(
         assert step.rows_sent == [0]
         if not step.has_prefill:
             assert step.rows == [len(step.requests) + sum(outcome.num_drafted for outcome in step.requests)]
-    trials = [trial for step in steps for trial in step.trials]
+    trials = controller.trials
     assert max(trial.num_known for trial in trials) > 3, "what was not verified is learned from, too"
     assert sum(trial.num_right > trial.first for trial in trials) > 0
 

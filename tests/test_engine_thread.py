@@ -145,7 +145,7 @@ def test_outputs_are_delivered_while_the_next_step_runs(make_engine: Callable[..
         reader.deliver(outputs)
 
     thread = EngineThread(engine, deliver, overlap=True)
-    ranks[0].meanwhile = thread.hand_over
+    ranks[0].meanwhile = thread.meanwhile
     try:
         thread.submit("a", PROMPTS[0], sampling)
         assert reader.wait("a").finish_reason == LENGTH

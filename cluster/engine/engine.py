@@ -85,6 +85,8 @@ class Engine:
         self._step_id = 0
         self._failures_in_row = 0
         self._must_recover = False
+        self._unlearned: list[int] = []
+        """Requests (`Request.key`) that decoded in the last step, until `learn` has been called."""
         self._phases: Counter[str] = Counter()
         self._phases_due_s = 0.0
 
@@ -171,9 +173,25 @@ class Engine:
             # Interrupted: ranks may still answer this step, so its number must not come again
             self._void()
             raise
+        self.learn()
         self._step_id += 1
         self._failures_in_row = 0
         return self._commit(plan, result, started) + self._expire()
+
+    def learn(self) -> None:
+        """Learn what drafts and time of the last step teach.
+
+        `step` does so by itself, once the ranks are done. Whoever has it done while they run the next step, and in the
+        same thread, saves that time: no decision is the wiser for an earlier call.
+        """
+        keys, self._unlearned = self._unlearned, []
+        self.controller.learn(
+            [
+                trial
+                for key in (keys if self.controller.wants_trials else ())
+                for trial in self._drafting.settle(key, self._by_key[key].token_ids)
+            ]
+        )
 
     def _admit(self) -> None:
         now = self.clock()
@@ -302,6 +320,7 @@ class Engine:
                     self.counters.draft_len.observe(part.num_sampled_rows - 1)
         self.counters.add_step(plan, result, sum(len(output.token_ids) for output in outputs))
         self.controller.observe(self._observation(plan, result, outcomes, now - started))
+        self._unlearned = [outcome.key for outcome in outcomes]
         # Only now does the controller know of the requests' last steps
         return [self._ended(output, now) if output.finish_reason is not None else output for output in outputs]
 
@@ -320,11 +339,6 @@ class Engine:
             has_prefill=len(outcomes) < sum(len(rank.requests) for rank in plan.ranks),
             experts=[sum(rank.counts.experts) / num_layers for rank in result.ranks],
             rows_sent=[sum(rank.counts.rows_sent) / num_layers for rank in result.ranks],
-            trials=[
-                trial
-                for outcome in (outcomes if self.controller.wants_trials else ())
-                for trial in self._drafting.settle(outcome.key, self._by_key[outcome.key].token_ids)
-            ],
         )
 
     @staticmethod
@@ -376,6 +390,8 @@ class Engine:
         return tokens, LENGTH if len(tokens) == request.num_tokens_left else None, None
 
     def _finish(self, request: Request, reason: str, now: float) -> RequestStats:
+        if request.key in self._unlearned:  # its last drafts teach as well
+            self.learn()
         stats = request.stats(now, self._report(request))
         self.scheduler.remove(request)
         self.counters.finished(request, reason, now, stats.utility)

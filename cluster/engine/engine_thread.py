@@ -26,7 +26,7 @@ T = TypeVar("T")
 class EngineThread:
     """Steps ``engine`` while it has requests. ``deliver`` is called in the thread with every step's outputs.
 
-    With ``overlap`` that waits until the engine's ranks call `hand_over`, which they must while they run the next step,
+    With ``overlap`` that waits until the engine's ranks call `meanwhile`, which they must while they run the next step,
     or until there is no next step: then delivering holds up no rank. A first token goes out at once.
 
     Requests and aborts take effect between steps, in the order in which they came. A request that finds the queue full
@@ -128,11 +128,11 @@ class EngineThread:
                     continue
                 outputs = self._engine.step()
                 if self._outputs:  # the step ended before the ranks had it
-                    self.hand_over()
+                    self._hand_over()
                 self._outputs = outputs
                 # A first token does not wait for the next plan
                 if not self._overlap or any(output.offset == 0 for output in outputs):
-                    self.hand_over()
+                    self._hand_over()
             except EngineDeadError as error:
                 self._die(str(error))
             except Exception as error:  # a bug of ours must not leave clients waiting for ever
@@ -147,15 +147,20 @@ class EngineThread:
             except queue.Empty:
                 if self._engine.has_requests:
                     return True
-                self.hand_over()
+                self._hand_over()
                 command = self._inbox.get()
             if command is None:
-                self.hand_over()
+                self._hand_over()
                 return False
             command()
 
-    def hand_over(self) -> None:
-        """Publish the totals and deliver the last step's outputs. Called in the thread."""
+    def meanwhile(self) -> None:
+        """Do what is not to hold up ranks, readers first. Called in the thread, while ranks run a step."""
+        self._hand_over()
+        self._engine.learn()
+
+    def _hand_over(self) -> None:
+        """Publish the totals and deliver the last step's outputs."""
         # In this order, so that whoever has the last token of a request finds it counted
         self._publish()
         if self._outputs:
@@ -178,5 +183,5 @@ class EngineThread:
 
     def _deliver_errors(self) -> None:
         if self._outputs:
-            self.hand_over()
+            self._hand_over()
         self._deliver(self._engine.fail_all(self._death or ""))

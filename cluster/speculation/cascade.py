@@ -8,7 +8,7 @@ from statistics import fmean
 from .baseline import Baseline, UtilityLedger, batch_bucket
 from .batch import Batch
 from .controller import RequestReport
-from .observation import RequestOutcome, StepObservation
+from .observation import RequestOutcome, ShadowTrial, StepObservation
 from .phase_machine import PhaseMachine
 from .proposal import Proposal
 
@@ -75,6 +75,9 @@ class CascadeController:
                 baseline_s,
                 drafted=any(outcome.num_drafted for outcome in learners),
             )
+
+    def learn(self, trials: Sequence[ShadowTrial]) -> None:
+        """Nothing is left to learn."""
 
     def forget(self, key: int) -> None:
         """Drop the request's machine and ledger; what batches learned stays."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .batch import Batch
-from .observation import StepObservation
+from .observation import ShadowTrial, StepObservation
 from .proposal import Proposal
 
 PHASES = ("off", "fixed", "baseline", "test", "set", "disabled", "shadow")
@@ -31,12 +31,12 @@ class Controller(Protocol):
     """Chooses draft lengths and learns from what became of them. Pure state: no clock, no randomness of its own.
 
     In each step: `max_draft_lens`, then the drafters propose, then `draft_lens`; `observe` once the step has
-    committed. A step that failed is planned again with the same calls and no `observe`, so neither may depend on
-    how often it was called.
+    committed, and `learn` once the next one was planned. A step that failed is planned again with the same calls and
+    no `observe`, so neither may depend on how often it was called.
     """
 
     wants_trials: bool
-    """Whether it learns from `StepObservation.trials`, so that proposals must be kept until the text has followed."""
+    """Whether `learn` is given trials, so that proposals must be kept until the text has followed."""
 
     def max_draft_lens(self, batch: Batch) -> list[int]:
         """Return per request the most tokens its drafter should propose, at most its own limit; 0 calls no drafter."""
@@ -54,7 +54,17 @@ class Controller(Protocol):
         ...
 
     def observe(self, step: StepObservation) -> None:
-        """Learn what one committed step made of the drafts and of time, requests that it ended included."""
+        """Take what one committed step made of the drafts and of time, requests that it ended included.
+
+        Ranks wait for it: what the next decision can do without is left to `learn`.
+        """
+        ...
+
+    def learn(self, trials: Sequence[ShadowTrial]) -> None:
+        """Learn from the step that was observed last, while ranks run the next; ``trials``: what is known since.
+
+        Called before the next `observe`, and before `forget` of a request of that step.
+        """
         ...
 
     def forget(self, key: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .batch import Batch
 from .controller import RequestReport
-from .observation import StepObservation
+from .observation import ShadowTrial, StepObservation
 from .proposal import Proposal
 
 
@@ -40,6 +40,9 @@ class FixedController:
 
     def observe(self, step: StepObservation) -> None:
         """Nothing is learned."""
+
+    def learn(self, trials: Sequence[ShadowTrial]) -> None:
+        """Nothing is left to learn."""
 
     def forget(self, key: int) -> None:
         """Nothing is kept."""

@@ -51,5 +51,3 @@ class StepObservation:
     """Distinct experts that each rank computed, a mean over MoE layers."""
     rows_sent: Sequence[float]
     """Rows that each rank sent to others, a row counting once per rank it visits; a mean over MoE layers."""
-    trials: Sequence[ShadowTrial] = ()
-    """What shadow drafting has learned of past proposals, where the controller asks for it."""

@@ -11,7 +11,7 @@ from .allocation import Chain, allocate
 from .baseline import UtilityLedger
 from .batch import Batch, RequestView
 from .controller import RequestReport
-from .observation import StepObservation
+from .observation import ShadowTrial, StepObservation
 from .proposal import Proposal
 from .step_cost import StepCost
 
@@ -58,6 +58,8 @@ class ShadowController:
         """Expected time of the planned step without drafts."""
         self._beside: tuple[float, float] | None = None
         """Of drafts beside prompts: the time they are expected to add, and what a token of theirs is worth."""
+        self._unlearned: StepObservation | None = None
+        """The step that `learn` has still to learn from."""
         self._ledgers: dict[int, UtilityLedger] = {}
         self._draft_lens: dict[int, int] = {}
 
@@ -85,23 +87,28 @@ class ShadowController:
         return [length + own for length, own in zip(chosen, fixed, strict=True)]
 
     def observe(self, step: StepObservation) -> None:
-        """Learn gain from the trials, and cost from the counts and the time."""
-        for trial in step.trials:
-            self._acceptance.learn(trial)
-        num_rows = sum(step.rows)
-        if not num_rows:
-            return
-        self._cost.learn_experts(num_rows, max(step.experts))
+        """Settle the allowance and the requests' ledgers; what the step teaches is left to `learn`."""
+        self._unlearned = step
         if step.has_prefill:
             self._account_beside(step)
         if step.has_prefill or not step.requests:
             return
-        self._cost.learn(num_rows, max(step.rows), max(step.experts), max(step.rows_sent), step.step_s)
         self._account(step)
         for outcome in step.requests:
             self._draft_lens[outcome.key] = outcome.num_drafted
             ledger = self._ledgers.setdefault(outcome.key, UtilityLedger())
             ledger.add(outcome.num_tokens, step.step_s, self._plain_step_s)
+
+    def learn(self, trials: Sequence[ShadowTrial]) -> None:
+        """Learn gain from the trials, and cost from the step's counts and time."""
+        for trial in trials:
+            self._acceptance.learn(trial)
+        step, self._unlearned = self._unlearned, None
+        if step is None or not sum(step.rows):
+            return
+        self._cost.learn_experts(sum(step.rows), max(step.experts))
+        if step.requests and not step.has_prefill:
+            self._cost.learn(sum(step.rows), max(step.rows), max(step.experts), max(step.rows_sent), step.step_s)
 
     def forget(self, key: int) -> None:
         """Drop the request's own estimates; what all requests taught stays."""
