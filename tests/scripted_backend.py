@@ -91,6 +91,8 @@ class ScriptedBackend:
     requests: list[SamplingParams] = field(default_factory=list)
     speculation: list[SpeculationOptions] = field(default_factory=list)
     """Of the same requests."""
+    clients: list[str] = field(default_factory=list)
+    """Whose they are."""
     started: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     aborted: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     """Requests whose iterator was closed before its end."""
@@ -109,11 +111,13 @@ class ScriptedBackend:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         speculation: SpeculationOptions = AUTO,
+        client: str = "",
     ) -> AsyncIterator[RequestOutput]:
         if self.dead:
             raise EngineDeadError("rank 1 is gone")
         self.requests.append(sampling)
         self.speculation.append(speculation)
+        self.clients.append(client)
         self.started.put_nowait(request_id)
         assert sampling.max_tokens is not None
         count = sampling.max_tokens if self.script is None else min(len(self.script), sampling.max_tokens)

@@ -13,7 +13,6 @@ import pytest
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.api.openai_api import create_app
 from penstock.cluster.api.serving_state import ServingState
-from penstock.cluster.speculation.options import SpeculationOptions
 from penstock.workers.sampling_params import SamplingParams
 
 from .openai_app import NAMES, chat, client_of, completion, gathered
@@ -99,10 +98,8 @@ async def test_one_failing_choice_fails_the_request_and_ends_the_others(
 ) -> None:
     generate = backend.generate
 
-    async def fails_once(
-        request_id: str, prompt: Any, sampling: SamplingParams, speculation: SpeculationOptions
-    ) -> AsyncIterator[Any]:
-        async for output in generate(request_id, prompt, sampling, speculation):
+    async def fails_once(request_id: str, prompt: Any, sampling: SamplingParams, *more: Any) -> AsyncIterator[Any]:
+        async for output in generate(request_id, prompt, sampling, *more):
             if sampling.choice == 1 and output.offset > 0:
                 raise RuntimeError("boom")
             yield output

@@ -8,7 +8,7 @@ from penstock import __version__
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.workers.sampling_params import SamplingParams
 
-from .openai_app import CHAT, NAMES, TEXT, chat, completion, piece
+from .openai_app import CHAT, NAMES, TEXT, chat, completion, piece, post_completion
 from .scripted_backend import MAX_MODEL_LEN, ScriptedBackend
 
 
@@ -37,6 +37,16 @@ async def test_sampling_fields_reach_the_engine(http: httpx.AsyncClient, backend
         logit_bias={5: 1.0, 7: -100.0}, stop=("x",), logprobs=3, prompt_logprobs=2, max_tokens=12, **fields
     )
     assert backend.requests == [wanted, wanted]
+
+
+async def test_a_request_is_its_users_or_else_that_of_its_address(
+    http: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    await completion(http, user="ada", n=2, temperature=1.0)
+    await chat(http)
+    assert backend.clients == ["ada", "ada", "127.0.0.1"]
+    response = await post_completion(http, user=7)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "user")
 
 
 async def test_stop_strings_wait_for_min_tokens(

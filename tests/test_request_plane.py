@@ -34,6 +34,7 @@ class Sink:
     """The engine: remembers what it was told."""
 
     submitted: list[tuple[str, list[int], SamplingParams, SpeculationOptions]] = field(default_factory=list)
+    clients: list[str] = field(default_factory=list)
     aborted: list[tuple[str, str]] = field(default_factory=list)
     refusal: Exception | None = None
 
@@ -43,10 +44,12 @@ class Sink:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         speculation: SpeculationOptions,
+        client: str,
     ) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.submitted.append((request_id, list(prompt_token_ids), sampling, speculation))
+        self.clients.append(client)
 
     def abort(self, request_id: str, reason: str = ABORT) -> None:
         self.aborted.append((request_id, reason))
@@ -77,10 +80,12 @@ class Reader:
         self.client = RequestClient(ticket, self.router, lease_s=LEASE_S)
         self.running = asyncio.ensure_future(self.client.run())
 
-    def ask(self, request_id: str, prompt: Sequence[int] = (5, 6)) -> AsyncGenerator[RequestOutput, None]:
+    def ask(
+        self, request_id: str, prompt: Sequence[int] = (5, 6), client: str = ""
+    ) -> AsyncGenerator[RequestOutput, None]:
         return self.router.read(
             request_id,
-            lambda: self.client.submit(request_id, prompt, SAMPLING, DRAFTED),
+            lambda: self.client.submit(request_id, prompt, SAMPLING, DRAFTED, client),
             lambda reason: self.client.abort(request_id, reason),
         )
 
@@ -104,10 +109,11 @@ async def until(condition: Callable[[], object]) -> None:
 
 async def test_requests_and_outputs_arrive_as_they_were_sent(plane: Plane) -> None:
     async with plane.reader() as reader:
-        outputs = reader.ask("a", range(1000))
+        outputs = reader.ask("a", range(1000), "somebody")
         first = asyncio.ensure_future(anext(outputs))
         await until(lambda: plane.sink.submitted)
         assert plane.sink.submitted == [("a", list(range(1000)), SAMPLING, DRAFTED)]
+        assert plane.sink.clients == ["somebody"]
         scored = Logprobs([[5, 6], [7, 8]], [[-0.1, float("-inf")], [-3.0, -4.0]], [1, 2])
         one = RequestOutput("a", 0, [5, 7], logprobs=scored, num_steps=2)
         plane.server.deliver([one, RequestOutput("of nobody", 0, [1])])

@@ -141,7 +141,15 @@ async def _respond(
     options = answer.options
     wanted = [(prompt, one) for prompt in options.prompts for one in prompt.sampling.choices()]
     texts = [
-        stream_text(state.backend, state.tokenizer, f"{options.request_id}-{index}", prompt.token_ids, one, speculation)
+        stream_text(
+            state.backend,
+            state.tokenizer,
+            f"{options.request_id}-{index}",
+            prompt.token_ids,
+            one,
+            speculation,
+            _client(request, body),
+        )
         for index, (prompt, one) in enumerate(wanted)
     ]
     deltas = merge(texts)
@@ -160,6 +168,13 @@ async def _respond(
     except Exception as error:
         raise ApiError.from_failure(error) from error
     return Response(answer.whole(generations), media_type="application/json")
+
+
+def _client(request: Request, body: GenerationRequest) -> str:
+    """Return whose request it is, as far as can be told."""
+    if body.user:
+        return body.user
+    return request.client.host if request.client else ""
 
 
 async def _collect(

@@ -59,7 +59,6 @@ _HARMLESS = {
     "service_tier",
     "spaces_between_special_tokens",
     "store",
-    "user",
 }
 
 
@@ -212,6 +211,9 @@ class GenerationRequest(BaseModel):
     truncate_prompt_tokens: Annotated[int | None, _schema("integer", minimum=-1)] = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    user: str | None = Field(
+        None, description="Whose request it is: users share what is served. Without it, the address it came from."
+    )
     speculation: Annotated[dict[str, Any] | None, _INLINE_SPECULATION] = Field(
         None, description="How this request drafts, within what the server allows; max_draft_len is in [0, 64]."
     )

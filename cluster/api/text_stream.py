@@ -44,6 +44,7 @@ async def stream_text(
     prompt_token_ids: Sequence[int],
     sampling: SamplingParams,
     speculation: SpeculationOptions = AUTO,
+    client: str = "",
 ) -> AsyncGenerator[TextDelta, None]:
     """Yield a request's text until it ends; close the generator to abort it.
 
@@ -52,7 +53,7 @@ async def stream_text(
     """
     sampling = sampling.with_seed()
     text = RequestText(tokenizer, prompt_token_ids, sampling)
-    outputs = backend.generate(request_id, prompt_token_ids, sampling, speculation)
+    outputs = backend.generate(request_id, prompt_token_ids, sampling, speculation, client)
     async with aclosing(outputs):
         async for output in outputs:
             delta = text.take(output)

@@ -34,12 +34,13 @@ class AsyncEngine:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         speculation: SpeculationOptions = AUTO,
+        client: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs; see ``Backend.generate``."""
 
         return self._router.read(
             request_id,
-            lambda: self.thread.submit(request_id, prompt_token_ids, sampling, speculation),
+            lambda: self.thread.submit(request_id, prompt_token_ids, sampling, speculation, client),
             lambda reason: self.thread.abort(request_id, reason),
         )
 

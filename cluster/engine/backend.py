@@ -40,9 +40,11 @@ class Backend(Protocol):
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         speculation: SpeculationOptions = AUTO,
+        client: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs until one carries a ``finish_reason``.
 
+        ``client``: whose request it is; clients share what is served.
         Closing the iterator early (client gone, stop string found) aborts the request and frees its blocks. A reader
         that lags gets several steps' tokens in one output.
         Raises ``ValueError`` naming the field if the prompt is empty, holds an id outside the vocabulary or, with

@@ -102,11 +102,13 @@ class Engine:
         sampling: SamplingParams,
         speculation: SpeculationOptions = AUTO,
         *,
+        client: str = "",
         arrival_s: float | None = None,
     ) -> SamplingParams:
         """Queue a request and return its sampling with the seed that was drawn if it had none.
 
-        ``arrival_s``: when it came, by the engine's clock, if not now. Raises ``ValueError`` naming the field; then
+        ``client``: whose it is, for fair admission. ``arrival_s``: when it came, by the engine's clock, if not now.
+        Raises ``ValueError`` naming the field; then
         nothing has changed.
         """
         if request_id in self._requests:
@@ -124,6 +126,7 @@ class Engine:
             num_prompt_tokens=len(prompt_token_ids),
             max_total_tokens=check_prompt(self.model, prompt_token_ids, sampling),
             arrival_s=self.clock() if arrival_s is None else arrival_s,
+            client=client,
         )
         self._next_key += 1
         self._requests[request_id] = self._by_key[request.key] = request
@@ -363,6 +366,7 @@ class Engine:
             request.first_token_s = now
         request.last_token_s = now
         self.counters.add_tokens(len(kept), num_drafted, num_accepted)
+        self.scheduler.waiting.charge(request.client, num_output_tokens=len(kept))
         return RequestOutput(
             request.request_id,
             offset,

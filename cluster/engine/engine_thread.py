@@ -58,6 +58,7 @@ class EngineThread:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         speculation: SpeculationOptions = AUTO,
+        client: str = "",
     ) -> None:
         """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``."""
         self.check_health()
@@ -68,7 +69,7 @@ class EngineThread:
 
         def add() -> None:
             try:
-                self._engine.add_request(request_id, prompt, sampling, speculation, arrival_s=arrival_s)
+                self._engine.add_request(request_id, prompt, sampling, speculation, client=client, arrival_s=arrival_s)
             except ValueError as error:  # all but the id was checked above, and ids are unique to their readers
                 logger.error("request dropped: %s", error)
             finally:

@@ -28,6 +28,8 @@ class Request:
     max_total_tokens: int
     """Prompt plus the most output it may have."""
     arrival_s: float
+    client: str = ""
+    """Whose it is: clients share what is served."""
     rank: int = -1
     """The rank that holds its KV; -1 while it waits."""
     committed_len: int = 0

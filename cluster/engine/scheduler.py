@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from bisect import insort
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...router.expert_budget import ExpertBudget
 from ...workers.plan import RankPlan, RequestPlan, StepPlan
 from .block_pool import BlockPool
+from .fair_queue import FairQueue
 from .request import Request
 
 
@@ -40,7 +39,7 @@ _WATERMARK = 0.01
 
 
 class Scheduler:
-    """Continuous batching over several ranks: running requests first, then waiting ones in order of arrival.
+    """Continuous batching over several ranks: running requests first, then waiting ones as `FairQueue` orders them.
 
     A request takes the blocks of all its known tokens when it is admitted and further ones as it grows. When a rank has
     none left, its drafts go first, then the request that arrived last: it waits again, in its place by arrival, and is
@@ -54,7 +53,7 @@ class Scheduler:
     def __init__(self, pools: Sequence[BlockPool], max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pools = list(pools)
         self.running: list[list[Request]] = [[] for _ in pools]
-        self.waiting: deque[Request] = deque()
+        self.waiting = FairQueue()
         self.num_admissions = 0
         self.num_preemptions = 0
         self._released: list[list[int]] = [[] for _ in pools]
@@ -72,7 +71,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request."""
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def remove(self, request: Request) -> None:
         """Forget a request, wherever it is; its rank learns with the next plan."""
@@ -84,19 +83,21 @@ class Scheduler:
     def admit(self) -> list[Request]:
         """Give running requests the blocks they need next and waiting ones a rank; return those admitted.
 
-        First come, first served: a request that does not fit yet holds up those behind it, so none starves. Requests
-        that lose their blocks to older ones wait again.
+        A request that does not fit yet holds up those behind it, so none starves. Requests that lose their blocks to
+        older ones wait again.
         """
         for rank in range(len(self.pools)):
             self._grow(rank)
         admitted = []
         while self.waiting:
-            request = self.waiting[0]
+            request = self.waiting.next()
             open_ranks = [rank for rank in range(len(self.pools)) if self._fits(request, rank)]
             if not open_ranks:
                 break
             rank = min(open_ranks, key=lambda r: (sum(q.num_pending_tokens for q in self.running[r]), r))
-            self.waiting.popleft()
+            self.waiting.remove(request)
+            if not request.num_preemptions:
+                self.waiting.charge(request.client, num_prompt_tokens=request.num_prompt_tokens)
             request.rank = rank
             self.pools[rank].grow(request.blocks, len(request.token_ids))
             self.running[rank].append(request)
@@ -132,7 +133,7 @@ class Scheduler:
         request.committed_len = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
-        insort(self.waiting, request, key=_arrival)
+        self.waiting.add(request)
 
     def _leave_rank(self, request: Request) -> None:
         """Take the request's place and blocks away; its rank learns with the next plan."""

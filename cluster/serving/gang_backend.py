@@ -52,18 +52,19 @@ class GangBackend:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         speculation: SpeculationOptions = AUTO,
+        client: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs; see ``Backend.generate``."""
-        client = self._client
+        plane = self._client
 
         def submit() -> None:
-            if client is None:
+            if plane is None:
                 raise EngineDeadError(_NO_GANG)
-            client.submit(request_id, prompt_token_ids, sampling, speculation)
+            plane.submit(request_id, prompt_token_ids, sampling, speculation, client)
 
         def abort(reason: str) -> None:
-            assert client is not None, "it took the request"
-            client.abort(request_id, reason)
+            assert plane is not None, "it took the request"
+            plane.abort(request_id, reason)
 
         return self._router.read(request_id, submit, abort)
 

@@ -46,9 +46,10 @@ class RequestClient:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         speculation: SpeculationOptions = AUTO,
+        client: str = "",
     ) -> None:
         """Send a request; if it is refused, the router learns why. Raises ``EngineDeadError``."""
-        self._send(Submit(request_id, list(prompt_token_ids), sampling, speculation))
+        self._send(Submit(request_id, list(prompt_token_ids), sampling, speculation, client))
 
     def abort(self, request_id: str, reason: str) -> None:
         """Drop a request; raises ``EngineDeadError``."""

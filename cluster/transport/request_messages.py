@@ -19,6 +19,8 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     speculation: SpeculationOptions
+    client: str = ""
+    """Whose it is."""
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):

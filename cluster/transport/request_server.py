@@ -51,6 +51,7 @@ class RequestSink(Protocol):
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         speculation: SpeculationOptions,
+        client: str,
     ) -> None:
         """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``."""
         ...
@@ -169,7 +170,9 @@ class RequestServer:
         try:
             if request_id in self._reader_of:
                 raise ValueError(f"request_id: {request_id!r} is in use")
-            self._sink.submit(request_id, message.prompt_token_ids, message.sampling, message.speculation)
+            self._sink.submit(
+                request_id, message.prompt_token_ids, message.sampling, message.speculation, message.client
+            )
         except (ValueError, QueueFullError, EngineDeadError) as error:
             self._send(reader_id, Refused.because(request_id, error))
             return
