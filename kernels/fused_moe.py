@@ -1,4 +1,4 @@
-"""Layers of bfloat16 experts for float32 rows, at the memory's speed on a CPU without bfloat16 arithmetic.
+"""Layers of bfloat16 experts for float32 rows, at the memory's speed on a CPU.
 
 Decoding computes a few rows with each of many experts, so it costs the reading of their weights. The kernel
 (`fused_moe.cpp`) reads each weight once, in the order in which it lies, a whole layer in one call. It is compiled where

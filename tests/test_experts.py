@@ -43,16 +43,19 @@ def rows(n: int, dtype: torch.dtype, seed: int = 3) -> tuple[torch.Tensor, torch
     return hidden, ids, weights
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 2, 33])
 @torch.inference_mode()
-def test_equals_transformers_eager_experts(dtype: torch.dtype, tolerance: float, n: int) -> None:
+def test_equals_transformers_eager_experts(dtype: torch.dtype, n: int) -> None:
     hidden, ids, weights = rows(n, dtype)
     for module in modules(dtype):
         expected = copy.deepcopy(module).float()(hidden.float(), ids, weights.float()).to(dtype)
         result, num_active = ExpertShard(module).run(hidden, ids, weights)
         assert result.dtype == dtype
-        torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+        if dtype == torch.float32:
+            torch.testing.assert_close(result, expected, rtol=2e-6, atol=2e-6)
+        else:  # of a sum that nearly cancels, rounding leaves little: no element says much by itself
+            assert (result - expected).float().norm() < 1e-2 * expected.float().norm()
         assert num_active == len(set(ids.flatten().tolist()))
 
 

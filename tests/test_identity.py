@@ -12,8 +12,10 @@ import torch
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
+from penstock.kernels.philox import gumbel
 from penstock.router.expert_budget import ExpertBudget
 from penstock.workers.architectures import SUPPORTED
+from penstock.workers.sampler import filter_logits
 from penstock.workers.sampling_params import SamplingParams
 
 from .random_placement import write_placement
@@ -125,18 +127,37 @@ def _run(ranks: Ranks, config: EngineConfig, draft_len, prompts, sampling: Sampl
     return [outputs[str(i)] for i in range(len(prompts))]
 
 
-def _assert_same(directory: Path, prompt: list[int], got: list[int], want: list[int]) -> int:
-    """Assert equality but for a tie: return 1 where f32 itself could not tell the two tokens apart."""
-    if got == want:
-        return 0
+def _ties(
+    directory: Path, prompts: list[list[int]], got: list[list[int]], wanted: list[list[int]], sampling: SamplingParams
+) -> set[tuple[int, int]]:
+    """Return where outputs part, as (prompt, token), having asserted that f32 itself cannot tell the two tokens apart.
+
+    Both are within `EXCUSED_GAP` of the best by transformers' logits, noise included.
+    """
+    parted = set()
+    for number, (prompt, ours, theirs) in enumerate(zip(prompts, got, wanted, strict=True)):
+        if ours == theirs:
+            continue
+        first = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        scores = _scores(directory, prompt + theirs[:first], sampling)
+        gap = float(scores.max() - scores[[ours[first], theirs[first]]].min())
+        assert gap < EXCUSED_GAP, f"prompt {number}, token {first}: {ours[first]} and {theirs[first]} are {gap} apart"
+        parted.add((number, first))
+    return parted
+
+
+def _scores(directory: Path, text: list[int], sampling: SamplingParams) -> torch.Tensor:
+    """Return what the token after ``text`` is the argmax of [V], by transformers' logits."""
     from transformers import AutoModelForCausalLM
 
-    first = next(i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.inference_mode():
-        top = model(torch.tensor([prompt + want[:first]])).logits[0, -1].topk(2).values
-    assert float(top[0] - top[1]) < EXCUSED_GAP, f"token {first}: got {got[first]}, transformers has {want[first]}"
-    return 1
+        logits = model(torch.tensor([text])).logits[:, -1]
+    if sampling.temperature == 0:
+        return logits[0]
+    assert sampling.seed is not None
+    noise = gumbel(sampling.seed, sampling.choice, len(text), torch.arange(logits.shape[-1]))
+    return filter_logits(logits, [sampling.token_sampling()])[0] + noise
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
@@ -171,11 +192,11 @@ def test_greedy_tokens_are_those_of_transformers(served, model, reference):
     prompts = _prompts(model)
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
     wanted = [reference(directory, prompt, MAX_TOKENS, ignore_eos=True) for prompt in prompts]
-    excused = 0
+    excused = set()
     for draft_len in DRAFT_LENS:
         recording = RecordingRanks(ranks)
         got = _run(recording, config, draft_len, prompts, sampling)
-        excused += sum(map(_assert_same, [directory] * len(prompts), prompts, got, wanted))
+        excused |= _ties(directory, prompts, got, wanted, sampling)
         assert (recording.num_drafted > 0) == (draft_len != 0)
         # Random weights may never repeat themselves; test_architectures drafts for them with an oracle
         assert recording.num_accepted > 0 or draft_len == 0 or model not in ON_TWO_RANKS
@@ -186,16 +207,18 @@ def test_greedy_tokens_are_those_of_transformers(served, model, reference):
                 first, second = result.ranks
                 assert first.num_collectives == second.num_collectives == 3 * num_layers
                 assert first.collectives_crc == second.collectives_crc
-    assert excused <= 1
+    assert len(excused) <= 1
 
 
 def test_seeded_tokens_depend_on_nothing_but_the_text(served, model, sampled_outputs):
-    ranks, config, _ = served
+    ranks, config, directory = served
     prompts = _prompts(model)
+    excused = set()
     sampling = SamplingParams(temperature=1.0, top_p=0.95, top_k=50, seed=1234, max_tokens=MAX_TOKENS, ignore_eos=True)
     for draft_len in DRAFT_LENS:
         got = _run(ranks, config, draft_len, prompts, sampling)
-        assert got == sampled_outputs.setdefault(model, got)
+        excused |= _ties(directory, prompts, got, sampled_outputs.setdefault(model, got), sampling)
+    assert len(excused) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +252,7 @@ def test_a_budget_that_allows_everything_changes_no_token(served, model, referen
     wanted = [reference(directory, prompt, MAX_TOKENS, ignore_eos=True) for prompt in prompts]
     recording = BudgetingRanks(ranks, budget)
     got = _run(recording, config, 3, prompts, sampling)
-    assert sum(map(_assert_same, [directory] * len(prompts), prompts, got, wanted)) <= 1
+    assert len(_ties(directory, prompts, got, wanted, sampling)) <= 1
     counts = [rank.counts for result in recording.results for rank in result.ranks]
     num_rows = sum(sum(count.budgeted_rows) for count in counts)
     assert num_rows > 0

@@ -25,8 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def no_bfloat16_instructions(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+def no_amx(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
@@ -53,7 +52,7 @@ def _weight(*shape: int, scale: float = 0.02) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(5)) * scale).bfloat16()
 
 
-def test_only_bfloat16_on_a_cpu_without_it_is_packed(monkeypatch):
+def test_only_bfloat16_on_a_cpu_without_amx_is_packed(monkeypatch):
     assert packs_weights(torch.bfloat16, CPU)
     assert not packs_weights(torch.float32, CPU)
     assert not packs_weights(torch.bfloat16, torch.device("cuda"))

@@ -1,17 +1,19 @@
-"""Sixteen-bit weights on a CPU without sixteen-bit arithmetic: held in sixteen bits, multiplied in float32.
+"""Sixteen-bit weights on a CPU: held in sixteen bits, multiplied in float32.
 
-Few rows through a large weight cost the reading of the weight. On such a CPU torch's bfloat16 kernels read far
-below the memory's speed, and slower with every further row; every small operation pays for two conversions. So a
-bfloat16 model is rearranged once it is loaded: large weights are packed for a kernel of sixteen-bit weights and
-float32 rows, all others and all activations become float32. That kernel is our own where a compiler is at hand
-(`kernels/fused_moe`), else FBGEMM's, whose weights are halves. The model computes the float32 function of its
-bfloat16 weights. `benchmarks/decode` measures what that brings.
+Few rows through a large weight cost the reading of the weight. torch's bfloat16 kernels read far below the memory's
+speed, even where the processor has bfloat16 instructions; without them every small operation pays for two conversions
+besides. So a bfloat16 model is rearranged once it is loaded: large weights are packed for a kernel of sixteen-bit
+weights and float32 rows, all others and all activations become float32. That kernel is our own where a compiler is at
+hand (`kernels/fused_moe`), else FBGEMM's, whose weights are halves. The model computes the float32 function of its
+bfloat16 weights. `benchmarks/decode` and `benchmarks/packed_layers` measure what that brings, and what it costs where
+rows are many.
 
 Shapes: N rows, E experts, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +24,8 @@ from torch.nn.functional import linear
 
 from ..kernels.fused_moe import TiledWeights, kernel
 
+logger = logging.getLogger(__name__)
+
 _SMALLEST_PACKED = 1 << 18
 """Weights of fewer elements stay in the caches, where the packed kernel's fixed cost would show."""
 _LARGEST_HALF = torch.finfo(torch.float16).max
@@ -31,12 +35,15 @@ layer."""
 
 
 def packs_weights(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether models of ``dtype`` are packed on ``device``."""
+    """Whether models of ``dtype`` are packed on ``device``.
+
+    Dot products of bfloat16 (AVX512-BF16) do not help torch's kernels to the memory's speed. With tiles (AMX) torch's
+    bfloat16 stays in place: many rows then cost a fraction of float32 arithmetic.
+    """
     return (
         dtype == torch.bfloat16
         and device.type == "cpu"
         and "fbgemm" in torch.backends.quantized.supported_engines
-        and not torch.cpu._is_avx512_bf16_supported()
         and not torch.cpu._is_amx_tile_supported()
     )
 
@@ -118,6 +125,8 @@ def pack_dense(model: nn.Module, expert_modules: Collection[nn.Module], routers:
     Embeddings stay as they are, since a step reads few of their rows. ``routers`` are only widened: they are small, and
     their code reads their weights in ways of its own.
     """
+    library = "FBGEMM's kernel" if kernel() is None else "the compiled kernel"
+    logger.info("bfloat16 weights are packed, and multiplied in float32 by %s", library)
     kept = {part for module in (*expert_modules, *routers) for part in module.modules()}
     for module in [module for module in model.modules() if module not in kept]:
         for name, child in list(module.named_children()):
