@@ -12,6 +12,7 @@ import torch
 
 from .expert_budget import ExpertBudget
 from .importance import group_importance, loaded_anyway
+from .order import best_first, row_sums
 from .routing import BudgetedRows, Routing, row_shares
 from .shortlist import covering, most_important, most_important_of_owners
 from .traffic import visited_ranks
@@ -45,37 +46,42 @@ def limit(
     budget: ExpertBudget, routing: Routing, rows: BudgetedRows, ranks: LayerRanks, reduce: Reduce | None = None
 ) -> Limits:
     """Return what ``budget`` allows each row; ``reduce`` is needed at scope global, and called once."""
-    num_rows, num_experts = routing.affinities.shape
-    allowed = torch.ones(num_rows, num_experts, dtype=torch.bool, device=routing.ids.device)
-    if budget.limits_experts and budget.coverage != 1:  # sums round: all of it might not be reached
-        importance, loaded = group_importance(budget.score, routing, rows), loaded_anyway(routing, rows)
+    shares = routing.shares
+    if budget.keeps_some:
+        importance, loaded = group_importance(budget.score, routing, shares, rows), loaded_anyway(routing, rows)
         if budget.scope == "global":
             assert reduce is not None, "scope global sums over ranks"
             both = torch.stack([importance, loaded.float()])
             reduce(both)
             importance, loaded = both[0], both[1] > 0
         allowed = _shortlist(budget, importance, loaded, routing.ids.shape[1], ranks)[rows.groups]
+    else:
+        allowed = torch.ones_like(routing.affinities, dtype=torch.bool)
     if budget.limits_ranks and ranks.num_ranks > 1:
         allowed = allowed & _on_visited_ranks(budget, routing, allowed, ranks)
-    allowed = allowed | ~rows.budgeted[:, None]
-    return Limits(allowed, (routing.shares * allowed.gather(1, routing.ids)).sum(dim=1))
+    if not rows.all_budgeted:
+        allowed = allowed | rows.free[:, None]
+    return Limits(allowed, row_sums(shares * allowed.gather(1, routing.ids))[:, 0])
 
 
 def substitute(routing: Routing, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (values [T, K], ids [T, K]) of the best allowed experts of each row.
+    """Return (values [T, K], ids [T, K]) of the best ``allowed`` [T, E] experts of each row.
 
-    A row with less than K of them gets others too, behind those; whoever computes experts leaves them out. Where the
-    router is limited to groups of experts the allowed ones of the row's groups come first, then those of other groups.
+    A row whose own choice is allowed keeps it, bit by bit. Of experts with the same score the one with the lowest id
+    comes first. A row with less than K of them gets others too, behind those; whoever computes experts leaves them out.
+    Where the router is limited to groups of experts the allowed ones of the row's groups come first, then those of
+    other groups.
     """
-    scores, affinities = routing.scores, routing.affinities
-    if routing.selects_logits:  # these have no groups
-        ids = scores.masked_fill(~allowed, -torch.inf).topk(routing.ids.shape[1], dim=1).indices
-        return scores.gather(1, ids), ids
-    outside = scores.isneginf() | ((scores == 0) & (affinities > 0))
-    lowest = scores.masked_fill(outside, torch.inf).amin(dim=1, keepdim=True)
-    order = torch.where(outside, lowest - 2 + affinities, scores).masked_fill(~allowed, -torch.inf)
-    ids = order.topk(routing.ids.shape[1], dim=1).indices
-    return torch.where(outside, affinities.to(scores.dtype), scores).gather(1, ids), ids
+    scores = order = routing.scores
+    if routing.in_groups:
+        affinities = routing.affinities
+        outside = scores.isneginf() | ((scores == 0) & (affinities > 0))
+        lowest = scores.masked_fill(outside, torch.inf).amin(dim=1, keepdim=True)
+        order = torch.where(outside, lowest - 2 + affinities, scores)
+        scores = torch.where(outside, affinities.to(scores.dtype), scores)
+    ids = best_first(order.masked_fill(~allowed, -torch.inf))[:, : routing.ids.shape[1]]
+    keeps = allowed.gather(1, routing.ids).all(dim=1, keepdim=True)
+    return torch.where(keeps, routing.values, scores.gather(1, ids)), torch.where(keeps, routing.ids, ids)
 
 
 def _shortlist(
