@@ -1,108 +1,16 @@
-"""A budget at work in one layer: the router's own choice in, the choice within the budget out.
+"""A layer's selection under a budget, in the router's place.
 
-Shapes: T rows, E experts, K experts per row, G groups, R ranks.
+Shapes: T rows, E experts, K experts per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
+from . import budgeted_choice, compiled_choice
+from .budgeted_choice import LayerRanks, Limits, Reduce
 from .expert_budget import ExpertBudget
-from .importance import group_importance, loaded_anyway
-from .order import best_first, row_sums
-from .routing import BudgetedRows, Routing, row_shares
-from .shortlist import covering, most_important, most_important_of_owners
-from .traffic import visited_ranks
-
-Reduce = Callable[[torch.Tensor], None]
-"""Sums a tensor over all ranks, in place."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRanks:
-    """Where a layer's experts are, as one rank sees it."""
-
-    owner: torch.Tensor
-    """[E] rank that computes each expert for this rank's rows."""
-    num_ranks: int
-    home: int
-    """This rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one layer's budget allows."""
-
-    allowed: torch.Tensor
-    """[T, E] bool: experts that a row may use; all of them for rows without a budget."""
-    kept: torch.Tensor
-    """[T] f32: share of the weight that the row's own choice has on allowed experts."""
-
-
-def limit(
-    budget: ExpertBudget, routing: Routing, rows: BudgetedRows, ranks: LayerRanks, reduce: Reduce | None = None
-) -> Limits:
-    """Return what ``budget`` allows each row; ``reduce`` is needed at scope global, and called once."""
-    shares = routing.shares
-    if budget.keeps_some:
-        importance, loaded = group_importance(budget.score, routing, shares, rows), loaded_anyway(routing, rows)
-        if budget.scope == "global":
-            assert reduce is not None, "scope global sums over ranks"
-            both = torch.stack([importance, loaded.float()])
-            reduce(both)
-            importance, loaded = both[0], both[1] > 0
-        allowed = _shortlist(budget, importance, loaded, routing.ids.shape[1], ranks)[rows.groups]
-    else:
-        allowed = torch.ones_like(routing.affinities, dtype=torch.bool)
-    if budget.limits_ranks and ranks.num_ranks > 1:
-        allowed = allowed & _on_visited_ranks(budget, routing, allowed, ranks)
-    if not rows.all_budgeted:
-        allowed = allowed | rows.free[:, None]
-    return Limits(allowed, row_sums(shares * allowed.gather(1, routing.ids))[:, 0])
-
-
-def substitute(routing: Routing, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (values [T, K], ids [T, K]) of the best ``allowed`` [T, E] experts of each row.
-
-    A row whose own choice is allowed keeps it, bit by bit. Of experts with the same score the one with the lowest id
-    comes first. A row with less than K of them gets others too, behind those; whoever computes experts leaves them out.
-    Where the router is limited to groups of experts the allowed ones of the row's groups come first, then those of
-    other groups.
-    """
-    scores = order = routing.scores
-    if routing.in_groups:
-        affinities = routing.affinities
-        outside = scores.isneginf() | ((scores == 0) & (affinities > 0))
-        lowest = scores.masked_fill(outside, torch.inf).amin(dim=1, keepdim=True)
-        order = torch.where(outside, lowest - 2 + affinities, scores)
-        scores = torch.where(outside, affinities.to(scores.dtype), scores)
-    ids = best_first(order.masked_fill(~allowed, -torch.inf))[:, : routing.ids.shape[1]]
-    keeps = allowed.gather(1, routing.ids).all(dim=1, keepdim=True)
-    return torch.where(keeps, routing.values, scores.gather(1, ids)), torch.where(keeps, routing.ids, ids)
-
-
-def _shortlist(
-    budget: ExpertBudget, importance: torch.Tensor, loaded: torch.Tensor, top_k: int, ranks: LayerRanks
-) -> torch.Tensor:
-    if budget.coverage is not None:
-        return covering(importance, loaded, budget.coverage, top_k)
-    assert budget.experts is not None, "a budget without a number covers a share"
-    if budget.scope == "owner":
-        return most_important_of_owners(importance, loaded, budget.experts, ranks.owner, ranks.num_ranks)
-    return most_important(importance, loaded, budget.experts)
-
-
-def _on_visited_ranks(budget: ExpertBudget, routing: Routing, allowed: torch.Tensor, ranks: LayerRanks) -> torch.Tensor:
-    """Return [T, E] bool: experts on the ranks that each row may visit, by what it would choose among ``allowed``."""
-    ids = substitute(routing, allowed)[1] if budget.rest == "substitution" else routing.ids
-    shares = row_shares(routing.affinities.gather(1, ids) * allowed.gather(1, ids))
-    visited = visited_ranks(
-        ids, shares, ranks.owner, ranks.num_ranks, ranks.home, budget.max_ranks_per_row, budget.min_rank_share
-    )
-    return visited[:, ranks.owner]
+from .routing import BudgetedRows, Routing
 
 
 class BudgetedSelection:
@@ -113,23 +21,22 @@ class BudgetedSelection:
         self.limits: Limits | None = None
 
     def __call__(self, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the choice within the budget; rows without one keep their router's own, bit by bit."""
-        self.limits = limit(self._budget, routing, self._rows, self._ranks, self._reduce)
-        if self._budget.rest == "truncation":
-            return routing.values, routing.ids
-        values, ids = substitute(routing, self.limits.allowed)
-        budgeted = self._rows.budgeted[:, None]
-        return torch.where(budgeted, values, routing.values), torch.where(budgeted, ids, routing.ids)
+        """Return the choice within the budget: one compiled call where that can take the routing."""
+        choose = compiled_choice.choose if compiled_choice.takes(routing) else budgeted_choice.choose
+        self.limits, values, ids = choose(self._budget, routing, self._rows, self._ranks, self._reduce)
+        return values, ids
 
     def truncate(self, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return ``expert_ids`` [T, K] with the sentinel E in place of those not allowed.
+        """Return ``expert_ids`` [T, K] with the sentinel E in place of those not allowed; as they are if none can be.
 
         A router that nothing selected for, as it has no top-k, is limited here by its own ids and ``weights`` [T, K].
         """
         num_experts = len(self._ranks.owner)
+        if self._budget.allows_top_k and self.limits is not None:
+            return expert_ids
         if self.limits is None:
             affinities = torch.zeros(len(expert_ids), num_experts, device=expert_ids.device)
             affinities.scatter_(1, expert_ids, weights.float())
-            routing = Routing(affinities, affinities, weights, expert_ids)
-            self.limits = limit(self._budget, routing, self._rows, self._ranks, self._reduce)
+            self(Routing(affinities, affinities, weights, expert_ids))
+            assert self.limits is not None
         return expert_ids.masked_fill(~self.limits.allowed.gather(1, expert_ids), num_experts)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..router.budgeted_selection import BudgetedSelection, LayerRanks, Reduce
+from ..router.budgeted_choice import LayerRanks, Reduce
+from ..router.budgeted_selection import BudgetedSelection
 from ..router.routing import BudgetedRows
 from .plan import KeptWeight, LayerCounts, RankPlan
 
@@ -34,6 +35,7 @@ def budgeted_rows(plan: RankPlan, valid: torch.Tensor | None, device: torch.devi
         groups=torch.tensor(groups, device=device),
         num_groups=max(1, len(plan.requests)) if per_request else 1,
         reach=torch.tensor(reach, device=device),
+        all_budgeted=all(budgeted),
     )
 
 
@@ -60,7 +62,7 @@ class StepBudget:
             return {}
         limits = [selection.limits for selection in self.selections]
         assert None not in limits, "every layer has run"
-        kept = torch.stack([found.kept for found in limits if found is not None]).cpu()  # [L, T]
+        kept = torch.stack([found.kept for found in limits if found is not None]).cpu().numpy()  # [L, T]
         weights: dict[int, KeptWeight] = {}
         start = 0
         counts.budgeted_rows[:], counts.weight_kept[:] = [0] * len(kept), [0.0] * len(kept)
@@ -68,8 +70,9 @@ class StepBudget:
             stop = start + len(request.token_ids)
             if request.first_budgeted_row is not None:
                 mine = kept[:, start + request.first_budgeted_row : stop]
-                weights[request.request_id] = KeptWeight(mine.shape[1], float(mine.mean()))
-                for layer, total in enumerate(mine.sum(dim=1).tolist()):
+                totals = mine.sum(axis=1).tolist()
+                weights[request.request_id] = KeptWeight(mine.shape[1], sum(totals) / mine.size)
+                for layer, total in enumerate(totals):
                     counts.budgeted_rows[layer] += mine.shape[1]
                     counts.weight_kept[layer] += total
             start = stop
