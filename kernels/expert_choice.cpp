@@ -28,16 +28,17 @@ struct Budget {
 
 struct Rows {
     int64_t num_rows, num_groups;
-    const uint8_t *budgeted, *unbudgeted;  // [T]; padding rows are neither
-    const int64_t *groups;                 // [T]
-    const float *reach;                    // [T]
+    const uint8_t *budgeted, *valid;  // [T]; valid is null where there are no padding rows
+    const int64_t *groups;            // [T]
+    const float *reach;               // [T]
 };
 
 struct Routing {
     int64_t num_experts, top_k;
     int32_t in_groups;
-    const float *scores, *affinities, *values;  // [T, E], [T, E], [T, K]
-    const int64_t *ids;                         // [T, K]
+    const float *scores, *affinities;  // [T, E]
+    const float *values;               // [T, K], read by budgets that substitute
+    const int64_t *ids;                // [T, K]
 };
 
 struct Ranks {
@@ -87,9 +88,11 @@ void add_worth(const Budget &budget, const Rows &rows, const Routing &routing, f
         const float *affinities = routing.affinities + t * num_experts;
         const int64_t *ids = routing.ids + t * top_k;
         float *of_group = worth + rows.groups[t] * num_experts;
-        if (rows.unbudgeted[t])
-            for (int64_t k = 0; k < top_k; k++) loaded[rows.groups[t] * num_experts + ids[k]] = 1.0f;
-        if (!rows.budgeted[t]) continue;
+        if (!rows.budgeted[t]) {
+            const bool is_padding = rows.valid && !rows.valid[t];
+            for (int64_t k = 0; !is_padding && k < top_k; k++) loaded[rows.groups[t] * num_experts + ids[k]] = 1.0f;
+            continue;
+        }
         if (budget.score == PROBABILITIES) {
             std::copy_n(affinities, num_experts, shares.data());
             to_shares(shares.data(), num_experts);
@@ -211,26 +214,29 @@ void stay_on_visited_ranks(const Budget &budget, const Routing &routing, int64_t
 extern "C" {
 
 // both [2, G, E]: what experts are worth, and whether they are loaded anyway (1 or 0)
-void expert_worth(const Budget *budget, const Rows *rows, const Routing *routing, float *both) {
-    add_worth(*budget, *rows, *routing, both, both + rows->num_groups * routing->num_experts);
+void expert_worth(const Budget *budget, const Rows *rows, int64_t num_experts, int64_t top_k, const float *affinities,
+                  const int64_t *ids, float *both) {
+    const Routing routing{num_experts, top_k, false, nullptr, affinities, nullptr, ids};
+    add_worth(*budget, *rows, routing, both, both + rows->num_groups * num_experts);
 }
 
-// both [2, G, E]: as `expert_worth` gives it, summed over ranks; null: this rank's own. Gives allowed [T, E], kept [T],
-// and, if the budget substitutes, the choice: values and ids [T, K]
-void choose_experts(const Budget *budget, const Rows *rows, const Routing *routing, const Ranks *ranks,
-                    const float *both, uint8_t *allowed, float *kept, float *values, int64_t *ids) {
-    const int64_t num_experts = routing->num_experts, top_k = routing->top_k;
+// both [2, G, E]: as `expert_worth` gives it, summed over ranks; null: this rank's own. Gives allowed [T, E], kept [T]
+// and, if the budget substitutes, the choice [T, K]
+void choose_experts(const Budget *budget, const Rows *rows, const Ranks *ranks, const float *both, int64_t num_experts,
+                    int64_t top_k, int32_t in_groups, const float *scores, const float *affinities, const float *values,
+                    const int64_t *ids, uint8_t *allowed, float *kept, float *chosen_values, int64_t *chosen_ids) {
+    const Routing routing{num_experts, top_k, in_groups, scores, affinities, values, ids};
     const int64_t list_size = rows->num_groups * num_experts;
     std::vector<uint8_t> lists;
     if (budget->list != ALL) {
         std::vector<float> own;
         if (!both) {
             own.resize(2 * list_size);
-            expert_worth(budget, rows, routing, own.data());
+            add_worth(*budget, *rows, routing, own.data(), own.data() + list_size);
             both = own.data();
         }
         lists.resize(list_size);
-        shortlists(*budget, *rows, *routing, *ranks, both, both + list_size, lists.data());
+        shortlists(*budget, *rows, routing, *ranks, both, both + list_size, lists.data());
     }
     std::vector<float> shares(top_k);
     for (int64_t t = 0; t < rows->num_rows; t++, allowed += num_experts) {
@@ -239,14 +245,14 @@ void choose_experts(const Budget *budget, const Rows *rows, const Routing *routi
         else
             std::copy_n(&lists[rows->groups[t] * num_experts], num_experts, allowed);
         if (rows->budgeted[t] && budget->limits_ranks && ranks->num_ranks > 1)
-            stay_on_visited_ranks(*budget, *routing, t, *ranks, allowed);
-        const int64_t *own = routing->ids + t * top_k;
-        for (int64_t k = 0; k < top_k; k++) shares[k] = routing->affinities[t * num_experts + own[k]];
+            stay_on_visited_ranks(*budget, routing, t, *ranks, allowed);
+        const int64_t *own = ids + t * top_k;
+        for (int64_t k = 0; k < top_k; k++) shares[k] = affinities[t * num_experts + own[k]];
         to_shares(shares.data(), top_k);
         double sum = 0;
         for (int64_t k = 0; k < top_k; k++) sum += shares[k] * allowed[own[k]];
         kept[t] = float(sum);
-        if (budget->substitutes) substitute(*routing, t, allowed, ids + t * top_k, values + t * top_k);
+        if (budget->substitutes) substitute(routing, t, allowed, chosen_ids + t * top_k, chosen_values + t * top_k);
     }
 }
 }

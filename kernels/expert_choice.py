@@ -41,29 +41,15 @@ class Budget(ctypes.Structure):
 
 
 class Rows(ctypes.Structure):
-    """The step's rows: ``budgeted`` and ``unbudgeted`` [T] bool, ``groups`` [T] int64, ``reach`` [T] float32."""
+    """The step's rows: ``budgeted`` and ``valid`` (or None) [T] bool, ``groups`` [T] int64, ``reach`` [T] float32."""
 
     _fields_ = (
         ("num_rows", _COUNT),
         ("num_groups", _COUNT),
         ("budgeted", _POINTER),
-        ("unbudgeted", _POINTER),
+        ("valid", _POINTER),
         ("groups", _POINTER),
         ("reach", _POINTER),
-    )
-
-
-class Routing(ctypes.Structure):
-    """The router's own choice: ``scores``, ``affinities`` [T, E], ``values`` [T, K] float32, ``ids`` [T, K] int64."""
-
-    _fields_ = (
-        ("num_experts", _COUNT),
-        ("top_k", _COUNT),
-        ("in_groups", _INT),
-        ("scores", _POINTER),
-        ("affinities", _POINTER),
-        ("values", _POINTER),
-        ("ids", _POINTER),
     )
 
 
@@ -76,16 +62,13 @@ class Ranks(ctypes.Structure):
 def compile_kernel(*, march: str = "native") -> ctypes.CDLL:
     """Compile the kernel for ``march`` and load it; raise ``OSError`` or ``subprocess.SubprocessError`` if it fails.
 
-    ``expert_worth(budget, rows, routing, both)`` gives [2, G, E] float32: worth, and whether loaded anyway.
-    ``choose_experts(budget, rows, routing, ranks, both, allowed, kept, values, ids)`` takes that, or None for the rows'
-    own, and gives ``allowed`` [T, E] bool, ``kept`` [T] float32 and, if the budget substitutes, the choice [T, K].
+    ``expert_worth`` and ``choose_experts`` take addresses of these structures and of tensors; the source says which.
     """
     loaded = compile_library("expert_choice", _FLAGS, march=march)
-    inputs = [ctypes.POINTER(Budget), ctypes.POINTER(Rows), ctypes.POINTER(Routing)]
     loaded.expert_worth.restype = None
-    loaded.expert_worth.argtypes = [*inputs, _POINTER]
+    loaded.expert_worth.argtypes = [_POINTER, _POINTER, _COUNT, _COUNT, *[_POINTER] * 3]
     loaded.choose_experts.restype = None
-    loaded.choose_experts.argtypes = [*inputs, ctypes.POINTER(Ranks), *[_POINTER] * 5]
+    loaded.choose_experts.argtypes = [*[_POINTER] * 4, _COUNT, _COUNT, _INT, *[_POINTER] * 8]
     return loaded
 
 

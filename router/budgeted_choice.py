@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from ..kernels.expert_choice import Ranks
 from .expert_budget import ExpertBudget
 from .importance import group_importance, loaded_anyway
 from .order import best_first, row_sums
@@ -23,7 +25,7 @@ Reduce = Callable[[torch.Tensor], None]
 """Sums a tensor over all ranks, in place."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerRanks:
     """Where a layer's experts are, as one rank sees it."""
 
@@ -32,6 +34,11 @@ class LayerRanks:
     num_ranks: int
     home: int
     """This rank."""
+
+    @cached_property
+    def described(self) -> Ranks:
+        """What a kernel reads of them on a CPU; holds no reference to ``owner``."""
+        return Ranks(self.num_ranks, self.home, self.owner.data_ptr())
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ def visited_ranks(
 
     Its own rank ``home`` costs nothing. Of the others it may visit at most ``max_ranks``, those with most of its
     weight, each with at least ``min_share`` of it; but the rank with most weight of all always, so that no row is left
-    without experts. Of ranks with the same weight the lowest comes first. ``ids`` [T, K] with ``shares`` [T, K] is what the row would choose; ``owner`` [E].
+    without experts. Of ranks with the same weight the lowest comes first. ``ids`` [T, K] with ``shares`` [T, K] is what
+    the row would choose; ``owner`` [E].
     """
     weight = shares.new_zeros(len(ids), num_ranks).scatter_add_(1, owner[ids], shares)
     others = weight.clone()
