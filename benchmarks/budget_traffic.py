@@ -21,7 +21,7 @@ from ..cluster.calibration.paired import paired_matches
 from ..cluster.calibration.quality import greedy_answers, with_drafts
 from ..demo.records import generate
 from ..router.affine import affine
-from ..router.budgeted_selection import LayerRanks
+from ..router.budgeted_choice import LayerRanks
 from ..router.expert_budget import ExpertBudget
 from ..router.placement import Placement, contiguous
 from ..workers.plan import StepPlan, StepResult

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..cluster.engine.ranks import LocalRanks
-from ..router.budgeted_selection import LayerRanks
+from ..router.budgeted_choice import LayerRanks
 from ..router.expert_budget import ExpertBudget
 from ..workers.dispatch import LocalDispatcher, Received
 from ..workers.plan import RankPlan, StepPlan, StepResult

@@ -12,34 +12,24 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
 
+from .compiled import compile_library
+
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("fused_moe.cpp")
-_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
-_COMPILE_S = 120.0
+_FLAGS = ("-fopenmp",)
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 
 
 def compile_kernel(*, march: str = "native") -> ctypes.CDLL:
     """Compile the kernel for ``march`` and load it; raise ``OSError`` or ``subprocess.SubprocessError`` if it fails."""
-    with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
-        library = Path(folder) / "fused_moe.so"
-        compiler = shutil.which("g++")
-        if compiler is None:
-            raise FileNotFoundError("there is no g++")
-        command = [compiler, *_FLAGS, f"-march={march}", str(_SOURCE), "-o", str(library)]
-        subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_S)
-        loaded = ctypes.CDLL(str(library))
+    loaded = compile_library("fused_moe", _FLAGS, march=march)
     loaded.grouped_gemm.restype = None
     loaded.grouped_gemm.argtypes = [_POINTER, _POINTER, _COUNT, _POINTER, _POINTER, _COUNT, _COUNT, ctypes.c_int]
     loaded.fused_moe.restype = _COUNT

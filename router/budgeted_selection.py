@@ -1,129 +1,56 @@
-"""A budget at work in one layer: the router's own choice in, the choice within the budget out.
+"""A layer's selection under a budget, in the router's place.
 
-Shapes: T rows, E experts, K experts per row, G groups, R ranks.
+Shapes: T rows, E experts, K experts per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
+from .budgeted_choice import LayerRanks, Limits, Reduce, choose
+from .compiled_choice import CompiledChoice, compiled_choice
 from .expert_budget import ExpertBudget
-from .importance import group_importance, loaded_anyway
-from .routing import BudgetedRows, Routing, row_shares
-from .shortlist import covering, most_important, most_important_of_owners
-from .traffic import visited_ranks
-
-Reduce = Callable[[torch.Tensor], None]
-"""Sums a tensor over all ranks, in place."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRanks:
-    """Where a layer's experts are, as one rank sees it."""
-
-    owner: torch.Tensor
-    """[E] rank that computes each expert for this rank's rows."""
-    num_ranks: int
-    home: int
-    """This rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one layer's budget allows."""
-
-    allowed: torch.Tensor
-    """[T, E] bool: experts that a row may use; all of them for rows without a budget."""
-    kept: torch.Tensor
-    """[T] f32: share of the weight that the row's own choice has on allowed experts."""
-
-
-def limit(
-    budget: ExpertBudget, routing: Routing, rows: BudgetedRows, ranks: LayerRanks, reduce: Reduce | None = None
-) -> Limits:
-    """Return what ``budget`` allows each row; ``reduce`` is needed at scope global, and called once."""
-    num_rows, num_experts = routing.affinities.shape
-    allowed = torch.ones(num_rows, num_experts, dtype=torch.bool, device=routing.ids.device)
-    if budget.limits_experts and budget.coverage != 1:  # sums round: all of it might not be reached
-        importance, loaded = group_importance(budget.score, routing, rows), loaded_anyway(routing, rows)
-        if budget.scope == "global":
-            assert reduce is not None, "scope global sums over ranks"
-            both = torch.stack([importance, loaded.float()])
-            reduce(both)
-            importance, loaded = both[0], both[1] > 0
-        allowed = _shortlist(budget, importance, loaded, routing.ids.shape[1], ranks)[rows.groups]
-    if budget.limits_ranks and ranks.num_ranks > 1:
-        allowed = allowed & _on_visited_ranks(budget, routing, allowed, ranks)
-    allowed = allowed | ~rows.budgeted[:, None]
-    return Limits(allowed, (routing.shares * allowed.gather(1, routing.ids)).sum(dim=1))
-
-
-def substitute(routing: Routing, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (values [T, K], ids [T, K]) of the best allowed experts of each row.
-
-    A row with less than K of them gets others too, behind those; whoever computes experts leaves them out. Where the
-    router is limited to groups of experts the allowed ones of the row's groups come first, then those of other groups.
-    """
-    scores, affinities = routing.scores, routing.affinities
-    if routing.selects_logits:  # these have no groups
-        ids = scores.masked_fill(~allowed, -torch.inf).topk(routing.ids.shape[1], dim=1).indices
-        return scores.gather(1, ids), ids
-    outside = scores.isneginf() | ((scores == 0) & (affinities > 0))
-    lowest = scores.masked_fill(outside, torch.inf).amin(dim=1, keepdim=True)
-    order = torch.where(outside, lowest - 2 + affinities, scores).masked_fill(~allowed, -torch.inf)
-    ids = order.topk(routing.ids.shape[1], dim=1).indices
-    return torch.where(outside, affinities.to(scores.dtype), scores).gather(1, ids), ids
-
-
-def _shortlist(
-    budget: ExpertBudget, importance: torch.Tensor, loaded: torch.Tensor, top_k: int, ranks: LayerRanks
-) -> torch.Tensor:
-    if budget.coverage is not None:
-        return covering(importance, loaded, budget.coverage, top_k)
-    assert budget.experts is not None, "a budget without a number covers a share"
-    if budget.scope == "owner":
-        return most_important_of_owners(importance, loaded, budget.experts, ranks.owner, ranks.num_ranks)
-    return most_important(importance, loaded, budget.experts)
-
-
-def _on_visited_ranks(budget: ExpertBudget, routing: Routing, allowed: torch.Tensor, ranks: LayerRanks) -> torch.Tensor:
-    """Return [T, E] bool: experts on the ranks that each row may visit, by what it would choose among ``allowed``."""
-    ids = substitute(routing, allowed)[1] if budget.rest == "substitution" else routing.ids
-    shares = row_shares(routing.affinities.gather(1, ids) * allowed.gather(1, ids))
-    visited = visited_ranks(
-        ids, shares, ranks.owner, ranks.num_ranks, ranks.home, budget.max_ranks_per_row, budget.min_rank_share
-    )
-    return visited[:, ranks.owner]
+from .routing import BudgetedRows, Routing
 
 
 class BudgetedSelection:
-    """The router's selection of one layer under a budget; keeps what it allowed for whoever computes the experts."""
+    """The router's selection of one layer under a budget; keeps what it allowed for whoever computes the experts.
 
-    def __init__(self, budget: ExpertBudget, rows: BudgetedRows, ranks: LayerRanks, reduce: Reduce | None) -> None:
+    ``compiled`` is of this step: layers share it.
+    """
+
+    def __init__(
+        self,
+        budget: ExpertBudget,
+        rows: BudgetedRows,
+        ranks: LayerRanks,
+        reduce: Reduce | None,
+        compiled: CompiledChoice | None = None,
+    ) -> None:
         self._budget, self._rows, self._ranks, self._reduce = budget, rows, ranks, reduce
+        self._compiled = compiled or compiled_choice(budget, rows, reduce)
+        self._may_drop = not budget.allows_top_k
         self.limits: Limits | None = None
 
     def __call__(self, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the choice within the budget; rows without one keep their router's own, bit by bit."""
-        self.limits = limit(self._budget, routing, self._rows, self._ranks, self._reduce)
-        if self._budget.rest == "truncation":
-            return routing.values, routing.ids
-        values, ids = substitute(routing, self.limits.allowed)
-        budgeted = self._rows.budgeted[:, None]
-        return torch.where(budgeted, values, routing.values), torch.where(budgeted, ids, routing.ids)
+        """Return the choice within the budget: one compiled call where there is one for this router."""
+        if self._compiled is not None and self._compiled.takes(routing):
+            self.limits, values, ids = self._compiled(routing, self._ranks)
+        else:
+            self.limits, values, ids = choose(self._budget, routing, self._rows, self._ranks, self._reduce)
+        return values, ids
 
     def truncate(self, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return ``expert_ids`` [T, K] with the sentinel E in place of those not allowed.
+        """Return ``expert_ids`` [T, K] with the sentinel E in place of those not allowed; as they are if none can be.
 
         A router that nothing selected for, as it has no top-k, is limited here by its own ids and ``weights`` [T, K].
         """
+        if self.limits is not None and not self._may_drop:
+            return expert_ids
         num_experts = len(self._ranks.owner)
         if self.limits is None:
             affinities = torch.zeros(len(expert_ids), num_experts, device=expert_ids.device)
             affinities.scatter_(1, expert_ids, weights.float())
-            routing = Routing(affinities, affinities, weights, expert_ids)
-            self.limits = limit(self._budget, routing, self._rows, self._ranks, self._reduce)
+            self(Routing(affinities, affinities, weights, expert_ids))
+            assert self.limits is not None
         return expert_ids.masked_fill(~self.limits.allowed.gather(1, expert_ids), num_experts)

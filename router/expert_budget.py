@@ -92,6 +92,16 @@ class ExpertBudget:
         return self.experts is not None or self.coverage is not None
 
     @property
+    def keeps_some(self) -> bool:
+        """Whether it takes a list of kept experts: all of a share has none, as sums round and might not reach it."""
+        return self.limits_experts and self.coverage != 1
+
+    @property
+    def allows_top_k(self) -> bool:
+        """Whether every row gets as many experts as it would use without it, of those that it allows."""
+        return self.rest == "substitution" and not self.limits_ranks
+
+    @property
     def limits_ranks(self) -> bool:
         """Whether it keeps rows from other ranks."""
         return self.max_ranks_per_row is not None or self.min_rank_share > 0

@@ -6,8 +6,11 @@ Shapes: T rows of this rank, E experts of the layer, K experts per row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+
+from .order import row_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +25,8 @@ class Routing:
     """[T, K] the scores of those it selected."""
     ids: torch.Tensor
     """[T, K] those it selected."""
-    selects_logits: bool = False
-    """Whether ``scores`` are logits, of which the router weighs those it selected."""
+    in_groups: bool = True
+    """Whether the router may have limited rows to groups of experts; a selection has less to do where it has not."""
 
     @property
     def shares(self) -> torch.Tensor:
@@ -31,9 +34,9 @@ class Routing:
         return row_shares(self.affinities.gather(1, self.ids))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BudgetedRows:
-    """Which of T rows a budget acts on, and which of them share a list of experts."""
+    """Which of T rows a budget acts on, and which of them share a list of experts; one for all layers of a step."""
 
     budgeted: torch.Tensor
     """[T] bool: rows that verify drafts."""
@@ -44,14 +47,31 @@ class BudgetedRows:
     num_groups: int
     reach: torch.Tensor
     """[T] f32 in [0, 1]: probability that the row's token is used."""
+    all_budgeted: bool = False
+    """Whether the host knows that every row is, so that nothing needs to be done for others."""
 
-    @property
+    @cached_property
+    def free(self) -> torch.Tensor:
+        """[T] bool: rows that a budget does not act on, padding among them."""
+        return ~self.budgeted
+
+    @cached_property
     def unbudgeted(self) -> torch.Tensor:
         """[T] bool: rows whose experts are loaded whatever the budget says."""
-        return ~self.budgeted if self.valid is None else ~self.budgeted & self.valid
+        return self.free if self.valid is None else self.free & self.valid
+
+    @cached_property
+    def counted_groups(self) -> torch.Tensor:
+        """[T] int64: the groups of budgeted rows, ``num_groups`` for others."""
+        return self.groups if self.all_budgeted else self.groups.masked_fill(self.free, self.num_groups)
+
+    @cached_property
+    def loading_groups(self) -> torch.Tensor:
+        """[T] int64: the groups of `unbudgeted` rows, ``num_groups`` for others."""
+        return self.groups.masked_fill(~self.unbudgeted, self.num_groups)
 
 
 def row_shares(weights: torch.Tensor) -> torch.Tensor:
     """Return non-negative ``weights`` [T, N] as f32 shares of their row's sum; a row of zeros stays."""
     weights = weights.float()
-    return weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return weights / row_sums(weights).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,5 +1,7 @@
 """Which experts a group keeps, by what they are worth to it and what is loaded anyway.
 
+Of experts that are worth the same the one with the lowest id comes first.
+
 Shapes: G groups, E experts. ``importance`` [G, E] f32, none negative; ``loaded`` [G, E] bool. All return [G, E] bool.
 """
 
@@ -7,10 +9,12 @@ from __future__ import annotations
 
 import torch
 
+from .order import best_first
+
 
 def most_important(importance: torch.Tensor, loaded: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Keep the ``num_experts`` that are worth most, and what is loaded anyway: batch-mates take nobody's place."""
-    return loaded.scatter(1, importance.topk(num_experts, dim=1).indices, value=True)
+    return loaded.scatter(1, best_first(importance)[:, :num_experts], value=True)
 
 
 def most_important_of_owners(
@@ -22,7 +26,7 @@ def most_important_of_owners(
     """
     held = owner.new_zeros(num_ranks).index_add_(0, owner, torch.ones_like(owner))
     limits = -(-num_experts * held // owner.shape[0])
-    order = importance.argsort(dim=1, descending=True)
+    order = best_first(importance)
     owners = owner[order]  # [G, E] best first
     is_of = owners[:, :, None] == torch.arange(num_ranks, device=owner.device)
     place = is_of.cumsum(dim=1).gather(2, owners[:, :, None])[:, :, 0]  # 1 for the best of its owner
@@ -31,9 +35,9 @@ def most_important_of_owners(
 
 def covering(importance: torch.Tensor, loaded: torch.Tensor, coverage: float, min_experts: int) -> torch.Tensor:
     """Keep what is loaded anyway and the fewest others, ``min_experts`` in all at least, to hold ``coverage``."""
-    order = importance.masked_fill(loaded, torch.inf).argsort(dim=1, descending=True)
+    order = best_first(importance.masked_fill(loaded, torch.inf))
     ranked = importance.gather(1, order)
-    before = ranked.cumsum(dim=1) - ranked
-    wanted = before < coverage * ranked.sum(dim=1, keepdim=True)
+    reached = ranked.cumsum(dim=1)
+    wanted = reached - ranked < coverage * reached[:, -1:]
     wanted[:, :min_experts] = True
     return torch.zeros_like(loaded).scatter(1, order, wanted) | loaded

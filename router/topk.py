@@ -25,6 +25,7 @@ _AFFINITIES = {
     torch.nn.functional.sigmoid,
 }
 """What makes affinities of a router's logits."""
+_WATCHED = _TOPK | _AFFINITIES
 
 
 class Selection(Protocol):
@@ -41,23 +42,29 @@ class _TopKMode(TorchFunctionMode):
         self.num_experts, self.top_k, self.selection = num_experts, top_k, selection
         self.affinities: torch.Tensor | None = None
         self.hits = 0
+        self.in_groups = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in _AFFINITIES and result.dim() == 2 and result.shape[-1] == self.num_experts:
-            self.affinities = result
-        if func in _TOPK:
-            scores = args[0] if args else kwargs["input"]
-            k = args[1] if len(args) > 1 else kwargs["k"]
-            if scores.dim() == 2 and scores.shape[-1] == self.num_experts and k == self.top_k:
-                self.hits += 1
-                if self.selection is not None:
-                    values, ids = result
-                    if self.affinities is None:
-                        return self.selection(Routing(scores, scores.softmax(-1), values, ids, selects_logits=True))
-                    return self.selection(Routing(scores, self.affinities, values, ids))
-        return result
+        if func not in _WATCHED:
+            return result
+        if func in _AFFINITIES:
+            if result.dim() == 2 and result.shape[-1] == self.num_experts:
+                self.affinities = result
+            return result
+        scores = args[0] if args else kwargs["input"]
+        k = args[1] if len(args) > 1 else kwargs["k"]
+        if scores.dim() != 2 or scores.shape[-1] != self.num_experts or k != self.top_k:
+            self.in_groups = True
+            return result
+        self.hits += 1
+        if self.selection is None:
+            return result
+        values, ids = result
+        if self.affinities is None:  # it selects logits, and weighs those it selected
+            return self.selection(Routing(scores, scores.softmax(-1), values, ids, in_groups=False))
+        return self.selection(Routing(scores, self.affinities, values, ids, self.in_groups))
 
 
 class RouterSeam:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.router.budgeted_selection import BudgetedSelection, LayerRanks, limit, substitute
+from penstock.router.budgeted_choice import LayerRanks, limit, substitute
+from penstock.router.budgeted_selection import BudgetedSelection
 from penstock.router.expert_budget import RESTS, SCOPES, SCORES, ExpertBudget
 from penstock.router.routing import BudgetedRows, Routing
 from penstock.router.topk import RouterSeam

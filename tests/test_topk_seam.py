@@ -95,14 +95,24 @@ def test_in_every_architecture_the_selection_reaches_the_experts(
         expected = model(ids).logits
         top_k = seen[0].shape[-1]
         seams = [RouterSeam(router, 8, top_k) for router in routers]
+        routings: list[Routing] = []
+
+        def own(routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+            routings.append(routing)
+            return torch.topk(routing.scores, top_k, dim=-1)
+
         for seam in seams:
-            seam.selection = lambda routing: torch.topk(routing.scores, top_k, dim=-1)
+            seam.selection = own
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
         chosen = torch.tensor([6, 1, 3][:top_k])
         for seam in seams:
             seam.selection = lambda routing: (routing.scores[:, chosen], chosen.expand(len(routing.scores), top_k))
         seen.clear()
         steered = model(ids).logits
+    assert len(routings) == len(experts)
+    for routing in routings:  # experts are outside a row's groups where the seam has said so, and nowhere else
+        outside = routing.scores.isneginf() | ((routing.scores == 0) & (routing.affinities > 0))
+        assert bool(outside.any()) == routing.in_groups
     assert len(seen) == len(experts)
     for selected in seen:
         assert selected.tolist() == [chosen.tolist()] * 11

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from ..kernels.fused_moe import kernel
-from ..router.budgeted_selection import BudgetedSelection, LayerRanks
+from ..router.budgeted_choice import LayerRanks
+from ..router.budgeted_selection import BudgetedSelection
 from ..router.placement import Placement, contiguous
 from ..router.topk import RouterSeam
 from . import attention

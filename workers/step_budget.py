@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..router.budgeted_selection import BudgetedSelection, LayerRanks, Reduce
+from ..router.budgeted_choice import LayerRanks, Reduce
+from ..router.budgeted_selection import BudgetedSelection
+from ..router.compiled_choice import compiled_choice
 from ..router.routing import BudgetedRows
 from .plan import KeptWeight, LayerCounts, RankPlan
 
@@ -34,6 +36,7 @@ def budgeted_rows(plan: RankPlan, valid: torch.Tensor | None, device: torch.devi
         groups=torch.tensor(groups, device=device),
         num_groups=max(1, len(plan.requests)) if per_request else 1,
         reach=torch.tensor(reach, device=device),
+        all_budgeted=all(budgeted),
     )
 
 
@@ -52,7 +55,8 @@ class StepBudget:
         if plan.budget is None or not (acts or plan.budget.scope == "global"):
             return
         rows = budgeted_rows(plan, valid, layers[0].owner.device)
-        self.selections = [BudgetedSelection(plan.budget, rows, layer, reduce) for layer in layers]
+        compiled = compiled_choice(plan.budget, rows, reduce)
+        self.selections = [BudgetedSelection(plan.budget, rows, layer, reduce, compiled) for layer in layers]
 
     def finish(self, counts: LayerCounts) -> dict[int, KeptWeight]:
         """Add what was kept to ``counts``, once all layers have run; return it by request."""
@@ -60,17 +64,18 @@ class StepBudget:
             return {}
         limits = [selection.limits for selection in self.selections]
         assert None not in limits, "every layer has run"
-        kept = torch.stack([found.kept for found in limits if found is not None]).cpu()  # [L, T]
+        kept = torch.stack([found.kept for found in limits if found is not None]).tolist()  # [L][T]: one transfer
         weights: dict[int, KeptWeight] = {}
         start = 0
         counts.budgeted_rows[:], counts.weight_kept[:] = [0] * len(kept), [0.0] * len(kept)
         for request in self._plan.requests:
             stop = start + len(request.token_ids)
             if request.first_budgeted_row is not None:
-                mine = kept[:, start + request.first_budgeted_row : stop]
-                weights[request.request_id] = KeptWeight(mine.shape[1], float(mine.mean()))
-                for layer, total in enumerate(mine.sum(dim=1).tolist()):
-                    counts.budgeted_rows[layer] += mine.shape[1]
+                first = start + request.first_budgeted_row
+                totals = [sum(layer[first:stop]) for layer in kept]
+                weights[request.request_id] = KeptWeight(stop - first, sum(totals) / len(kept) / (stop - first))
+                for layer, total in enumerate(totals):
+                    counts.budgeted_rows[layer] += stop - first
                     counts.weight_kept[layer] += total
             start = stop
         return weights
