@@ -53,3 +53,7 @@ class StepObservation:
     """Rows that each rank sent to others, a row counting once per rank it visits; a mean over MoE layers."""
     trials: Sequence[ShadowTrial] = ()
     """What shadow drafting has learned of past proposals, where the controller asks for it."""
+    budget_level: int | None = None
+    """Index of the budget of experts that rows of the step kept to; None if none did."""
+    num_budgeted_rows: int = 0
+    """Rows of the requests, on all ranks, that kept to it."""
