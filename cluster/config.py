@@ -86,9 +86,9 @@ class EngineConfig:
     prompt_lookup_min: int = _bounded(1, low=1, high=32)
     """Shortest n-gram the `ngram` drafter looks up."""
     expert_budget: tuple[str, ...] | str | None = None
-    """Experts that verifying drafts may read, as in `experts=20` or `coverage=0.9,scope=owner`; lossy. Several, the most
-    lenient first, of which `shadow` chooses one or none in each step and others take the first; or auto: all that were
-    calibrated and may be served. No budget when absent. docs/budgets.md."""
+    """Experts that verifying drafts may read, as in `experts=20` or `coverage=0.9,scope=owner`; lossy. Several, the
+    most lenient first, of which `shadow` chooses one or none in each step and others take the first; or auto: all that
+    were calibrated and may be served. No budget when absent. docs/budgets.md."""
     budget_profile: str | None = _bounded(None)
     """File that `penstock calibrate` wrote, which says what budgets cost; expert_budgets.json beside the model when
     absent. Read once, where the server is started."""
@@ -167,7 +167,7 @@ class EngineConfig:
 
     @property
     def budgets(self) -> tuple[ExpertBudget, ...]:
-        """What verifications may keep to, the most lenient first: all of `expert_budget` under `shadow`, else the first.
+        """What verifications may keep to, most lenient first: all of `expert_budget` under `shadow`, else the first.
 
         Raises ``ValueError`` naming it for auto, which whoever starts the ranks replaces by what the profile has.
         """

@@ -226,7 +226,10 @@ def test_a_lone_request_has_a_ranks_list_to_itself(model: Path) -> None:
 
 
 def test_a_hint_names_only_what_may_be_served(model: Path) -> None:
-    for options, within in (({}, "experts=5,scope=request, experts=6"), ({"max_num_seqs": 5}, "experts=5,scope=request")):
+    for options, within in (
+        ({}, "experts=5,scope=request, experts=6"),
+        ({"max_num_seqs": 5}, "experts=5,scope=request"),
+    ):
         with pytest.raises(ValueError, match=f"allows; within it: {within}$"):
             check_budget_profile(config_of(model, expert_budget="experts=3,scope=request", **options))
 
@@ -251,7 +254,7 @@ def test_auto_is_every_budget_that_may_be_served_and_is_worth_it(model: Path) ->
     assert served.config == replace(auto, expert_budget=(str(LEAST.parsed), str(FINE.parsed)))
     assert [level.budget for level in served.levels] == [LEAST.parsed, FINE.parsed]
     assert served.levels[1].experts_kept(8) == pytest.approx(0.75)
-    assert check_budget_profile(replace(auto, expert_parallel_size=4)).entries == (LEAST, FINE, RANKS)
+    assert check_budget_profile(replace(auto, expert_parallel_size=4)).entries == (LEAST, RANKS, FINE)
     fixed = check_budget_profile(replace(auto, draft_len=3))
     assert (fixed.entries, fixed.config.budgets) == ((LEAST,), (LEAST.parsed,))
     with pytest.raises(ValueError, match=r"^expert_budget: none in .* may be served as configured; .* --draft-len 9"):

@@ -149,9 +149,7 @@ def _allowed(config: EngineConfig, budget: ExpertBudget, directory: Path) -> Cal
 def _profile(config: EngineConfig, directory: Path, what: str, command: str) -> BudgetProfile:
     file = profile_file(config, directory)
     if not file.is_file():
-        raise ValueError(
-            f"expert_budget: nothing is known of {what}, as there is no {file}; write it with {command}"
-        )
+        raise ValueError(f"expert_budget: nothing is known of {what}, as there is no {file}; write it with {command}")
     profile = read_profile(file)
     if profile.fingerprint != model_fingerprint(directory):
         raise ValueError(
@@ -161,9 +159,7 @@ def _profile(config: EngineConfig, directory: Path, what: str, command: str) -> 
     return profile
 
 
-def _worst_fitting(
-    profile: BudgetProfile, config: EngineConfig, budget: ExpertBudget
-) -> CalibratedBudget | str | None:
+def _worst_fitting(profile: BudgetProfile, config: EngineConfig, budget: ExpertBudget) -> CalibratedBudget | str | None:
     """Return of the measurements that the server keeps to the one that lost most; a problem if there is none of these.
 
     None if ``budget`` was not measured at all.

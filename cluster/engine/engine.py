@@ -43,8 +43,8 @@ _PHASES_S = 1.0
 class Engine:
     """Serves requests over ``ranks``. One thread calls it; between calls its state is always committed.
 
-    ``controller`` replaces the one that ``config.policy`` names, and may then draft up to 64 tokens. ``levels``: what is
-    known of ``config.budgets``, for a controller that weighs them.
+    ``controller`` replaces the one that ``config.policy`` names, and may then draft up to 64 tokens. ``levels``: what
+    is known of ``config.budgets``, for a controller that weighs them.
 
     A request's tokens are published only when every rank has answered the step; a failed step leaves no trace but a
     count, and is planned again from what is committed.
@@ -262,9 +262,14 @@ class Engine:
         budget = None if level is None else self._levels[level].budget
         if budget is None or budget.score != "survival":
             return drafts, budget, {}
-        return drafts, budget, {
-            request.key: self.controller.reach(request.key, proposal, length) for request, proposal, length in drafted
-        }
+        return (
+            drafts,
+            budget,
+            {
+                request.key: self.controller.reach(request.key, proposal, length)
+                for request, proposal, length in drafted
+            },
+        )
 
     def _index_prompts(self) -> None:
         """Tell drafters of the chunks that ranks have computed: a long prompt at once would hold up a later step."""

@@ -63,9 +63,7 @@ class Coordinator:
         ]
         await asyncio.to_thread(self._ranks.wait_loaded, self._loaded.append)
         logger.info("loaded\n%s", load_summary(self._ranks.infos, self._config.block_size))
-        self._thread = EngineThread(
-            Engine(self._config, self._ranks, levels=self._levels), self._deliver, overlap=True
-        )
+        self._thread = EngineThread(Engine(self._config, self._ranks, levels=self._levels), self._deliver, overlap=True)
         self._ranks.meanwhile = self._thread.hand_over
         self._requests = RequestServer(self._host, self._thread)
 

@@ -55,9 +55,7 @@ class Gang:
             namespace=NAMESPACE,
             scheduling_strategy=_bundle(group, 1),
         )
-        self._coordinator: Any = coordinator.remote(
-            config, self._workers, [nodes[i] for i in order], placement, levels
-        )
+        self._coordinator: Any = coordinator.remote(config, self._workers, [nodes[i] for i in order], placement, levels)
         await self._coordinator.load.remote()
 
     async def coordinator(self) -> Any:

@@ -30,8 +30,8 @@ class RequestReport:
 class Controller(Protocol):
     """Chooses draft lengths and learns from what became of them. Pure state: no clock, no randomness of its own.
 
-    In each step: `max_draft_lens`, then the drafters propose, then `draft_lens` and `budget_level`; `observe` once the step has
-    committed. A step that failed is planned again with the same calls and no `observe`, so neither may depend on
+    In each step: `max_draft_lens`, then the drafters propose, then `draft_lens` and `budget_level`; `observe` once the
+    step has committed. A step that failed is planned again with the same calls and no `observe`, so none may depend on
     how often it was called.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 from .budget_level import BudgetLevel
 
@@ -102,6 +103,10 @@ class BudgetedCurve(ExpertsCurve):
         if self._now - self._read_at >= _REFRESH_STEPS:
             self._curve, self._read_at = [], self._now
         return min(super().experts(num_rows), self._exact.experts(num_rows))
+
+    def _read(self, num_rows: int) -> list[float]:
+        """Rising, but not flattening: sizes that were tried may stand above others that were not."""
+        return [0.0, *accumulate((self._raw(rows) for rows in range(1, num_rows + 1)), max)]
 
     def ratio(self, knot: int) -> float:
         """Return what was learned of this very knot, as far as it is not forgotten, else what is expected."""

@@ -26,8 +26,8 @@ def make_controller(
     """Return a new controller; raise ``ValueError`` listing the valid names for an unknown one.
 
     ``draft_len``: what `fixed` always drafts; ``max_draft_len``: the most that `cascade` and `shadow` may choose; the
-    rest describes the model, its ranks and the ``levels`` of budget that `shadow` chooses from, from which it knows what
-    it cannot have measured yet.
+    rest describes the model, its ranks and the ``levels`` of budget to choose from, by which `shadow` knows what it
+    cannot have measured yet.
     """
     if policy == "off":
         return FixedController(0)

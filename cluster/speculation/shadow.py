@@ -85,9 +85,9 @@ class ShadowController:
     receives what their accepted tokens were worth; it gains a small share of all time, and no draft is verified that
     it could not pay for.
 
-    With ``levels`` of budget, lengths and level are chosen together: under each level and none, the lengths with the best
-    rate by what experts and rows sent are expected to be there; then, of none and the levels in their order, the first
-    whose rate is within `BUDGET_MARGIN` of the best. So none is chosen where neither experts nor traffic take time.
+    With ``levels`` of budget, lengths and level are chosen together: under none and each level, the lengths with the
+    best rate by the experts and rows sent that are expected there; then, of none and the levels in their order, the
+    first whose rate is within `BUDGET_MARGIN` of the best: none where neither experts nor traffic take time.
 
     Requests with a length of their own keep it and count as rows that run anyway. Beside prompt rows, which read most
     experts anyway, drafts are cheaper; such steps teach no cost.
@@ -188,9 +188,7 @@ class ShadowController:
         if request.is_fixed:
             return Chain(request.rank, ())
         draft_len = min(len(proposal), self._max_draft_len, request.max_draft_len)
-        return Chain(
-            request.rank, self.reach(request.key, proposal, draft_len), request.keeps_to_budget(proposal)
-        )
+        return Chain(request.rank, self.reach(request.key, proposal, draft_len), request.keeps_to_budget(proposal))
 
     def _choose(self, step: _Step) -> list[int]:
         sizes = step.num_rows, step.max_rows
@@ -225,9 +223,7 @@ class ShadowController:
 
     def _best(self, step: _Step, prices: Sequence[StepPrice]) -> tuple[Level, Allocation]:
         """Return the level, one of `_priced`, and the lengths; ``prices``: of each of them."""
-        found = allocate(
-            step.chains, step.base_rows, step.num_tokens, prices, self._allowance_s, step.num_budgeted
-        )
+        found = allocate(step.chains, step.base_rows, step.num_tokens, prices, self._allowance_s, step.num_budgeted)
         level = self._first_good(found)
         return level, found[0 if level is None else 1 + level]
 
@@ -246,9 +242,7 @@ class ShadowController:
             return None
         rows = step.rows_with(best.draft_lens)
         num_rows = sum(rows)
-        is_due = (
-            self._cost.num_seen(num_rows) < _EXACT_STEPS or self._cost.steps_since(num_rows) > _EXACT_REFRESH
-        )
+        is_due = self._cost.num_seen(num_rows) < _EXACT_STEPS or self._cost.steps_since(num_rows) > _EXACT_REFRESH
         assert self._plain_step_s is not None
         exact_s = self._cost.step_s(num_rows, max(rows))
         return None if is_due and exact_s - self._plain_step_s <= self._allowance_s else level

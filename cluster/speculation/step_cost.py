@@ -74,7 +74,8 @@ class StepCost:
     size seen often (a CUDA graph's padding) is added back.
 
     A ``level`` is an index of ``levels``, None for no budget. Of the rows of a step under one, ``num_budgeted`` keep to
-    it; experts and rows sent are taken to lie so far between those without a budget and those where all rows do.
+    it; experts and rows sent are taken to lie so far between those without a budget and those where all rows do, and
+    experts at least at those that the other rows read.
     """
 
     def __init__(
@@ -197,7 +198,8 @@ class StepCost:
             share, number = num_budgeted / num_rows, _bin_of(num_rows)
             found = bins.get((number, level)) or bins.get((number, None))
             read = experts(num_rows)
-            read -= share * (read - curve(num_rows))
+            others = experts(num_rows - num_budgeted) if num_budgeted < num_rows else 0.0
+            read = max(read - share * (read - curve(num_rows)), others)
             time_s = fixed + per_choice + (exact - share * sent_saved) * max_rows + per_expert * read
             return time_s + (found.residual if found else 0.0)
 
