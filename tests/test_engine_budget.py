@@ -10,6 +10,7 @@ import pytest
 
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.layer_totals import COUNTS
 from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
 from penstock.cluster.speculation.fixed import FixedController
 from penstock.cluster.speculation.observation import StepObservation
@@ -157,6 +158,14 @@ def test_a_controller_chooses_one_level_a_step_for_all_ranks(tiny: tuple[EngineC
         assert all(part.first_budgeted_row == part.first_sampled_row + (number % 3 == 1) for part in parts)
         used.add(step.budget_level)
     assert used == {None, 0, 1}
+    stats = engine.stats()
+    assert stats.budget_steps == {
+        str(wanted[n + 1]): sum(s.budget_level == n for s in controller.observed) for n in (0, 1)
+    }
+    for name in COUNTS:
+        found = [getattr(rank.counts, name) for result in failing.results for rank in result.ranks]
+        assert stats.by_layer[name] == pytest.approx([sum(layer) for layer in zip(*filter(None, found), strict=True)])
+        assert sum(stats.by_rank[name]) == pytest.approx(sum(map(sum, found)))
     assert all(part[0] != 0 for part in budgeted_parts(failing.plans) if part[1] is not None)
 
 

@@ -79,7 +79,7 @@ class Engine:
             config.suffix_store_tokens if config.drafter == "suffix" else 0,
             keep_trials=self.controller.wants_trials,
         )
-        self.counters = Counters(self.model.num_moe_layers)
+        self.counters = Counters(len(ranks.infos), self.model.num_moe_layers)
         self.clock = clock
         pools = [BlockPool(info.num_kv_blocks, config.block_size) for info in ranks.infos]
         self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens)
