@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from ..router.expert_budget import ExpertBudget
 
 DRAFT_LEN = 3
+AUTO_BUDGET = "auto"
 API_KEY_VARIABLE = "PENSTOCK_API_KEY"
 _API_KEY = re.compile(r"[\x21-\x7e]+")
 
@@ -84,9 +85,10 @@ class EngineConfig:
     """Longest n-gram the `ngram` drafter looks up."""
     prompt_lookup_min: int = _bounded(1, low=1, high=32)
     """Shortest n-gram the `ngram` drafter looks up."""
-    expert_budget: str | None = _bounded(None)
-    """Experts that verifying drafts may read, as in `experts=20` or `coverage=0.9,scope=owner`; lossy. No budget when
-    absent. docs/budgets.md."""
+    expert_budget: tuple[str, ...] | str | None = None
+    """Experts that verifying drafts may read, as in `experts=20` or `coverage=0.9,scope=owner`; lossy. Several, the
+    most lenient first, of which `shadow` chooses one or none in each step and others take the first; or auto: all that
+    were calibrated and may be served. No budget when absent. docs/budgets.md."""
     budget_profile: str | None = _bounded(None)
     """File that `penstock calibrate` wrote, which says what budgets cost; expert_budgets.json beside the model when
     absent. Read once, where the server is started."""
@@ -105,8 +107,9 @@ class EngineConfig:
     """Times in a row that a failed step is planned again before the engine gives up."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.served_model_name, list):
-            object.__setattr__(self, "served_model_name", tuple(self.served_model_name))
+        for name in ("served_model_name", "expert_budget"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         hints = get_type_hints(type(self))
         for spec in fields(self):
             value = getattr(self, spec.name)
@@ -132,8 +135,7 @@ class EngineConfig:
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is not in [max_num_seqs={self.max_num_seqs}, "
                 "1048576]: every running request needs a row"
             )
-        if self.expert_budget is not None:
-            ExpertBudget.parse(self.expert_budget)
+        _check_budgets(self.budget_names)
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min: {self.prompt_lookup_min} is not in [1, prompt_lookup_max={self.prompt_lookup_max}]"
@@ -158,9 +160,21 @@ class EngineConfig:
         return "shadow" if self.draft_len is None else "fixed"
 
     @property
-    def budget(self) -> ExpertBudget | None:
-        """`expert_budget`, read."""
-        return None if self.expert_budget is None else ExpertBudget.parse(self.expert_budget)
+    def budget_names(self) -> tuple[str, ...]:
+        """`expert_budget` as a sequence."""
+        budgets = self.expert_budget
+        return (budgets,) if isinstance(budgets, str) else budgets or ()
+
+    @property
+    def budgets(self) -> tuple[ExpertBudget, ...]:
+        """What verifications may keep to, most lenient first: all of `expert_budget` under `shadow`, else the first.
+
+        Raises ``ValueError`` naming it for auto, which whoever starts the ranks replaces by what the profile has.
+        """
+        if AUTO_BUDGET in self.budget_names:
+            raise ValueError(f"expert_budget: {AUTO_BUDGET} is for what reads the model's profile; name budgets here")
+        names = self.budget_names if self.policy == "shadow" else self.budget_names[:1]
+        return tuple(map(ExpertBudget.parse, names))
 
     @property
     def fixed_draft_len(self) -> int:
@@ -209,6 +223,21 @@ class EngineConfig:
         if not isinstance(values, dict):
             raise ValueError(f"config: {path} holds a {type(values).__name__}, expected a mapping of keys to values")
         return cls.from_mapping({**values, **overrides})
+
+
+def _check_budgets(names: tuple[str, ...]) -> None:
+    if names == (AUTO_BUDGET,):
+        return
+    if AUTO_BUDGET in names:
+        raise ValueError(f"expert_budget: {AUTO_BUDGET} stands for all that were calibrated, so it stands alone")
+    found: list[ExpertBudget] = []
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"expert_budget: expected text such as experts=20, got {name!r}")
+        budget = ExpertBudget.parse(name)
+        if budget in found:
+            raise ValueError(f"expert_budget: {budget} is given twice")
+        found.append(budget)
 
 
 def _check_range(name: str, value: Any, *, low: Any = None, high: Any = None, of: tuple[Any, ...] = ()) -> None:

@@ -18,6 +18,7 @@ from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.engine.backend import EngineDeadError
 from penstock.cluster.engine.histogram import Histogram
 from penstock.cluster.engine.latencies import Latencies
+from penstock.cluster.engine.layer_totals import LayerTotals
 from penstock.cluster.engine.output import ABORT, ERROR, LENGTH, STOP, EngineStats, RequestOutput, RequestStats
 from penstock.cluster.speculation.options import AUTO, SpeculationOptions
 from penstock.workers.model_info import ModelInfo, RankInfo
@@ -180,6 +181,9 @@ class ScriptedBackend:
             "spec_decode_draft_len": Histogram([0, 3]).snapshot(),
             "spec_decode_utility": Histogram([1]).snapshot(),
             "spec_decode_phases": {"fixed": 2},
+            "budget_steps": {},
+            "by_rank": LayerTotals(1, 1).by_rank(),
+            "by_layer": LayerTotals(1, 1).by_layer(),
         }
         return {"g": EngineStats(**{**fields, **known})}  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from penstock.cluster.speculation.batch import Batch, RequestView
 from penstock.cluster.speculation.controller import Controller
@@ -54,6 +54,8 @@ class Machine:
     """Factor on all times, by step."""
     noise: float = 0.0
     """Standard deviation of the clock's log-normal factor."""
+    choice_s: float = 0.0
+    """What choosing within a budget of experts adds to a step."""
     outliers: float = 0.0
     """Share of steps whose clock says ten times as much."""
     experts_noise: float = 0.05
@@ -68,18 +70,42 @@ class Machine:
             else [min(each, NUM_EXPERTS)]
         )
 
-    def step_s(self, rows: Sequence[int], experts: Sequence[float], rows_sent: Sequence[float], step: int) -> float:
+    def step_s(
+        self,
+        rows: Sequence[int],
+        experts: Sequence[float],
+        rows_sent: Sequence[float],
+        step: int,
+        *,
+        is_budgeted: bool = False,
+    ) -> float:
         """True time of a step in lock-step."""
         if self.table is not None:
             return self.table(sum(rows)) * self.drift(step)
         padded = min((b for b in self.row_buckets if b >= max(rows)), default=max(rows))
         time_s = self.fixed_s + self.per_row_s * padded + self.per_expert_s * max(experts)
-        return (time_s + self.per_row_sent_s * max(rows_sent)) * self.drift(step)
+        time_s += self.per_row_sent_s * max(rows_sent) + self.choice_s * is_budgeted
+        return time_s * self.drift(step)
 
     def clock_s(self, true_s: float, rng: random.Random) -> float:
         """What the clock says of a step."""
         factor = rng.lognormvariate(0, self.noise) if self.noise else 1.0
         return true_s * factor * (10.0 if rng.random() < self.outliers else 1.0)
+
+
+@dataclass(frozen=True)
+class TrueLevel:
+    """What a level of budget truly leaves where all rows of a step keep to it."""
+
+    experts: Callable[[int], float] = lambda num_rows: 1.0
+    """By rows: the share of the experts that they would read."""
+    sent: float = 1.0
+    """Of the rows that they would send."""
+
+
+def at_most(num_experts: int) -> Callable[[int], float]:
+    """Return the shares that so many experts leave to rows that share a list."""
+    return lambda num_rows: min(1.0, num_experts / measured_experts(num_rows))
 
 
 @dataclass
@@ -157,6 +183,8 @@ class Run:
     """Per request, what the clock said of them."""
     phases: dict[int, list[str]] = field(default_factory=dict)
     """Per request, the controller's phase after each."""
+    levels: list[int | None] = field(default_factory=list)
+    """Of the steps that verified drafts which may keep to a budget: the one they kept to."""
     trials: list[ShadowTrial] = field(default_factory=list)
     """Of the last step: the engine lets a controller learn from them when the next one is planned."""
 
@@ -181,6 +209,7 @@ def simulate(
     max_draft_len: int = 7,
     prefill_chunk: int = 0,
     store_tokens: int = 1 << 16,
+    levels: Sequence[TrueLevel] = (),
     seed: int = 0,
 ) -> Run:
     """Serve ``jobs`` in order, ``batch_size`` at once; each job's first token comes with its prompt.
@@ -195,7 +224,7 @@ def simulate(
         while waiting and len(live) < batch_size:
             live.append(_admit(*waiting.pop(), live, machine.num_ranks, drafting))
         tokens, time_s = run.num_tokens, run.time_s
-        _step(controller, drafting, live, machine, rng, run, max_draft_len, prefill_chunk)
+        _step(controller, drafting, live, machine, rng, run, max_draft_len, prefill_chunk, levels)
         if len(live) == batch_size:
             run.full_tokens += run.num_tokens - tokens
             run.full_time_s += run.time_s - time_s
@@ -222,6 +251,7 @@ def _step(
     run: Run,
     max_draft_len: int,
     prefill_chunk: int,
+    levels: Sequence[TrueLevel],
 ) -> None:
     rows = [0] * machine.num_ranks
     prompt_rows = [0] * machine.num_ranks
@@ -242,7 +272,14 @@ def _step(
         r for r in live if len(r.text) > len(r.job.prompt) and r.num_left and not (any(prompt_rows) and _is_fresh(r))
     ]
     views = [
-        RequestView(r.key, r.rank, len(r.text), r.job.options.limit(max_draft_len, r.num_left), r.job.options.is_fixed)
+        RequestView(
+            r.key,
+            r.rank,
+            len(r.text),
+            r.job.options.limit(max_draft_len, r.num_left),
+            r.job.options.is_fixed,
+            r.job.options.allows_budget,
+        )
         for r in decoding
     ]
     batch = Batch(views, machine.num_ranks, prompt_rows)
@@ -265,14 +302,22 @@ def _step(
         trials += drafting.settle(r.key, r.text) if controller.wants_trials else []
     if not any(rows):
         return
-    experts = machine.experts(sum(rows), rng)
+    decided = zip(views, proposals, lengths, strict=True)
+    budgeted = sum(1 + length for view, proposal, length in decided if length and view.keeps_to_budget(proposal))
+    level = controller.budget_level() if levels and budgeted else None
+    if levels and budgeted:
+        run.levels.append(level)
+    share, left = budgeted / sum(rows), TrueLevel() if level is None else levels[level]
+    experts = [n * (1 - share * (1 - left.experts(sum(rows)))) for n in machine.experts(sum(rows), rng)]
     sent = [own * TOP_K * (machine.num_ranks - 1) / machine.num_ranks * rng.uniform(0.9, 1.0) for own in rows]
-    true_s = machine.step_s(rows, experts, sent, run.num_steps)
+    sent = [n * (1 - share * (1 - left.sent)) for n in sent]
+    true_s = machine.step_s(rows, experts, sent, run.num_steps, is_budgeted=level is not None)
     clock_s = machine.clock_s(true_s, rng)
     run.num_steps += 1
     run.time_s += true_s
     run.let_learn(controller)
-    controller.observe(StepObservation(clock_s, outcomes, rows, any(prompt_rows), experts, sent))
+    counts = StepObservation(clock_s, outcomes, rows, any(prompt_rows), experts, sent)
+    controller.observe(replace(counts, budget_level=level, num_budgeted_rows=budgeted if level is not None else 0))
     run.trials = trials
     for outcome in outcomes:
         run.draft_lens.setdefault(outcome.key, []).append(outcome.num_drafted)

@@ -152,17 +152,17 @@ def test_the_loss_is_of_tasks_where_the_model_can_do_them_and_of_tokens_else() -
 
 
 def test_a_calibrated_budget_is_served(model: Path, tmp_path: Path) -> None:
-    assert check_budget_profile(config_of(model)) == FINE
-    assert check_budget_profile(config_of(model, expert_budget=" scope=request,experts=5")) == FINE
-    assert check_budget_profile(config_of(model, max_num_seqs=64)) == FINE, "each request has its own list"
+    assert check_budget_profile(config_of(model)).entries == (FINE,)
+    assert check_budget_profile(config_of(model, expert_budget=" scope=request,experts=5")).entries == (FINE,)
+    assert check_budget_profile(config_of(model, max_num_seqs=64)).entries == (FINE,), "each request has its own list"
     (model / FILE_NAME).rename(tmp_path / "elsewhere.json")
-    assert check_budget_profile(config_of(model, budget_profile=str(tmp_path / "elsewhere.json"))) == FINE
+    assert check_budget_profile(config_of(model, budget_profile=str(tmp_path / "elsewhere.json"))).entries == (FINE,)
 
 
 @pytest.mark.parametrize("budget", [None, "experts=8", "coverage=1", "max_ranks_per_row=1"])
 def test_what_can_change_nothing_needs_no_profile(model: Path, budget: str | None) -> None:
     (model / FILE_NAME).unlink()
-    assert check_budget_profile(config_of(model, expert_budget=budget)) is None
+    assert not any(check_budget_profile(config_of(model, expert_budget=budget)).entries)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +218,58 @@ def test_others_are_refused_with_what_to_do(model: Path, options: dict[str, Any]
 
 def test_a_lone_request_has_a_ranks_list_to_itself(model: Path) -> None:
     lone = config_of(model, expert_budget="experts=5", max_num_seqs=1)
-    assert check_budget_profile(lone) == FINE
+    assert check_budget_profile(lone).entries == (FINE,)
     with pytest.raises(ValueError, match=r"^expert_budget: experts=5 is not in"):
         check_budget_profile(replace(lone, max_num_seqs=2))
-    assert check_budget_profile(config_of(model, expert_budget="experts=6", speculation="off", max_draft_len=9))
+    served = check_budget_profile(config_of(model, expert_budget="experts=6", speculation="off", max_draft_len=9))
+    assert served.entries == (SHARED,)
+
+
+def test_a_hint_names_only_what_may_be_served(model: Path) -> None:
+    for options, within in (
+        ({}, "experts=5,scope=request, experts=6"),
+        ({"max_num_seqs": 5}, "experts=5,scope=request"),
+    ):
+        with pytest.raises(ValueError, match=f"allows; within it: {within}$"):
+            check_budget_profile(config_of(model, expert_budget="experts=3,scope=request", **options))
+
+
+LEAST = replace(FINE, budget="experts=7,scope=request,score=selected", exact_match_loss=0.0, experts_per_layer=5.0)
+IDLE = replace(FINE, budget="experts=7,scope=request,score=probabilities", experts_per_layer=4.9)
+RANKS = replace(
+    FINE,
+    budget="max_ranks_per_row=1,scope=request",
+    experts_per_layer=4.0,
+    conditions=replace(CONDITIONS, num_ranks=4),
+)
+
+
+def test_auto_is_every_budget_that_may_be_served_and_is_worth_it(model: Path) -> None:
+    budgets = [WORSE, IDLE, FINE, UNTRIED, LEAST, RANKS, replace(FINE, budget="experts=8")]
+    profile = BudgetProfile(model="model", fingerprint=model_fingerprint(model), budgets=budgets)
+    write_profile(profile, model / FILE_NAME)
+    auto = config_of(model, expert_budget="auto")
+    served = check_budget_profile(auto)
+    assert served.entries == (LEAST, FINE), "none that loses as much as another and saves less"
+    assert served.config == replace(auto, expert_budget=(str(LEAST.parsed), str(FINE.parsed)))
+    assert [level.budget for level in served.levels] == [LEAST.parsed, FINE.parsed]
+    assert served.levels[1].experts_kept(8) == pytest.approx(0.75)
+    assert check_budget_profile(replace(auto, expert_parallel_size=4)).entries == (LEAST, RANKS, FINE)
+    fixed = check_budget_profile(replace(auto, draft_len=3))
+    assert (fixed.entries, fixed.config.budgets) == ((LEAST,), (LEAST.parsed,))
+    with pytest.raises(ValueError, match=r"^expert_budget: none in .* may be served as configured; .* --draft-len 9"):
+        check_budget_profile(replace(auto, draft_len=9))
+    (model / FILE_NAME).unlink()
+    with pytest.raises(ValueError, match=r"^expert_budget: nothing is known of what any budget costs"):
+        check_budget_profile(replace(auto, allow_uncalibrated=True))
+
+
+def test_of_several_budgets_each_is_checked(model: Path) -> None:
+    several = ("experts=6", "experts=5,scope=request")
+    served = check_budget_profile(config_of(model, expert_budget=several))
+    assert served.entries == (SHARED, FINE)
+    with pytest.raises(ValueError, match=r"^expert_budget: experts=3,scope=request has 10.0 points"):
+        check_budget_profile(config_of(model, expert_budget=[*several, "experts=3,scope=request"]))
 
 
 def test_a_profile_is_of_one_model(model: Path) -> None:
@@ -240,7 +288,7 @@ def test_a_profile_is_of_one_model(model: Path) -> None:
 def test_what_is_not_known_may_be_served_when_told(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     (model / FILE_NAME).unlink()
     with caplog.at_level(logging.WARNING):
-        assert check_budget_profile(config_of(model, allow_uncalibrated=True)) is None
+        assert not any(check_budget_profile(config_of(model, allow_uncalibrated=True)).entries)
     assert "serving experts=5,scope=request all the same (allow_uncalibrated): expert_budget: nothing" in caplog.text
     with pytest.raises(ValueError, match=r"^expert_budget: experts 1 is not in"):
         check_budget_profile(config_of(model, expert_budget="experts=1", allow_uncalibrated=True))

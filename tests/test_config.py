@@ -78,6 +78,25 @@ def test_the_ends_of_ranges_are_inside(values: dict[str, Any]) -> None:
     assert isinstance(config.step_timeout_s, float)
 
 
+def test_budgets_are_one_or_several_or_auto() -> None:
+    one = EngineConfig(model="m", expert_budget="experts=5")
+    assert (one.budget_names, [str(budget) for budget in one.budgets]) == (("experts=5",), ["experts=5"])
+    several = EngineConfig.from_mapping({"model": "m", "expert_budget": ["experts=5", "coverage=0.9"]})
+    assert [str(budget) for budget in several.budgets] == ["experts=5", "coverage=0.9"]
+    fixed = EngineConfig(model="m", expert_budget=("experts=5", "coverage=0.9"), draft_len=3)
+    assert [str(budget) for budget in fixed.budgets] == ["experts=5"], "others than shadow choose none"
+    assert EngineConfig(model="m", expert_budget="auto").budget_names == ("auto",)
+    assert EngineConfig(model="m").budgets == EngineConfig(model="m", expert_budget=()).budgets == ()
+    for bad, message in (
+        (["auto", "experts=5"], "auto stands for all that were calibrated, so it stands alone"),
+        (["experts=5", "experts=5,scope=source"], "experts=5 is given twice"),
+        ([5], "expected text such as experts=20, got 5"),
+        (5, "expected tuple or str or null, got 5"),
+    ):
+        with pytest.raises(ValueError, match=f"^expert_budget: {message}"):
+            EngineConfig.from_mapping({"model": "m", "expert_budget": bad})
+
+
 def test_an_unknown_key_is_refused_with_the_valid_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown key 'max_num_seq' \(did you mean max_num_seqs\?\)") as caught:
         EngineConfig.from_mapping({"model": "m", "max_num_seq": 3})

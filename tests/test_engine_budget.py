@@ -10,8 +10,12 @@ import pytest
 
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.layer_totals import COUNTS
 from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
+from penstock.cluster.speculation.fixed import FixedController
+from penstock.cluster.speculation.observation import StepObservation
 from penstock.cluster.speculation.options import SpeculationOptions
+from penstock.router.expert_budget import ExpertBudget
 from penstock.workers.plan import StepPlan
 
 from .tiny_engine import GREEDY, PROMPTS, FailingRanks, config_of, drain, generate
@@ -118,6 +122,72 @@ def test_a_failed_step_neither_loses_nor_repeats_a_token(tiny: tuple[EngineConfi
     reach = [part.reach for plan in failing.plans for rank in plan.ranks for part in rank.requests]
     assert any(reach) == (score == "survival")
     assert all(values == sorted(values, reverse=True) and values[0] == 1.0 for values in reach if values)
+
+
+class LevelsInTurn(FixedController):
+    """Keeps step after step to another of two levels, or to none, and notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.observed: list[StepObservation] = []
+
+    def budget_level(self) -> int | None:
+        return (None, 0, 1)[len(self.observed) % 3]
+
+    def observe(self, step: StepObservation) -> None:
+        self.observed.append(step)
+
+
+def test_a_controller_chooses_one_level_a_step_for_all_ranks(tiny: tuple[EngineConfig, LocalRanks]) -> None:
+    config, ranks = tiny
+    levels = ("experts=3,scope=request,protect_first_row=true", BUDGET)
+    config = replace(config, draft_len=None, expert_budget=("experts=8", *levels))
+    failing, controller = FailingRanks(ranks, lambda call: call % 4 == 0), LevelsInTurn()
+    engine = Engine(config, failing, controller=controller)
+    engine.add_request("exact", PROMPTS[1], GREEDY, EXACT)
+    generate(engine, PROMPTS, GREEDY)
+    committed = [plan for call, plan in enumerate(failing.plans, start=1) if call % 4]
+    wanted = [None, *map(ExpertBudget.parse, levels)]
+    used = set()
+    for number, (plan, step) in enumerate(zip(committed, controller.observed, strict=True)):
+        (budget,) = {rank.budget for rank in plan.ranks}
+        parts = [part for rank in plan.ranks for part in rank.requests if part.first_budgeted_row is not None]
+        assert budget == (wanted[number % 3] if parts else None), "one that can change nothing is no level"
+        assert step.budget_level == (number % 3 - 1 if budget else None)
+        assert step.num_budgeted_rows == sum(part.num_sampled_rows for part in parts)
+        assert all(part.first_budgeted_row == part.first_sampled_row + (number % 3 == 1) for part in parts)
+        used.add(step.budget_level)
+    assert used == {None, 0, 1}
+    stats = engine.stats()
+    assert stats.budget_steps == {
+        str(wanted[n + 1]): sum(s.budget_level == n for s in controller.observed) for n in (0, 1)
+    }
+    for name in COUNTS:
+        found = [getattr(rank.counts, name) for result in failing.results for rank in result.ranks]
+        assert stats.by_layer[name] == pytest.approx([sum(layer) for layer in zip(*filter(None, found), strict=True)])
+        assert sum(stats.by_rank[name]) == pytest.approx(sum(map(sum, found)))
+    assert all(part[0] != 0 for part in budgeted_parts(failing.plans) if part[1] is not None)
+
+
+def test_drafts_of_a_prediction_are_exact(tiny: tuple[EngineConfig, LocalRanks]) -> None:
+    config, ranks = tiny
+    exact, _ = engine_of(config, ranks)
+    exact.add_request("plain", PROMPTS[0], GREEDY)
+    wanted = drain(exact)["plain"]
+    engine, failing = engine_of(budgeted(config), ranks)
+    engine.add_request("predicted", PROMPTS[0], GREEDY, SpeculationOptions(prediction_token_ids=tuple(wanted)))
+    published = drain(engine)
+    assert published["predicted"] == wanted
+    stats = published.ended["predicted"].stats
+    assert stats is not None
+    assert stats.num_accepted_prediction_tokens > 10
+    assert not any(part[1] is not None for part in budgeted_parts(failing.plans)[:4])
+
+
+def test_several_levels_need_names(tiny: tuple[EngineConfig, LocalRanks]) -> None:
+    config, ranks = tiny
+    with pytest.raises(ValueError, match=r"^expert_budget: auto is for what reads the model's profile"):
+        engine_of(budgeted(config, "auto"), ranks)
 
 
 @pytest.mark.parametrize("budget", ["experts=8", "coverage=1", "experts=8,max_ranks_per_row=1"])

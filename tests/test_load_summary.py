@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from penstock.cluster.calibration.gate import ServedBudgets
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.serving.load_summary import budget_summary, load_summary
 from penstock.workers.model_info import ModelInfo, RankInfo
@@ -59,7 +60,11 @@ def test_ranks_that_differ_have_lines_of_their_own() -> None:
 
 def test_a_budget_is_called_lossy() -> None:
     config = EngineConfig(model="m", expert_budget="experts=5,scope=request")
-    known = budget_summary(config, FINE)
+    known = budget_summary(ServedBudgets(config, (FINE,)), config.budgets)
     assert known.startswith("lossy: verifications keep to experts=5,scope=request: 25 % fewer experts a verification")
     assert "0.4 points of exact match lost" in known
-    assert "not calibrated" in budget_summary(config, None)
+    assert "not calibrated" in budget_summary(ServedBudgets(config, (None,)), config.budgets)
+    several = replace(config, expert_budget=("experts=8", "experts=5,scope=request"))
+    lines = budget_summary(ServedBudgets(several, (None, FINE)), several.budgets).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["lossy", "or to experts=5,scope=request"]
+    assert len(budget_summary(ServedBudgets(several, (None, FINE)), several.budgets[1:]).splitlines()) == 1

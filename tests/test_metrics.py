@@ -8,9 +8,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from penstock.cluster.api.metrics import PREFIX, engine_samples, parse_samples, render
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.layer_totals import COUNTS
 from penstock.cluster.engine.output import LENGTH, STOP, EngineStats
+from penstock.cluster.engine.scheduler import Scheduler
+from penstock.cluster.engine.stats import Counters
 from penstock.cluster.speculation.controller import PHASES
 from penstock.cluster.speculation.options import AUTO, SpeculationOptions
+from penstock.router.expert_budget import ExpertBudget
+from penstock.workers.plan import LayerCounts, RankPlan, RankResult, StepPlan, StepResult
 from penstock.workers.sampling_params import SamplingParams
 
 from .scripted_ranks import ScriptedRanks
@@ -97,6 +102,49 @@ def test_gangs_add_up_their_draft_lengths_utilities_and_phases() -> None:
     idle = speculating("cascade", 0).stats()
     assert set(idle.spec_decode_phases) == set(PHASES)
     assert not any(idle.spec_decode_phases.values()), "a phase that nobody is in is 0, and not missing"
+
+
+def test_counts_have_a_series_for_each_rank_and_for_each_layer() -> None:
+    counts = [
+        LayerCounts([2, 2], [4, 5], [1, 0], [80, 0], [96, 16], [2, 2], [1.5, 2.0]),
+        LayerCounts([3, 3], [6, 1], [2, 3], [160, 240], [170, 250]),
+    ]
+    ranks = [RankResult(0, 0, rank, [], found, 0, 0, 0.0) for rank, found in enumerate(counts)]
+    budget = ExpertBudget(experts=5)
+    counters = Counters(2, 2)
+    for _ in range(3):
+        plans = [RankPlan(0, 0, 3, budget=budget) for _ in ranks]
+        counters.add_step(StepPlan(0, 0, plans), StepResult(ranks, 0.1), 0)
+    counters.add_step(StepPlan(0, 0, [RankPlan(0, 0, 3)] * 2), StepResult(ranks[1:] * 2, 0.1), 0)
+    stats = counters.snapshot(Scheduler([], 1, 1), {})
+    samples = engine_samples({"one": stats})
+    found = {
+        place: {
+            count: [samples[f'{PREFIX}{place}_{count}_total{{{place}="{number}"}}'] for number in range(2)]
+            for count in COUNTS
+        }
+        for place in ("rank", "layer")
+    }
+    assert found["rank"] == {
+        "rows": [3 * 4 + 6, 4 * 6],
+        "experts": [3 * 9 + 7, 4 * 7],
+        "rows_sent": [3 + 5, 4 * 5],
+        "payload_bytes": [3 * 80 + 400, 4 * 400],
+        "wire_bytes": [3 * 112 + 420, 4 * 420],
+        "budgeted_rows": [12, 0],
+        "weight_kept": [10.5, 0],
+    }
+    assert found["layer"]["experts"] == [3 * 10 + 12, 3 * 6 + 2]
+    assert found["layer"]["rows_sent"] == [3 * 3 + 4, 3 * 3 + 6]
+    assert found["layer"]["weight_kept"] == [4.5, 6.0]
+    for place in found.values():
+        assert sum(place["rows_sent"]) == stats.rows_sent == 28
+        assert sum(place["payload_bytes"]) == stats.payload_bytes
+        assert sum(place["wire_bytes"]) == stats.wire_bytes
+        assert (sum(place["budgeted_rows"]), sum(place["weight_kept"])) == (stats.budgeted_rows, stats.kept_weight)
+    assert samples[f'{PREFIX}expert_budget_steps_total{{budget="experts=5"}}'] == 3
+    counters.add_step(StepPlan(0, 0, [RankPlan(0, 0, 3)] * 2), StepResult(ranks, 0.1), 0)
+    assert stats.by_rank["rows"] == [18, 24], "a snapshot stays as it is"
 
 
 def test_without_an_engine_there_is_only_the_news_of_that() -> None:

@@ -70,7 +70,7 @@ async def test_the_handle_sends_it(backend: ScriptedBackend, tokenizer: ChatToke
 async def demo() -> AsyncIterator[httpx.AsyncClient]:
     config = EngineConfig(model=DEMO, **OPTIONS, expert_budget=BUDGET)
     engine = AsyncEngine(Engine(config, make_ranks(config)))
-    state = await ServingState.create(engine, ChatTokenizer(DEMO), MODEL, budget=config.budget)
+    state = await ServingState.create(engine, ChatTokenizer(DEMO), MODEL, budgets=config.budgets)
     async with client_of(create_app(state)) as client:
         yield client
     await engine.close()
@@ -128,12 +128,12 @@ async def test_a_budget_that_can_change_nothing_is_not_lossy(
     backend: ScriptedBackend, tokenizer: ChatTokenizer
 ) -> None:
     config = EngineConfig(model="m", expert_budget="coverage=1")
-    state = await ServingState.create(backend, tokenizer, MODEL, budget=config.budget)
+    state = await ServingState.create(backend, tokenizer, MODEL, budgets=config.budgets)
     assert state.expert_budget is None
     plain = await ServingState.create(backend, tokenizer, MODEL)
     assert state.system_fingerprint == plain.system_fingerprint
     lossy = EngineConfig(model="m", expert_budget="coverage=0.5")
-    state = await ServingState.create(backend, tokenizer, MODEL, budget=lossy.budget)
+    state = await ServingState.create(backend, tokenizer, MODEL, budgets=lossy.budgets)
     assert state.expert_budget == "coverage=0.5"
     assert state.system_fingerprint != plain.system_fingerprint
 

@@ -6,7 +6,7 @@ All of them are counted by the engines, so that every server answers for all gan
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -85,6 +85,27 @@ def _counter(
     return _Value(CounterMetricFamily, name, text, read, label)
 
 
+def _by_place(place: str, what: str, read: Callable[[EngineStats], Mapping[str, Sequence[float]]]) -> Iterator[_Value]:
+    """Yield a counter of each `LayerCounts` with the label ``place``, rank or layer; ``what``: what that is."""
+    for count, text in _COUNTS.items():
+        name = f"{place}_{count}"
+        yield _counter(
+            name,
+            f"{text}, {what}. PromQL: sum by ({place}) (rate({PREFIX}{name}_total[1m]))",
+            lambda stats, count=count: {str(number): n for number, n in enumerate(read(stats)[count])},  # type: ignore[misc]
+            place,
+        )
+
+
+_COUNTS = {
+    "rows": "Rows routed, once for each layer",
+    "experts": "Distinct experts computed, summed over layers and steps",
+    "rows_sent": "Rows sent to other ranks",
+    "payload_bytes": "Bytes of rows needed of other ranks",
+    "wire_bytes": "Bytes sent to other ranks, padding included",
+    "budgeted_rows": "Rows that kept to a budget of experts, once for each layer",
+    "weight_kept": "Share of its router's weight that the budget kept, summed over those rows",
+}
 _METRICS: tuple[_Value | _Distribution, ...] = (
     _gauge(
         "num_requests_running",
@@ -258,6 +279,19 @@ _METRICS: tuple[_Value | _Distribution, ...] = (
         "penstock:expert_budget_kept_weight_total[5m])) / sum(rate(penstock:expert_budgeted_rows_total[5m]))",
         lambda stats: stats.kept_weight,
     ),
+    _counter(
+        "expert_budget_steps",
+        "Steps in which rows kept to a budget of experts, by budget. "
+        "PromQL: sum by (budget) (rate(penstock:expert_budget_steps_total[5m]))",
+        lambda stats: stats.budget_steps,
+        "budget",
+    ),
+    *_by_place(
+        "rank",
+        "by the rank whose requests they are of, experts by the rank that holds them",
+        lambda stats: stats.by_rank,
+    ),
+    *_by_place("layer", "by number among the MoE layers, all ranks together", lambda stats: stats.by_layer),
 )
 
 

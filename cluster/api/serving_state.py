@@ -32,7 +32,7 @@ class ServingState:
     eos_token_ids: tuple[int, ...]
     system_fingerprint: str
     expert_budget: str | None
-    """The budget of experts that verifications keep to, so that answers may be lossy; None for exact answers."""
+    """The budgets of experts that verifications may keep to, so that answers may be lossy; None for exact answers."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -42,15 +42,15 @@ class ServingState:
         tokenizer: ChatTokenizer,
         model_names: str | Sequence[str],
         root: str | None = None,
-        budget: ExpertBudget | None = None,
+        budgets: Sequence[ExpertBudget] = (),
     ) -> ServingState:
         """Ask the backend's ranks for the model's limits."""
         names = (model_names,) if isinstance(model_names, str) else tuple(model_names)
         ranks = await backend.ranks()
         model = ranks[0].model
         root = root or names[0]
-        acts = budget is not None and not budget.is_void(model.num_experts, len(ranks))
-        lossy = str(budget) if acts else None
+        acting = [str(budget) for budget in budgets if not budget.is_void(model.num_experts, len(ranks))]
+        lossy = " or ".join(acting) or None
         return cls(
             backend,
             tokenizer,

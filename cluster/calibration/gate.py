@@ -4,32 +4,57 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...router.expert_budget import ExpertBudget
 from ...workers.architectures import UNSTEERABLE
 from ...workers.checkpoint import load_config, resolve
 from ...workers.runner import num_experts_of, num_experts_per_tok
-from ..config import EngineConfig
+from ..config import AUTO_BUDGET, EngineConfig
+from ..speculation.budget_level import BudgetLevel
 from .fingerprint import file_sha256, model_fingerprint
 from .profile import FILE_NAME, BudgetProfile, CalibratedBudget, read_profile
 
 logger = logging.getLogger(__name__)
 
 
-def check_budget_profile(config: EngineConfig) -> CalibratedBudget | None:
-    """Return what is known of the budget that ``config`` serves; None without one, or one that can change nothing.
+@dataclass(frozen=True, slots=True)
+class ServedBudgets:
+    """What may be served."""
+
+    config: EngineConfig
+    """As given, with the budgets themselves in the place of ``auto``."""
+    entries: tuple[CalibratedBudget | None, ...] = ()
+    """What is known of each of ``config.budgets``; None of one that can change nothing, or is not known."""
+
+    @property
+    def levels(self) -> list[BudgetLevel]:
+        """What a controller is told of those that are known."""
+        return [
+            BudgetLevel(budget, entry.experts_saved, entry.conditions.draft_len + 1)
+            for budget, entry in zip(self.config.budgets, self.entries, strict=True)
+            if entry is not None
+        ]
+
+
+def check_budget_profile(config: EngineConfig) -> ServedBudgets:
+    """Return the budgets that ``config`` serves and what is known of them.
 
     For whoever starts ranks, before it does; an `Engine` as such serves any budget. Raises ``ValueError`` naming the
-    field and what to do unless the profile of this very model holds this budget, under conditions that the server
+    field and what to do unless the profile of this very model holds each budget, under conditions that the server
     keeps to, within ``max_quality_loss`` and ``max_perplexity_increase``. With ``allow_uncalibrated`` that is a
-    warning, and the result None.
+    warning. ``auto`` is what passes all this, and at least one budget.
     """
-    budget = config.budget
-    if budget is None:
-        return None
+    if not config.budget_names:
+        return ServedBudgets(config)
     directory = resolve(config.model, config.revision)
+    if config.budget_names == (AUTO_BUDGET,):
+        return _every_budget(config, directory)
+    return ServedBudgets(config, tuple(_known(config, budget, directory) for budget in config.budgets))
+
+
+def _known(config: EngineConfig, budget: ExpertBudget, directory: Path) -> CalibratedBudget | None:
     if not _can_change_anything(budget, directory, config.expert_parallel_size):
         return None
     try:
@@ -39,6 +64,47 @@ def check_budget_profile(config: EngineConfig) -> CalibratedBudget | None:
             raise
         logger.warning("serving %s all the same (allow_uncalibrated): %s", budget, error)
         return None
+
+
+def _every_budget(config: EngineConfig, directory: Path) -> ServedBudgets:
+    """Return all that may be served, the least lossy first, less those that lose no less than another and save no more.
+
+    A limit on ranks saves what no profile tells, so budgets with different ones are not compared.
+    """
+    command = f"`penstock calibrate {config.model} --data FILE.jsonl`"
+    profile = _profile(config, directory, "what any budget costs", command)
+    found = [
+        entry
+        for entry in servable(profile, config)
+        if _can_change_anything(entry.parsed, directory, config.expert_parallel_size)
+    ]
+    if not found:
+        raise ValueError(
+            f"expert_budget: none in {profile_file(config, directory)} may be served as configured; measure others, or "
+            f"as you serve them, with {command[:-1]} {_flags(config)}`, or name one to learn what is missing"
+        )
+    found.sort(key=lambda entry: (entry.quality_loss, -entry.experts_saved))
+    kept: list[CalibratedBudget] = []
+    for entry in found:
+        limits = _rank_limits(entry)
+        if all(_rank_limits(other) != limits or other.experts_saved < entry.experts_saved for other in kept):
+            kept.append(entry)
+    config = replace(config, expert_budget=tuple(str(entry.parsed) for entry in kept))
+    return ServedBudgets(config, tuple(kept[: len(config.budgets)]))
+
+
+def _rank_limits(entry: CalibratedBudget) -> tuple[int | None, float]:
+    return entry.parsed.max_ranks_per_row, entry.parsed.min_rank_share
+
+
+def servable(profile: BudgetProfile, config: EngineConfig) -> list[CalibratedBudget]:
+    """Return one entry of each budget of ``profile`` that ``config`` may serve: of several, that which lost most."""
+    found = []
+    for budget in dict.fromkeys(entry.parsed for entry in profile.budgets):
+        entry = _worst_fitting(profile, config, budget)
+        if isinstance(entry, CalibratedBudget) and is_allowed(entry, config):
+            found.append(entry)
+    return found
 
 
 def profile_file(config: EngineConfig, directory: Path) -> Path:
@@ -67,29 +133,43 @@ def _can_change_anything(budget: ExpertBudget, directory: Path, num_ranks: int) 
 
 
 def _allowed(config: EngineConfig, budget: ExpertBudget, directory: Path) -> CalibratedBudget:
-    file = profile_file(config, directory)
     command = f"`penstock calibrate {config.model} --data FILE.jsonl --budget {budget}`"
+    profile = _profile(config, directory, f"what {budget} costs", command)
+    found = _worst_fitting(profile, config, budget)
+    if found is None:
+        known = _names(profile.budgets) or "none"
+        file = profile_file(config, directory)
+        raise ValueError(f"expert_budget: {budget} is not in {file}, which has: {known}; measure it with {command}")
+    if isinstance(found, str):
+        raise ValueError(f"{found}, or measure it as you serve it: {command[:-1]} {_flags(config)}`")
+    _check_loss(found, config, profile)
+    return found
+
+
+def _profile(config: EngineConfig, directory: Path, what: str, command: str) -> BudgetProfile:
+    file = profile_file(config, directory)
     if not file.is_file():
-        raise ValueError(
-            f"expert_budget: nothing is known of what {budget} costs, as there is no {file}; write it with {command}"
-        )
+        raise ValueError(f"expert_budget: nothing is known of {what}, as there is no {file}; write it with {command}")
     profile = read_profile(file)
     if profile.fingerprint != model_fingerprint(directory):
         raise ValueError(
             f"budget_profile: {file} is of another model ({profile.model}) or of other weights; write one with "
             f"{command}"
         )
+    return profile
+
+
+def _worst_fitting(profile: BudgetProfile, config: EngineConfig, budget: ExpertBudget) -> CalibratedBudget | str | None:
+    """Return of the measurements that the server keeps to the one that lost most; a problem if there is none of these.
+
+    None if ``budget`` was not measured at all.
+    """
     entries = _entries(profile, config, budget)
-    if not entries:
-        known = _names(profile.budgets) or "none"
-        raise ValueError(f"expert_budget: {budget} is not in {file}, which has: {known}; measure it with {command}")
     problems = [_problem(entry, config, budget) for entry in entries]
     fitting = [entry for entry, problem in zip(entries, problems, strict=True) if problem is None]
     if not fitting:
-        raise ValueError(f"{problems[-1]}, or measure it as you serve it: {command[:-1]} {_flags(config)}`")
-    worst = max(fitting, key=lambda entry: (not is_allowed(entry, config), entry.quality_loss))
-    _check_loss(worst, config, profile)
-    return worst
+        return problems[-1] if problems else None
+    return max(fitting, key=lambda entry: (not is_allowed(entry, config), entry.quality_loss))
 
 
 def _entries(profile: BudgetProfile, config: EngineConfig, budget: ExpertBudget) -> Sequence[CalibratedBudget]:
@@ -155,7 +235,7 @@ def _check_loss(entry: CalibratedBudget, config: EngineConfig, profile: BudgetPr
             f"{entry.parsed} has perplexity {100 * entry.perplexity_increase:+.1f} %: more than "
             f"max_perplexity_increase = {config.max_perplexity_increase:g}"
         )
-    fine = _names(other for other in profile.budgets if is_allowed(other, config))
+    fine = _names(servable(profile, config))
     raise ValueError(f"expert_budget: {said} allows; within it: {fine or 'none calibrated'}")
 
 

@@ -80,10 +80,11 @@ class LLM:
         self.config = EngineConfig.from_mapping({"model": model, **config})
         self.tokenizer = ChatTokenizer(self.config.tokenizer_source, self.config.revision)
         drafter_factory(self.config.drafter)  # refuse an unknown name before anything is loaded
-        check_budget_profile(self.config)
+        served = check_budget_profile(self.config)
+        self.config = served.config
         ranks = make_ranks(self.config)
         try:
-            self._engine = Engine(self.config, ranks)
+            self._engine = Engine(self.config, ranks, levels=served.levels)
         except BaseException:
             ranks.close()
             raise

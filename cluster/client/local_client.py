@@ -28,11 +28,12 @@ class LocalClient:
 
     def __init__(self, config: EngineConfig) -> None:
         drafter_factory(config.drafter)  # refuse an unknown name before anything is loaded
-        check_budget_profile(config)
+        served = check_budget_profile(config)
+        config = served.config
         self._tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
         ranks = make_ranks(config)
         try:
-            engine = Engine(config, ranks)
+            engine = Engine(config, ranks, levels=served.levels)
         except BaseException:
             ranks.close()
             raise

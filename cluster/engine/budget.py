@@ -1,19 +1,25 @@
-"""The budget of experts that an engine's verifications keep to."""
+"""The budgets of experts that an engine's verifications may keep to."""
 
 from __future__ import annotations
 
-from ...router.expert_budget import ExpertBudget
+from collections.abc import Sequence
+
 from ...workers.model_info import ModelInfo
 from ..config import EngineConfig
+from ..speculation.budget_level import BudgetLevel
 
 
-def make_budget(config: EngineConfig, model: ModelInfo) -> ExpertBudget | None:
-    """Return what ``config`` asks for; None if that is nothing, or can change nothing.
+def make_levels(config: EngineConfig, model: ModelInfo, known: Sequence[BudgetLevel] = ()) -> list[BudgetLevel]:
+    """Return the levels that ``config`` asks for, less those that can change nothing.
 
-    Raises ``ValueError`` naming ``expert_budget`` if ``model`` cannot keep to it.
+    ``known``: what a profile says of some of them. Raises ``ValueError`` naming ``expert_budget`` if ``model`` cannot
+    keep to one.
     """
-    budget = config.budget
-    if budget is None:
-        return None
-    budget.check(model.num_experts, model.num_experts_per_tok, steerable=model.steerable)
-    return None if budget.is_void(model.num_experts, config.expert_parallel_size) else budget
+    found = {level.budget: level for level in known}
+    for budget in config.budgets:
+        budget.check(model.num_experts, model.num_experts_per_tok, steerable=model.steerable)
+    return [
+        found.get(budget, BudgetLevel(budget))
+        for budget in config.budgets
+        if not budget.is_void(model.num_experts, config.expert_parallel_size)
+    ]

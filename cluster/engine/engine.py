@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
+from ...router.expert_budget import ExpertBudget
 from ...workers.model_info import ModelInfo
 from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan, StepFailedError, StepPlan, StepResult
 from ...workers.sampling_params import SamplingParams
 from ..config import EngineConfig
 from ..speculation.batch import Batch, RequestView
+from ..speculation.budget_level import BudgetLevel
 from ..speculation.controller import PHASES, Controller, RequestReport
 from ..speculation.drafter import DraftContext, drafter_factory
 from ..speculation.drafting import Drafting
@@ -24,7 +26,7 @@ from ..speculation.policy import make_controller
 from ..speculation.proposal import NOTHING
 from .backend import EngineDeadError
 from .block_pool import BlockPool
-from .budget import make_budget
+from .budget import make_levels
 from .output import ABORT, ERROR, LENGTH, STOP, TIMEOUT, EngineStats, RequestOutput, RequestStats
 from .prompt_check import check_prompt
 from .ranks import Ranks
@@ -41,7 +43,8 @@ _PHASES_S = 1.0
 class Engine:
     """Serves requests over ``ranks``. One thread calls it; between calls its state is always committed.
 
-    ``controller`` replaces the one that ``config.policy`` names, and may then draft up to 64 tokens.
+    ``controller`` replaces the one that ``config.policy`` names, and may then draft up to 64 tokens. ``levels``: what
+    is known of ``config.budgets``, for a controller that weighs them.
 
     A request's tokens are published only when every rank has answered the step; a failed step leaves no trace but a
     count, and is planned again from what is committed.
@@ -53,11 +56,13 @@ class Engine:
         ranks: Ranks,
         *,
         controller: Controller | None = None,
+        levels: Sequence[BudgetLevel] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         make_drafter = drafter_factory(config.drafter)  # refuse an unknown name now
         self.config, self.ranks = config, ranks
         self.model: ModelInfo = ranks.infos[0].model
+        self._levels = make_levels(config, self.model, levels)
         self.controller = controller or make_controller(
             config.policy,
             draft_len=config.fixed_draft_len,
@@ -65,6 +70,7 @@ class Engine:
             num_experts=self.model.num_experts,
             num_experts_per_tok=self.model.num_experts_per_tok,
             num_ranks=len(ranks.infos),
+            levels=self._levels,
         )
         own = {"off": 0, "fixed": config.fixed_draft_len}.get(config.policy, config.max_draft_len)
         self._max_draft_len = MAX_DRAFT_LEN if controller is not None else own
@@ -73,8 +79,7 @@ class Engine:
             config.suffix_store_tokens if config.drafter == "suffix" else 0,
             keep_trials=self.controller.wants_trials,
         )
-        self._budget = make_budget(config, self.model)
-        self.counters = Counters(self.model.num_moe_layers)
+        self.counters = Counters(len(ranks.infos), self.model.num_moe_layers)
         self.clock = clock
         pools = [BlockPool(info.num_kv_blocks, config.block_size) for info in ranks.infos]
         self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens)
@@ -159,8 +164,8 @@ class Engine:
         """
         self._admit()
         started = self.clock()
-        drafts, reach = self._propose()
-        plan = self.scheduler.schedule(self._generation, self._step_id, drafts, self._budget, reach)
+        drafts, budget, reach = self._propose()
+        plan = self.scheduler.schedule(self._generation, self._step_id, drafts, budget, reach)
         if plan is None:
             return []
         try:
@@ -246,8 +251,8 @@ class Engine:
             return report
         return replace(report, phase="fixed" if limit else "off", draft_len=limit)
 
-    def _propose(self) -> tuple[dict[int, Sequence[int]], dict[int, Sequence[float]]]:
-        """Return the drafts to verify, by `Request.key`, and how likely they are right if the budget asks.
+    def _propose(self) -> tuple[dict[int, Sequence[int]], ExpertBudget | None, dict[int, Sequence[float]]]:
+        """Return the drafts to verify, by `Request.key`, under which budget, and how likely they are right if it asks.
 
         One decision over the requests of all ranks.
         """
@@ -259,6 +264,7 @@ class Engine:
                 context_len=len(request.token_ids),
                 max_draft_len=request.speculation.limit(self._max_draft_len, request.num_tokens_left),
                 is_fixed=request.speculation.is_fixed,
+                allows_budget=request.speculation.allows_budget,
             )
             for request in decoding
         ]
@@ -273,11 +279,18 @@ class Engine:
             request.draft_source = proposal.evidence.source
         drafted = [found for found in zip(decoding, proposals, lengths, strict=True) if found[2] > 0]
         drafts = {request.key: proposal.token_ids[:length] for request, proposal, length in drafted}
-        if self._budget is None or self._budget.score != "survival":
-            return drafts, {}
-        return drafts, {
-            request.key: self.controller.reach(request.key, proposal, length) for request, proposal, length in drafted
-        }
+        level = self.controller.budget_level() if self._levels else None
+        budget = None if level is None else self._levels[level].budget
+        if budget is None or budget.score != "survival":
+            return drafts, budget, {}
+        return (
+            drafts,
+            budget,
+            {
+                request.key: self.controller.reach(request.key, proposal, length)
+                for request, proposal, length in drafted
+            },
+        )
 
     def _index_prompts(self) -> None:
         """Tell drafters of the chunks that ranks have computed: a long prompt at once would hold up a later step."""
@@ -342,7 +355,18 @@ class Engine:
             has_prefill=len(outcomes) < sum(len(rank.requests) for rank in plan.ranks),
             experts=[sum(rank.counts.experts) / num_layers for rank in result.ranks],
             rows_sent=[sum(rank.counts.rows_sent) / num_layers for rank in result.ranks],
+            budget_level=self._level_of(plan.ranks[0].budget),
+            num_budgeted_rows=sum(
+                part.num_sampled_rows
+                for rank in plan.ranks
+                for part in rank.requests
+                if part.first_budgeted_row is not None
+            ),
         )
+
+    def _level_of(self, budget: ExpertBudget | None) -> int | None:
+        """Return the level of a plan's budget, for a plan says what became of a decision."""
+        return None if budget is None else [level.budget for level in self._levels].index(budget)
 
     @staticmethod
     def _parts(plan: RankPlan, result: RankResult) -> list[tuple[RequestPlan, list[int]]]:

@@ -166,6 +166,12 @@ class EngineStats:
     """Rows that kept to a budget of experts, once for each layer."""
     kept_weight: float
     """Summed over those: the share of their routers' weight that the budget kept."""
+    budget_steps: dict[str, int]
+    """Steps in which rows kept to a budget of experts, by budget."""
+    by_rank: dict[str, list[float]]
+    """Totals of each count of `LayerCounts` by rank, over all layers."""
+    by_layer: dict[str, list[float]]
+    """The same by MoE layer, over all ranks."""
     step_wall_s: float
     """Time spent in steps."""
     latencies: dict[str, HistogramSnapshot]

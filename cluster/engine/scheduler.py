@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...router.expert_budget import ExpertBudget
 from ...workers.plan import RankPlan, RequestPlan, StepPlan
+from ..speculation.prediction import PREDICTION
 from .block_pool import BlockPool
 from .fair_queue import FairQueue
 from .request import Request
@@ -24,9 +25,11 @@ class _Wanted:
     def budget_of(self, request: Request, num_sampled: int) -> tuple[int | None, list[float]]:
         """Return the first of its ``num_sampled`` sampled rows that the budget acts on, and how likely those are used.
 
-        Those that verify drafts, of a request that allows it.
+        Those that verify drafts, of a request that allows it; drafts from its own prediction are exact, since no budget
+        was calibrated with such.
         """
-        if self.budget is None or num_sampled < 2 or not request.speculation.allows_budget:
+        is_allowed = request.speculation.allows_budget and request.draft_source != PREDICTION
+        if self.budget is None or num_sampled < 2 or not is_allowed:
             return None, []
         first = int(self.budget.protect_first_row)
         reach = self.reach.get(request.key)

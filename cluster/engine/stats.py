@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from ...router.expert_budget import ExpertBudget
 from ...workers.plan import StepPlan, StepResult
 from .histogram import Histogram
 from .latencies import Latencies
+from .layer_totals import LayerTotals
 from .output import LENGTH, STOP, EngineStats
 from .request import Request
 from .scheduler import Scheduler
@@ -19,8 +21,11 @@ _UTILITY = (0.25, 0.5, 0.75, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0
 class Counters:
     """Counts committed work only; a discarded step adds to ``num_failed_steps`` and nothing else."""
 
-    def __init__(self, num_moe_layers: int) -> None:
+    def __init__(self, num_ranks: int, num_moe_layers: int) -> None:
         self._num_moe_layers = num_moe_layers
+        self._layers = LayerTotals(num_ranks, num_moe_layers)
+        self._budget_names: dict[ExpertBudget, str] = {}
+        self.budget_steps: Counter[str] = Counter()
         self.num_steps = 0
         self.num_failed_steps = 0
         self.num_prompt_tokens = 0
@@ -49,17 +54,21 @@ class Counters:
         """Count one committed step that published ``num_tokens``."""
         self.num_steps += 1
         self.step_wall_s += result.wall_s
-        payload = sum(sum(rank.counts.payload_bytes) for rank in result.ranks)
-        self.payload_bytes += payload
-        self.wire_bytes += sum(sum(rank.counts.wire_bytes) for rank in result.ranks)
-        self.budgeted_rows += sum(sum(rank.counts.budgeted_rows) for rank in result.ranks)
-        self.kept_weight += sum(sum(rank.counts.weight_kept) for rank in result.ranks)
-        self.rows_sent += sum(sum(rank.counts.rows_sent) for rank in result.ranks)
+        counted = self._layers.add(result)
+        self.rows_sent += int(counted["rows_sent"])
+        self.payload_bytes += int(counted["payload_bytes"])
+        self.wire_bytes += int(counted["wire_bytes"])
+        self.budgeted_rows += int(counted["budgeted_rows"])
+        self.kept_weight += counted["weight_kept"]
+        if (budget := plan.ranks[0].budget) is not None:
+            if budget not in self._budget_names:
+                self._budget_names[budget] = str(budget)
+            self.budget_steps[self._budget_names[budget]] += 1
         # A request whose first row already yields a token has nothing but its last token to compute
         if all(request.first_sampled_row == 0 for rank in plan.ranks for request in rank.requests):
             self.num_decode_steps += 1
-            self.decode_experts += sum(sum(rank.counts.experts) for rank in result.ranks)
-            self.decode_payload_bytes += payload
+            self.decode_experts += int(counted["experts"])
+            self.decode_payload_bytes += int(counted["payload_bytes"])
             self.decode_tokens += num_tokens
 
     def add_tokens(self, num_tokens: int, num_drafted: int, num_accepted: int) -> None:
@@ -119,6 +128,9 @@ class Counters:
             wire_bytes=self.wire_bytes,
             budgeted_rows=self.budgeted_rows,
             kept_weight=self.kept_weight,
+            budget_steps=dict(self.budget_steps),
+            by_rank=self._layers.by_rank(),
+            by_layer=self._layers.by_layer(),
             step_wall_s=self.step_wall_s,
             latencies=self.latencies.snapshot(),
         )

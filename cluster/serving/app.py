@@ -36,9 +36,9 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
     config = args if isinstance(args, EngineConfig) else EngineConfig.from_mapping(args)
     drafter_factory(config.drafter)
     inspect(config.model, config.revision)
-    check_budget_profile(config)
+    served = check_budget_profile(config)
     placement = placement_of(config)
-    config = _absolute(config)
+    config = _absolute(served.config)
     gpu = on_gpu(config)
     # Decided here: a worker that Ray gives no GPU may see the machine's all the same
     config = replace(config, device="cuda" if gpu else "cpu")
@@ -65,7 +65,7 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
     # Only the ingress needs the key
     api_key = config.api_key or os.environ.get(API_KEY_VARIABLE) or None
     keyless, keyed = replace(config, api_key=None), replace(config, api_key=api_key)
-    return ingress.bind(gang.bind(keyless, gpu=gpu, placement=placement), keyed, address=address)
+    return ingress.bind(gang.bind(keyless, gpu=gpu, placement=placement, levels=served.levels), keyed, address=address)
 
 
 def _absolute(config: EngineConfig) -> EngineConfig:

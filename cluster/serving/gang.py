@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -11,6 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...router.placement import Placement
 from ..config import EngineConfig
+from ..speculation.budget_level import BudgetLevel
 from .coordinator import Coordinator
 from .resources import COORDINATOR_CPUS, COORDINATOR_PREFIX, NAMESPACE
 from .worker import Worker
@@ -20,7 +22,12 @@ class Gang:
     """Owns the actors of one gang, which die with it. Serve's constructor call returns when all ranks have loaded."""
 
     async def __init__(  # type: ignore[misc]
-        self, config: EngineConfig, *, gpu: bool = False, placement: Placement | None = None
+        self,
+        config: EngineConfig,
+        *,
+        gpu: bool = False,
+        placement: Placement | None = None,
+        levels: Sequence[BudgetLevel] = (),
     ) -> None:
         from ray import serve
 
@@ -48,7 +55,7 @@ class Gang:
             namespace=NAMESPACE,
             scheduling_strategy=_bundle(group, 1),
         )
-        self._coordinator: Any = coordinator.remote(config, self._workers, [nodes[i] for i in order], placement)
+        self._coordinator: Any = coordinator.remote(config, self._workers, [nodes[i] for i in order], placement, levels)
         await self._coordinator.load.remote()
 
     async def coordinator(self) -> Any:

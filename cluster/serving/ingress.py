@@ -52,7 +52,7 @@ class Ingress:
         await self._backend.attached()
         _api_key = config.api_key
         self._state = _state = await ServingState.create(
-            self._backend, tokenizer, config.model_names, config.model, config.budget
+            self._backend, tokenizer, config.model_names, config.model, config.budgets
         )
         if address is not None:
             self._http = await listen(build_asgi_app(), address)

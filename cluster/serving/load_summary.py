@@ -8,10 +8,9 @@ from itertools import groupby
 
 from rich.filesize import decimal
 
+from ...router.expert_budget import ExpertBudget
 from ...workers.model_info import RankInfo
-from ..calibration.gate import describe
-from ..calibration.profile import CalibratedBudget
-from ..config import EngineConfig
+from ..calibration.gate import ServedBudgets, describe
 
 
 def load_summary(infos: Sequence[RankInfo], block_size: int) -> str:
@@ -24,10 +23,15 @@ def load_summary(infos: Sequence[RankInfo], block_size: int) -> str:
     return "\n".join([head, *(_ranks(list(same), block_size) for _, same in groupby(infos, key=_holdings))])
 
 
-def budget_summary(config: EngineConfig, calibrated: CalibratedBudget | None) -> str:
-    """Return one line about a budget that acts; ``calibrated``: what it costs, None if unknown or too much."""
-    known = "not calibrated, or more than is allowed" if calibrated is None else describe(calibrated)
-    return f"lossy: verifications keep to {config.expert_budget}: {known}; requests with expert_budget off are exact"
+def budget_summary(served: ServedBudgets, acting: Sequence[ExpertBudget]) -> str:
+    """Return a line about each of the budgets that act: what it costs, if that is known and not too much."""
+    lines = []
+    for budget, entry in zip(served.config.budgets, served.entries, strict=True):
+        if budget in acting:
+            known = "not calibrated, or more than is allowed" if entry is None else describe(entry)
+            lines.append(f"{budget}: {known}; requests with expert_budget off are exact")
+    heads = ["lossy: verifications keep to", *["or to"] * (len(lines) - 1)]
+    return "\n".join(f"{head} {line}" for head, line in zip(heads, lines, strict=True))
 
 
 def _holdings(info: RankInfo) -> RankInfo:

@@ -15,7 +15,7 @@ from ..api.metrics import PREFIX
 from ..calibration.gate import check_budget_profile
 from ..client.http_client import HttpClient
 from ..config import EngineConfig
-from ..engine.budget import make_budget
+from ..engine.budget import make_levels
 from ..placement_file import placement_of
 from ..speculation.drafter import drafter_factory
 from .interrupts import interruptible, uninterruptible
@@ -36,7 +36,8 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
     # Refuse before Ray starts what can be refused
     drafter_factory(config.drafter)
     inspect(config.model, config.revision)
-    calibrated = check_budget_profile(config)
+    served = check_budget_profile(config)
+    config = served.config
     placement_of(config)
     if address is None:
         check_port(host, port)
@@ -63,8 +64,8 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             if infos := loaded_ranks():
                 console.print(load_summary(infos, config.block_size))
-                if make_budget(config, infos[0].model) is not None:
-                    console.print(budget_summary(config, calibrated))
+                if levels := make_levels(config, infos[0].model):
+                    console.print(budget_summary(served, [level.budget for level in levels]))
             _announce(config, url, local)
             if sample:
                 show_sample(url)

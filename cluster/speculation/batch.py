@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .prediction import PREDICTION
+from .proposal import Proposal
+
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
@@ -19,6 +22,15 @@ class RequestView:
     """Most tokens it may draft in this step (`SpeculationOptions.limit`); 0 calls no drafter."""
     is_fixed: bool = False
     """It drafts ``max_draft_len`` tokens whatever the controller would choose, and teaches it no length."""
+    allows_budget: bool = True
+    """Whether its verifications may keep to a budget of experts."""
+
+    def keeps_to_budget(self, proposal: Proposal) -> bool:
+        """Return whether a verification of ``proposal`` keeps to the step's budget, if it has one.
+
+        Drafts from the request's own prediction do not: no budget was calibrated with such.
+        """
+        return self.allows_budget and proposal.evidence.source != PREDICTION
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,10 @@ class CascadeController:
         self._batch = batch
         return [len(proposal) for proposal in proposals]
 
+    def budget_level(self) -> int:
+        """Return the most lenient level: nothing is learned of budgets."""
+        return 0
+
     def reach(self, key: int, proposal: Proposal, length: int) -> list[float]:
         """Return what the drafter's evidence says: nothing is learned here."""
         return proposal.reach(length)

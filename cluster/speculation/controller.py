@@ -1,4 +1,4 @@
-"""Controllers decide how many drafted tokens every request verifies in every step."""
+"""Controllers decide how many drafted tokens every request verifies in every step, and under which budget."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class RequestReport:
 class Controller(Protocol):
     """Chooses draft lengths and learns from what became of them. Pure state: no clock, no randomness of its own.
 
-    In each step: `max_draft_lens`, then the drafters propose, then `draft_lens`; `observe` once the step has
-    committed, and `learn` once the next one was planned. A step that failed is planned again with the same calls and
-    no `observe`, so neither may depend on how often it was called.
+    In each step: `max_draft_lens`, then the drafters propose, then `draft_lens` and `budget_level`; `observe` once the
+    step has committed, and `learn` once the next one was planned. A step that failed is planned again with the same
+    calls and no `observe`, so none may depend on how often it was called.
     """
 
     wants_trials: bool
@@ -46,6 +46,13 @@ class Controller(Protocol):
         """Return per request how many tokens of its proposal to verify, in [0, its length and the request's limit].
 
         ``proposals``: aligned with ``batch.requests``; empty where no drafter was called or had anything.
+        """
+        ...
+
+    def budget_level(self) -> int | None:
+        """Return which of the server's budgets of experts the step that `draft_lens` just planned keeps to, if any.
+
+        An index in their order, the first being the most lenient; without meaning where there is no budget.
         """
         ...
 

@@ -51,3 +51,7 @@ class StepObservation:
     """Distinct experts that each rank computed, a mean over MoE layers."""
     rows_sent: Sequence[float]
     """Rows that each rank sent to others, a row counting once per rank it visits; a mean over MoE layers."""
+    budget_level: int | None = None
+    """Index of the budget of experts that rows of the step kept to; None if none did."""
+    num_budgeted_rows: int = 0
+    """Rows of the requests, on all ranks, that kept to it."""

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 
 from .acceptance import AcceptanceModel
-from .allocation import Chain, allocate
+from .allocation import Allocation, Chain, StepPrice, allocate
 from .baseline import UtilityLedger
 from .batch import Batch, RequestView
+from .budget_level import BudgetLevel
 from .controller import RequestReport
 from .observation import ShadowTrial, StepObservation
 from .proposal import Proposal
-from .step_cost import StepCost
+from .step_cost import Level, StepCost
 
 MARGIN = 0.01
 """Expected gain in tokens per second below which nothing is drafted, beside the error of the plain step's time: where
 that is larger than the gain, plain steps are run, and measure it better."""
+BUDGET_MARGIN = 0.02
+"""Expected gain in tokens per second that a budget must bring over none, or over one that comes before it."""
+_EXACT_STEPS = 2
+"""Steps of a size that are run without a budget, where the allowance permits, before one is believed to save time."""
+_EXACT_REFRESH = 1000
+"""Steps after which that is repeated."""
 LOSS_SHARE = 0.005
 """Share of all time that drafts may lose in the long run, whatever happens."""
 LOSS_GRANT_STEPS = 2.0
@@ -31,6 +39,41 @@ _REFRESH = 0.3
 four measurements by a clock with 20 % noise, hundreds where time is steady."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a choice is made of."""
+
+    chains: Sequence[Chain]
+    base_rows: Sequence[int]
+    """Rows that each rank runs anyway, those of requests with a length of their own included."""
+    num_budgeted: int
+    """Of these, the ones that keep to a budget if there is one."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.base_rows)
+
+    @property
+    def max_rows(self) -> int:
+        return max(self.base_rows)
+
+    @property
+    def num_tokens(self) -> float:
+        """Expected without drafts of the controller's: requests with a length of their own are all alike to it."""
+        return float(len(self.chains))
+
+    @property
+    def nothing(self) -> list[int]:
+        return [0] * len(self.chains)
+
+    def rows_with(self, draft_lens: Sequence[int]) -> list[int]:
+        """Return each rank's rows with these drafts."""
+        rows = list(self.base_rows)
+        for chain, length in zip(self.chains, draft_lens, strict=True):
+            rows[chain.rank] += length
+        return rows
+
+
 class ShadowController:
     """Verifies a drafted token where its expected gain exceeds the rate of the batch times its marginal time.
 
@@ -42,16 +85,29 @@ class ShadowController:
     receives what their accepted tokens were worth; it gains a small share of all time, and no draft is verified that
     it could not pay for.
 
+    With ``levels`` of budget, lengths and level are chosen together: under none and each level, the lengths with the
+    best rate by the experts and rows sent that are expected there; then, of none and the levels in their order, the
+    first whose rate is within `BUDGET_MARGIN` of the best: none where neither experts nor traffic take time.
+
     Requests with a length of their own keep it and count as rows that run anyway. Beside prompt rows, which read most
     experts anyway, drafts are cheaper; such steps teach no cost.
     """
 
     wants_trials = True
 
-    def __init__(self, max_draft_len: int, num_experts: int, num_experts_per_tok: int, num_ranks: int) -> None:
+    def __init__(
+        self,
+        max_draft_len: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        num_ranks: int,
+        levels: Sequence[BudgetLevel] = (),
+    ) -> None:
         self._max_draft_len = max_draft_len
         self._acceptance = AcceptanceModel()
-        self._cost = StepCost(num_experts, num_experts_per_tok, num_ranks)
+        self._cost = StepCost(num_experts, num_experts_per_tok, num_ranks, levels)
+        self._levels: list[Level] = [None, *range(len(levels))]
+        self._level: Level = None
         self._allowance_s = 0.0
         """Time that drafts may still lose."""
         self._plain_step_s: float | None = None
@@ -73,18 +129,22 @@ class ShadowController:
     def draft_lens(self, batch: Batch, proposals: Sequence[Proposal]) -> list[int]:
         """Return the lengths with the best expected tokens per second; a step without measured time has none."""
         fixed = [len(p) if r.is_fixed else 0 for r, p in zip(batch.requests, proposals, strict=True)]
-        self._plain_step_s = self._beside = None
+        self._plain_step_s = self._beside = self._level = None
         if not batch.requests or not self._cost.is_known:
             return fixed
-        base_rows = [0] * batch.num_ranks
-        for request, length in zip(batch.requests, fixed, strict=True):
+        base_rows, num_budgeted = [0] * batch.num_ranks, 0
+        for request, proposal, length in zip(batch.requests, proposals, fixed, strict=True):
             base_rows[request.rank] += 1 + length
-        chains = [self._chain(r, p) for r, p in zip(batch.requests, proposals, strict=True)]
-        if batch.has_prefill:
-            chosen = self._choose_beside(chains, base_rows, batch.prompt_rows)
-        else:
-            chosen = self._choose(chains, base_rows)
+            num_budgeted += 1 + length if length and request.keeps_to_budget(proposal) else 0
+        step = _Step(
+            [self._chain(r, p) for r, p in zip(batch.requests, proposals, strict=True)], base_rows, num_budgeted
+        )
+        chosen = self._choose_beside(step, batch.prompt_rows) if batch.has_prefill else self._choose(step)
         return [length + own for length, own in zip(chosen, fixed, strict=True)]
+
+    def budget_level(self) -> int | None:
+        """Return the level that was chosen together with the lengths."""
+        return self._level
 
     def observe(self, step: StepObservation) -> None:
         """Settle the allowance and the requests' ledgers; what the step teaches is left to `learn`."""
@@ -106,9 +166,10 @@ class ShadowController:
         step, self._unlearned = self._unlearned, None
         if step is None or not sum(step.rows):
             return
-        self._cost.learn_experts(sum(step.rows), max(step.experts))
+        num_rows, budget = sum(step.rows), (step.budget_level, step.num_budgeted_rows)
+        self._cost.learn_experts(num_rows, max(step.experts), *budget)
         if step.requests and not step.has_prefill:
-            self._cost.learn(sum(step.rows), max(step.rows), max(step.experts), max(step.rows_sent), step.step_s)
+            self._cost.learn(num_rows, max(step.rows), max(step.experts), max(step.rows_sent), step.step_s, *budget)
 
     def forget(self, key: int) -> None:
         """Drop the request's own estimates; what all requests taught stays."""
@@ -134,54 +195,99 @@ class ShadowController:
         if request.is_fixed:
             return Chain(request.rank, ())
         draft_len = min(len(proposal), self._max_draft_len, request.max_draft_len)
-        return Chain(request.rank, self.reach(request.key, proposal, draft_len))
+        return Chain(request.rank, self.reach(request.key, proposal, draft_len), request.keeps_to_budget(proposal))
 
-    def _choose(self, chains: Sequence[Chain], base_rows: Sequence[int]) -> list[int]:
-        num_tokens, num_rows = float(len(chains)), sum(base_rows)
-        self._plain_step_s = self._cost.least_s(num_rows, max(base_rows))
-        plain_s = self._cost.step_s(num_rows, max(base_rows))
-        is_stale = self._cost.steps_since(num_rows) * self._cost.relative_error(num_rows) ** 2 > _REFRESH
-        if self._cost.num_seen(num_rows) < _ENOUGH or is_stale:
-            return [0] * len(chains)
-        best = allocate(chains, base_rows, num_tokens, self._cost.step_s, self._allowance_s)
-        margin = MARGIN + self._cost.relative_error(num_rows)
-        if best.num_tokens * plain_s > (1 + margin) * num_tokens * best.step_s:
+    def _choose(self, step: _Step) -> list[int]:
+        sizes = step.num_rows, step.max_rows
+        base = self._base_level(step)
+        self._level = base
+        self._plain_step_s = self._cost.least_s(*sizes, base, step.num_budgeted)
+        plain_s = self._cost.step_s(*sizes, base, step.num_budgeted)
+        error = self._cost.relative_error(step.num_rows, base)
+        is_stale = self._cost.steps_since(step.num_rows, base) * error**2 > _REFRESH
+        if self._cost.num_seen(step.num_rows, base) < _ENOUGH or is_stale:
+            return step.nothing
+        level, best = self._best(step, [self._cost.price(level) for level in self._priced])
+        margin = MARGIN + error
+        if best.num_tokens * plain_s > (1 + margin) * step.num_tokens * best.step_s:
+            self._level = self._paired(step, best, level)
             return best.draft_lens
-        return self._explore(chains, base_rows, plain_s)
+        return self._explore(step, plain_s)
 
-    def _choose_beside(
-        self, chains: Sequence[Chain], base_rows: Sequence[int], prompt_rows: Sequence[int]
-    ) -> list[int]:
+    @property
+    def _priced(self) -> Sequence[Level]:
+        """None and, where they can matter, the levels."""
+        return self._levels if self._cost.budgets_matter else self._levels[:1]
+
+    def _base_level(self, step: _Step) -> Level:
+        """Return the level for the requests that draft a length of their own, if no other does."""
+        if not step.num_budgeted:
+            return None
+        prices = [self._cost.price(level) for level in self._priced]
+        return self._first_good(
+            [Allocation(step.nothing, 1.0, price(step.num_rows, step.max_rows, step.num_budgeted)) for price in prices]
+        )
+
+    def _best(self, step: _Step, prices: Sequence[StepPrice]) -> tuple[Level, Allocation]:
+        """Return the level, one of `_priced`, and the lengths; ``prices``: of each of them."""
+        found = allocate(step.chains, step.base_rows, step.num_tokens, prices, self._allowance_s, step.num_budgeted)
+        level = self._first_good(found)
+        return level, found[0 if level is None else 1 + level]
+
+    def _first_good(self, found: Sequence[Allocation]) -> Level:
+        best = max(allocation.rate for allocation in found)
+        good = [allocation.rate * (1 + BUDGET_MARGIN) >= best for allocation in found]
+        return self._levels[good.index(True)]
+
+    def _paired(self, step: _Step, best: Allocation, level: Level) -> Level:
+        """Return ``level``, or none where steps of this size without a budget must first show what it saves.
+
+        They cost what the level is expected to save, and without them nothing tells experts that are cheap to read from
+        few that are read.
+        """
+        if level is None:
+            return None
+        rows = step.rows_with(best.draft_lens)
+        num_rows = sum(rows)
+        is_due = self._cost.num_seen(num_rows) < _EXACT_STEPS or self._cost.steps_since(num_rows) > _EXACT_REFRESH
+        assert self._plain_step_s is not None
+        exact_s = self._cost.step_s(num_rows, max(rows))
+        return None if is_due and exact_s - self._plain_step_s <= self._allowance_s else level
+
+    def _choose_beside(self, step: _Step, prompt_rows: Sequence[int]) -> list[int]:
         """Return the lengths beside prompts, which are computed whether anything is drafted or not.
 
         They read most experts already, so drafts beside them are cheaper; what they cost themselves is left out. The
         step's own size need not have been measured: what is asked is only how much longer drafts make it.
         """
         if self._cost.num_measured < _ENOUGH:
-            return [0] * len(chains)
-        rows = [base + prompt for base, prompt in zip(base_rows, prompt_rows, strict=True)]
-        num_prompt, fullest = sum(prompt_rows), max(rows) - max(base_rows)
-        plain_s = self._cost.step_s(sum(base_rows), max(base_rows))
+            return step.nothing
+        rows = [base + prompt for base, prompt in zip(step.base_rows, prompt_rows, strict=True)]
+        num_prompt, fullest = sum(prompt_rows), max(rows) - step.max_rows
+        plain_s = self._cost.step_s(step.num_rows, step.max_rows)
         prompts_s = self._cost.step_s(sum(rows), max(rows)) - plain_s
 
-        def step_s(num_rows: int, max_rows: int) -> float:
-            return self._cost.step_s(num_rows + num_prompt, max_rows + fullest) - prompts_s
+        def beside(price: StepPrice) -> StepPrice:
+            return lambda num_rows, max_rows, num_budgeted: (
+                price(num_rows + num_prompt, max_rows + fullest, num_budgeted) - prompts_s
+            )
 
-        best = allocate(chains, base_rows, float(len(chains)), step_s, self._allowance_s)
-        if best.num_tokens * plain_s <= (1 + MARGIN) * len(chains) * best.step_s:
-            return [0] * len(chains)
-        self._beside = best.step_s - plain_s, plain_s / len(chains)
+        self._level, best = self._best(step, [beside(self._cost.price(level)) for level in self._priced])
+        if best.num_tokens * plain_s <= (1 + MARGIN) * step.num_tokens * best.step_s:
+            return step.nothing
+        self._beside = best.step_s - plain_s, plain_s / step.num_tokens
         return best.draft_lens
 
-    def _explore(self, chains: Sequence[Chain], base_rows: Sequence[int], plain_s: float) -> list[int]:
+    def _explore(self, step: _Step, plain_s: float) -> list[int]:
         """Return one token of the likeliest chain if its size is unknown and what it may lose is allowed, else none."""
-        nothing = [0] * len(chains)
+        nothing, chains = step.nothing, step.chains
         likeliest = max(range(len(chains)), key=lambda i: chains[i].gains[0] if chains[i].gains else 0.0)
         chain = chains[likeliest]
-        num_rows = sum(base_rows) + 1
-        if not chain.gains or self._cost.num_seen(num_rows) >= _ENOUGH:
+        num_rows = step.num_rows + 1
+        if not chain.gains or self._cost.num_seen(num_rows, self._level) >= _ENOUGH:
             return nothing
-        step_s = self._cost.step_s(num_rows, max(*base_rows, base_rows[chain.rank] + 1))
+        max_rows = max(*step.base_rows, step.base_rows[chain.rank] + 1)
+        step_s = self._cost.step_s(num_rows, max_rows, self._level, step.num_budgeted)
         if step_s - plain_s > self._allowance_s:
             return nothing
         nothing[likeliest] = 1
@@ -196,7 +302,8 @@ class ShadowController:
         if any(outcome.num_drafted for outcome in step.requests):
             num_tokens = sum(outcome.num_tokens for outcome in step.requests)
             # One hiccup of the machine is no loss of the drafts'
-            step_s = min(step.step_s, 2 * self._cost.step_s(sum(step.rows), max(step.rows)))
+            budget = step.budget_level, step.num_budgeted_rows
+            step_s = min(step.step_s, 2 * self._cost.step_s(sum(step.rows), max(step.rows), *budget))
             self._allowance_s += plain_s * num_tokens / len(step.requests) - step_s
         self._allowance_s = min(self._allowance_s, MAX_ALLOWANCE_STEPS * plain_s)
 

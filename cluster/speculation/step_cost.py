@@ -7,7 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .experts_curve import ExpertsCurve
+from .allocation import StepPrice
+from .budget_level import BudgetLevel
+from .experts_curve import BudgetedCurve, ExpertsCurve
+
+Level = int | None
+"""Index of the budget that acts in a step, None for none."""
 
 PRIOR_SHARES = (0.6, 0.2, 0.2)
 """Of a plain step's time: what is fixed, what grows with rows and with experts, until larger steps were measured."""
@@ -28,6 +33,8 @@ _TRUSTED_WEIGHT = 8.0
 _REFIT_STEPS = (4, 16)
 """Steps between two fits: the first 64, and all later ones."""
 _RIDGE = 1e-4
+_MIN_SHARE = 0.25
+"""Least share of a step's rows that must keep to a budget for the step to tell what the budget does."""
 
 
 class _Bin:
@@ -58,19 +65,34 @@ class _Bin:
 
 
 class StepCost:
-    """t = a + b rows + c experts + d rows sent, in lock-step over all ranks.
+    """t = a + b rows + c experts + d rows sent + e where a budget of experts acts, in lock-step over all ranks.
 
     Every layer ends when its slowest rank does, phase by phase (attention, dispatch, experts, combine), so each
-    feature is that of the rank with most of it. Steps are averaged per total number of rows, robustly, and the
-    coefficients are fitted to those means: what was measured at other sizes is not forgotten while one size rules.
-    Coefficients are never negative. What the fit leaves at a size seen often (a CUDA graph's padding) is added back.
+    feature is that of the rank with most of it. Steps are averaged per total number of rows and level of budget,
+    robustly, and the coefficients are fitted to those means: what was measured at other sizes is not forgotten while
+    one size rules. Coefficients are never negative: e is what choosing within a budget costs. What the fit leaves at a
+    size seen often (a CUDA graph's padding) is added back.
+
+    A ``level`` is an index of ``levels``, None for no budget. Of the rows of a step under one, ``num_budgeted`` keep to
+    it; experts and rows sent are taken to lie so far between those without a budget and those where all rows do, and
+    experts at least at those that the other rows read.
     """
 
-    def __init__(self, num_experts: int, num_experts_per_tok: int, num_ranks: int) -> None:
+    def __init__(
+        self, num_experts: int, num_experts_per_tok: int, num_ranks: int, levels: Sequence[BudgetLevel] = ()
+    ) -> None:
         self._experts = ExpertsCurve(num_experts, num_experts_per_tok, num_ranks)
-        self._bins: dict[int, _Bin] = {}
-        self._coefficients = [0.0] * 4
+        self._curves = [
+            BudgetedCurve(num_experts, num_experts_per_tok, num_ranks, self._experts, level) for level in levels
+        ]
+        self._bins: dict[tuple[int, Level], _Bin] = {}
+        self._coefficients = [0.0] * 5
         self._sent_per_row = 0.0
+        self._sent_kept = [level.ranks_kept for level in levels]
+        """Per level: the share of rows sent that is left where all rows keep to it."""
+        self._sent_weights = [0.0] * len(levels)
+        self._num_exact = 0
+        """Steps without a budget."""
         self._num_steps = 0
 
     @property
@@ -78,24 +100,30 @@ class StepCost:
         """Whether any step has been measured."""
         return bool(self._bins)
 
-    def least_s(self, num_rows: int, max_rows: int) -> float:
+    @property
+    def budgets_matter(self) -> bool:
+        """Whether a step takes longer for the experts that it reads, or for the rows that it sends."""
+        return self._coefficients[2] > 0 or self._coefficients[3] > 0
+
+    def least_s(self, num_rows: int, max_rows: int, level: Level = None, num_budgeted: int = 0) -> float:
         """Return the lower of what is expected of a step and of the mean of those of about its size."""
-        found, expected = self._bins.get(_bin_of(num_rows)), self.step_s(num_rows, max_rows)
+        found = self._bins.get((_bin_of(num_rows), level))
+        expected = self.step_s(num_rows, max_rows, level, num_budgeted)
         return min(found.time_s, expected) if found else expected
 
-    def steps_since(self, num_rows: int) -> float:
+    def steps_since(self, num_rows: int, level: Level = None) -> float:
         """Return how many steps ago one of about this size was measured; infinity if none was."""
-        found = self._bins.get(_bin_of(num_rows))
+        found = self._bins.get((_bin_of(num_rows), level))
         return self._num_steps - found.last_step if found else math.inf
 
-    def relative_error(self, num_rows: int) -> float:
+    def relative_error(self, num_rows: int, level: Level = None) -> float:
         """Return the standard error of the mean time of steps of about this size, relative to it; 1 if none was."""
-        found = self._bins.get(_bin_of(num_rows))
+        found = self._bins.get((_bin_of(num_rows), level))
         return found.spread / found.time_s / math.sqrt(found.weight) if found else 1.0
 
-    def num_seen(self, num_rows: int) -> float:
+    def num_seen(self, num_rows: int, level: Level = None) -> float:
         """Return how often steps of about this size were measured lately."""
-        found = self._bins.get(_bin_of(num_rows))
+        found = self._bins.get((_bin_of(num_rows), level))
         return found.weight if found else 0.0
 
     @property
@@ -103,44 +131,96 @@ class StepCost:
         """How many steps the fit rests on."""
         return sum(found.weight for found in self._bins.values())
 
-    def learn_experts(self, num_rows: int, experts: float) -> None:
+    def learn_experts(self, num_rows: int, experts: float, level: Level = None, num_budgeted: int = 0) -> None:
         """Take one step's count of experts, whatever its rows were for."""
-        self._experts.learn(num_rows, experts)
+        if level is None:
+            self._experts.learn(num_rows, experts)
+            return
+        share = num_budgeted / num_rows
+        if share >= _MIN_SHARE:
+            exact = self._experts.experts(num_rows)
+            # As many as if all rows had kept to it
+            self._curves[level].learn(num_rows, max(exact - (exact - experts) / share, 0.0), share)
 
-    def learn(self, num_rows: int, max_rows: int, experts: float, rows_sent: float, step_s: float) -> None:
+    def learn(
+        self,
+        num_rows: int,
+        max_rows: int,
+        experts: float,
+        rows_sent: float,
+        step_s: float,
+        level: Level = None,
+        num_budgeted: int = 0,
+    ) -> None:
         """Take one step without prompt rows.
 
-        ``num_rows``: of all ranks; the other counts are of the rank with most of them, means over MoE layers.
+        ``num_rows``: of all ranks, ``num_budgeted`` of which kept to ``level``; the other counts are of the rank with
+        most of them, means over MoE layers.
         """
         self._num_steps += 1
-        self._sent_per_row += (rows_sent / max_rows - self._sent_per_row) / min(self._num_steps, _MEMORY)
+        self._learn_sent(rows_sent / max_rows, level, num_budgeted / num_rows)
         if self.num_measured >= _TRUSTED_WEIGHT:
-            expected = self.step_s(num_rows, max_rows)
+            expected = self.step_s(num_rows, max_rows, level, num_budgeted)
             step_s = min(max(step_s, expected / _CLIP_FACTOR), expected * _CLIP_FACTOR)
-        features = np.array([1.0, max_rows, experts, rows_sent])
-        number = _bin_of(num_rows)
-        is_new = number not in self._bins
+        features = np.array([1.0, max_rows, experts, rows_sent, float(level is not None)])
+        key = _bin_of(num_rows), level
+        is_new = key not in self._bins
         if is_new:
-            self._bins[number] = _Bin(features, step_s)
+            self._bins[key] = _Bin(features, step_s)
         else:
-            self._bins[number].add(features, step_s)
-        self._bins[number].last_step = self._num_steps
+            self._bins[key].add(features, step_s)
+        self._bins[key].last_step = self._num_steps
         if is_new or self._num_steps % _REFIT_STEPS[self._num_steps > 64] == 0:
             self._fit()
 
-    def step_s(self, num_rows: int, max_rows: int) -> float:
+    def step_s(self, num_rows: int, max_rows: int, level: Level = None, num_budgeted: int = 0) -> float:
         """Return the expected time of a step; ``num_rows``: of all ranks, ``max_rows``: of the rank with most."""
-        fixed, per_row, per_expert, per_sent = self._coefficients
-        found = self._bins.get(_bin_of(num_rows))
-        residual = found.residual if found else 0.0
-        per_row += per_sent * self._sent_per_row
-        return fixed + per_row * max_rows + per_expert * self._experts.experts(num_rows) + residual
+        return self.price(level)(num_rows, max_rows, num_budgeted)
+
+    def price(self, level: Level = None) -> StepPrice:
+        """Return `step_s` under ``level``, for many sizes."""
+        fixed, per_row, per_expert, per_sent, per_choice = self._coefficients
+        exact = per_row + per_sent * self._sent_per_row
+        bins, experts = self._bins, self._experts.experts
+
+        def exact_s(num_rows: int, max_rows: int, _: int) -> float:
+            found = bins.get((_bin_of(num_rows), None))
+            return fixed + exact * max_rows + per_expert * experts(num_rows) + (found.residual if found else 0.0)
+
+        if level is None:
+            return exact_s
+        curve = self._curves[level].experts
+        sent_saved = per_sent * self._sent_per_row * (1 - self._sent_kept[level])
+
+        def budgeted_s(num_rows: int, max_rows: int, num_budgeted: int) -> float:
+            if not num_budgeted:
+                return exact_s(num_rows, max_rows, 0)
+            share, number = num_budgeted / num_rows, _bin_of(num_rows)
+            found = bins.get((number, level)) or bins.get((number, None))
+            read = experts(num_rows)
+            others = experts(num_rows - num_budgeted) if num_budgeted < num_rows else 0.0
+            read = max(read - share * (read - curve(num_rows)), others)
+            time_s = fixed + per_choice + (exact - share * sent_saved) * max_rows + per_expert * read
+            return time_s + (found.residual if found else 0.0)
+
+        return budgeted_s
+
+    def _learn_sent(self, sent_per_row: float, level: Level, share: float) -> None:
+        if level is None:
+            self._num_exact += 1
+            self._sent_per_row += (sent_per_row - self._sent_per_row) / min(self._num_exact, _MEMORY)
+        elif self._sent_per_row and share >= _MIN_SHARE:
+            kept = min(max(1 - (1 - sent_per_row / self._sent_per_row) / share, 0.0), 1.0)
+            weight = self._sent_weights[level] = min(self._sent_weights[level] + share, _MEMORY)
+            self._sent_kept[level] += (kept - self._sent_kept[level]) * share / weight
 
     def _fit(self) -> None:
         bins = list(self._bins.values())
         weights = [found.weight * np.exp((found.last_step - self._num_steps) / _FADE_STEPS) for found in bins]
         features, times = [found.features for found in bins], [found.time_s for found in bins]
-        most = max(range(len(bins)), key=lambda index: weights[index])
+        # The prior is of steps without a budget, as soon as there is one
+        exact = [index for index, (_, level) in enumerate(self._bins) if level is None] or range(len(bins))
+        most = max(exact, key=lambda index: weights[index])
         for factor in (2, 4):
             prior_features, prior_time = self._prior(features[most], times[most], factor)
             features.append(prior_features)
@@ -161,11 +241,11 @@ class StepCost:
 
     def _prior(self, features: np.ndarray, time_s: float, factor: int) -> tuple[np.ndarray, float]:
         """Return what a step of ``factor`` times the rows is taken to count and cost before one was seen."""
-        _, rows, experts, sent = features
+        _, rows, experts, sent, chosen = features
         num_rows = max(1, round(rows))
         growth = self._experts.experts(factor * num_rows) / self._experts.experts(num_rows)
         prior_time = time_s * sum(share * by for share, by in zip(PRIOR_SHARES, (1, factor, growth), strict=True))
-        return np.array([1.0, factor * rows, growth * experts, factor * sent]), prior_time
+        return np.array([1.0, factor * rows, growth * experts, factor * sent, chosen]), prior_time
 
 
 def _bin_of(num_rows: int) -> int:
