@@ -12,8 +12,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -40,14 +41,11 @@ Layer = Callable[[int, int], None]
 @contextmanager
 def _way(name: str) -> Iterator[None]:
     """Let layers made inside be of this way, whatever the processor would choose."""
-    kept = experts.packs_weights, packed_weights.kernel
-    experts.packs_weights = lambda dtype, device: name != "torch"
-    if name == "fbgemm":
-        packed_weights.kernel = lambda: None
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(experts, "packs_weights", lambda dtype, device: name != "torch"))
+        if name == "fbgemm":
+            stack.enter_context(patch.object(packed_weights, "kernel", lambda: None))
         yield
-    finally:
-        experts.packs_weights, packed_weights.kernel = kept
 
 
 def expert_layers(generator: torch.Generator) -> dict[str, Layer]:
