@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/penstock demo --port $(PORT)
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

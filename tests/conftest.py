@@ -1,9 +1,12 @@
-"""Checkpoints that the tests make, transformers' own output for them, and the API over a scripted engine."""
+"""Checkpoints that the tests make, transformers' own output for them, the API over a scripted engine, the command."""
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,17 @@ if TYPE_CHECKING:
 
 SMALL: dict[str, Any] = {"block_size": 4, "max_model_len": 96, "kv_cache_bytes": 1 << 20}
 """What `make_engine` gives an engine unless told otherwise."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say what xdist's workers must not tear apart: files, whose fixtures are made once, and tests that start processes.
+
+    Those all go to one worker, one after the other: two of them at once would wait for each other's cores.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            starts = item.get_closest_marker("serve") or item.get_closest_marker("distributed")
+            item.add_marker(pytest.mark.xdist_group("processes" if starts else item.path.name))
 
 
 @pytest.fixture(scope="session")
@@ -147,3 +161,41 @@ async def http(backend: ScriptedBackend, tokenizer: ChatTokenizer) -> AsyncItera
 
     async with client_of(create_app(await ServingState.create(backend, tokenizer, NAMES, "/the/root"))) as client:
         yield client
+
+
+class Terminal(io.StringIO):
+    """Standard input of a user who types nothing."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def penstock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Run the command in this process: starting one for each would take most of the time."""
+    from penstock.cluster.cli import main
+
+    monkeypatch.setattr("penstock.cluster.cli.interruptible", lambda: None)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str, stdin: str | None = "") -> Done:
+        monkeypatch.setattr(sys, "argv", ["penstock", *arguments])
+        monkeypatch.setattr(sys, "stdin", Terminal() if stdin is None else io.StringIO(stdin))
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return run

@@ -85,10 +85,17 @@ def test_flags_win_over_the_file_and_leave_the_rest_of_it_alone(tmp_path):
         (("inflate", "nowhere", "there", "--factor", "2"), "error: source: "),
     ],
 )
-def test_mistakes_end_with_one_line_and_code_2(arguments, message):
-    done = _penstock(*arguments)
+def test_mistakes_end_with_one_line_and_code_2(arguments, message, penstock):
+    done = penstock(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(message)
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_mistake_ends_the_process_with_code_2():
+    done = _penstock("inflate", "nowhere", "there", "--factor", "2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: source: ")
     assert len(done.stderr.strip().splitlines()) == 1
 
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import os
 import pty
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
-from penstock.cluster.cli import app, main
+from penstock.cluster.cli import app
 from penstock.cluster.client.bench_serve import Load
 from penstock.cluster.client.llm import LLM
 from penstock.cluster.client.server_stats import ServerStats, quantile
@@ -60,42 +58,6 @@ def backend(tokenizer: ChatTokenizer) -> ScriptedBackend:
 def server(backend: ScriptedBackend, tokenizer: ChatTokenizer) -> Iterator[LoopbackServer]:
     with served(backend, tokenizer) as running:
         yield running
-
-
-class Terminal(io.StringIO):
-    """Standard input of a user who types nothing."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command came to."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def penstock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Run the command in this process: starting one for each would take most of the time."""
-    monkeypatch.setattr("penstock.cluster.cli.interruptible", lambda: None)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str, stdin: str | None = "") -> Done:
-        monkeypatch.setattr(sys, "argv", ["penstock", *arguments])
-        monkeypatch.setattr(sys, "stdin", Terminal() if stdin is None else io.StringIO(stdin))
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Done(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.mark.parametrize(("arguments", "stdin"), [(("water wheel",), ""), ((), "water wheel\n")])

@@ -24,6 +24,11 @@ def rows_of(block: str) -> dict[str, str]:
     return {line.split("`")[1]: line for line in block.splitlines() if line.startswith("| `")}
 
 
+@pytest.fixture(scope="module")
+def rows() -> dict[str, model_table.Row]:
+    return {row.model_type: row for row in model_table.rows()}
+
+
 def test_the_page_is_what_the_program_makes():
     made, found = model_table.block(), committed()
     if f"transformers {transformers.__version__} lists" in found:
@@ -55,10 +60,9 @@ def test_the_program_rewrites_only_its_part(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
-def test_the_tested_models_have_what_the_table_names(model_type, tiny_model, checkpoint):
+def test_the_tested_models_have_what_the_table_names(model_type, rows, tiny_model, checkpoint):
     checkpoint(model_type)  # skips what the installed transformers lacks
-    row = next(row for row in model_table.rows() if row.model_type == model_type)
-    model = tiny_model(model_type)
+    row, model = rows[model_type], tiny_model(model_type)
     config = model.config.get_text_config()
     tensors, modules = [*dict(model.named_parameters()), *dict(model.named_buffers())], [*dict(model.named_modules())]
     experts, _ = _moe_modules(model)
@@ -86,8 +90,8 @@ def test_the_tested_models_have_what_the_table_names(model_type, tiny_model, che
         ("laguna", "grouped-query, sliding windows", "sigmoid, biased", "shared experts, dense layers"),
     ],
 )
-def test_features_are_read_from_the_source(model_type, attention, router, notes):
-    row = next(row for row in model_table.rows() if row.model_type == model_type)
+def test_features_are_read_from_the_source(model_type, attention, router, notes, rows):
+    row = rows[model_type]
     assert (row.status, row.attention, row.router, row.notes) == ("tested", attention, router, notes)
 
 

@@ -130,7 +130,7 @@ def test_adjusted_tokens_do_not_depend_on_the_draft(served, adjusted, decoding):
     samplings = [SamplingParams(choice=i, **given) for i in range(len(prompts()))]
     plain = [SamplingParams(max_tokens=MAX_TOKENS, **decoding)] * len(samplings)
     wanted = [expected_tokens(model, prompt, s) for prompt, s in zip(prompts(), samplings, strict=True)]
-    for draft_len in DRAFT_LENS:
+    for draft_len in (0, "changing"):
         assert [output.token_ids for output in run(ranks, config, draft_len, samplings)] == wanted
     assert [output.token_ids for output in run(ranks, config, 0, plain)] != wanted, "the adjustments must matter"
 

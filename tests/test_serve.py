@@ -254,7 +254,7 @@ def test_the_handle_inside_the_cluster_gives_what_http_gives(server):
     outputs = HttpClient(server.url).generate_many(["import ", "def f("], n=2, seed=8, max_tokens=8, logprobs=1)
     assert many == [[o.text, o.token_ids, [entry.token for entry in o.logprobs]] for o in outputs]
     assert whole == streamed == again == over_http.text
-    assert steps == over_http.stats.steps
+    assert 0 < steps <= over_http.num_output_tokens, "how many depends on what shadow has seen by then"
     assert (predicted, phase) == (whole, "fixed")
     assert num_accepted > 5
     assert models == [MODEL]
@@ -367,20 +367,24 @@ def test_a_placement_reaches_the_workers_by_its_content(tmp_path):
         _wait("another gang", lambda: _answers(server), 120)
 
 
-def test_a_port_in_use_is_refused_with_one_line():
+@pytest.fixture
+def without_ray(monkeypatch):
+    monkeypatch.setattr("penstock.cluster.serving.server.LocalRay", lambda *_: pytest.fail("Ray was started"))
+
+
+def test_a_port_in_use_is_refused_with_one_line(penstock, without_ray):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = [PENSTOCK, "serve", str(DEMO), "--port", str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = penstock("serve", str(DEMO), "--port", str(port))
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: port: cannot listen on 127.0.0.1:{port}")
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("fault", ["cut short", "no weights", "unknown architecture", "no such directory"])
-def test_an_unusable_checkpoint_is_refused_before_ray_starts(fault, checkpoint, tmp_path):
+def test_an_unusable_checkpoint_is_refused_before_ray_starts(fault, checkpoint, tmp_path, penstock, without_ray):
     import shutil
 
     directory = tmp_path / "model"
@@ -395,6 +399,6 @@ def test_an_unusable_checkpoint_is_refused_before_ray_starts(fault, checkpoint, 
     elif fault == "unknown architecture":
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    done = subprocess.run([PENSTOCK, "serve", str(directory)], capture_output=True, text=True, timeout=120, check=False)
+    done = penstock("serve", str(directory))
     assert done.returncode == 2
     assert done.stderr.startswith("error: model: ")
