@@ -70,10 +70,10 @@ class StepBudget:
         counts.budgeted_rows[:], counts.weight_kept[:] = [0] * len(kept), [0.0] * len(kept)
         for request in self._plan.requests:
             stop = start + len(request.token_ids)
-            if request.first_budgeted_row is not None:
-                first = start + request.first_budgeted_row
+            first = stop if request.first_budgeted_row is None else start + request.first_budgeted_row
+            if first < stop:
                 totals = [sum(layer[first:stop]) for layer in kept]
-                weights[request.request_id] = KeptWeight(stop - first, sum(totals) / len(kept) / (stop - first))
+                weights[request.request_id] = KeptWeight(stop - first, sum(totals) / (len(kept) * (stop - first)))
                 for layer, total in enumerate(totals):
                     counts.budgeted_rows[layer] += stop - first
                     counts.weight_kept[layer] += total
