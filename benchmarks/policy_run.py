@@ -9,6 +9,7 @@ from ..cluster.config import EngineConfig
 from ..cluster.engine.engine import Engine
 from ..cluster.engine.ranks import Ranks
 from ..cluster.speculation.batch import Batch
+from ..cluster.speculation.budget_level import BudgetLevel
 from ..cluster.speculation.controller import Controller, RequestReport
 from ..cluster.speculation.observation import StepObservation
 from ..cluster.speculation.proposal import Proposal
@@ -69,6 +70,7 @@ class PolicyRun:
     num_steps: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    num_budgeted_steps: int = 0
     outputs: dict[tuple[str, int, str], list[int]] = field(default_factory=dict)
     """By name of the request."""
 
@@ -97,8 +99,9 @@ def make_engine(
     ranks: Ranks,
     clock: Callable[[], float],
     lengths: dict[int, int] | None = None,
+    levels: Sequence[BudgetLevel] = (),
 ) -> Engine:
-    """Return an engine under ``policy``, a name of `POLICIES`; ``lengths``: the table's."""
+    """Return an engine under ``policy``, a name of `POLICIES`; ``lengths``: the table's; ``levels``: see `Engine`."""
     controller: Controller | None = None
     if policy == TABLE:
         assert lengths is not None
@@ -107,7 +110,7 @@ def make_engine(
         config = replace(config, speculation="fixed", draft_len=int(policy.removeprefix("fixed ")))
     else:
         config = replace(config, speculation=policy)
-    return Engine(config, ranks, controller=controller, clock=clock)
+    return Engine(config, ranks, controller=controller, levels=levels, clock=clock)
 
 
 def serve(engine: Engine, jobs: Sequence[Job], batch_size: int) -> PolicyRun:
@@ -131,6 +134,7 @@ def serve(engine: Engine, jobs: Sequence[Job], batch_size: int) -> PolicyRun:
                 del names[output.request_id]
     run.time_s = engine.clock() - started
     run.num_steps = engine.counters.num_steps
+    run.num_budgeted_steps = sum(engine.counters.budget_steps.values())
     return run
 
 
