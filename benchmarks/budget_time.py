@@ -126,7 +126,7 @@ def _serve_priced(
 ) -> PolicyRun:
     priced = PricedRanks(ranks, times)
     served = check_budget_profile(replace(config, expert_budget=budget))
-    return serve(make_engine(policy, served.config, priced, priced.clock, levels=served.levels), wanted, 1)
+    return serve(make_engine(policy, served.config, priced, priced.clock, budgets=served.known), wanted, 1)
 
 
 def _priced_row(

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..cluster.config import EngineConfig
+from ..cluster.engine.budget import EngineBudget
 from ..cluster.engine.engine import Engine
 from ..cluster.engine.ranks import Ranks
 from ..cluster.speculation.batch import Batch
-from ..cluster.speculation.budget_level import BudgetLevel
 from ..cluster.speculation.controller import Controller, RequestReport
 from ..cluster.speculation.observation import StepObservation
 from ..cluster.speculation.proposal import Proposal
@@ -99,9 +99,9 @@ def make_engine(
     ranks: Ranks,
     clock: Callable[[], float],
     lengths: dict[int, int] | None = None,
-    levels: Sequence[BudgetLevel] = (),
+    budgets: Sequence[EngineBudget] = (),
 ) -> Engine:
-    """Return an engine under ``policy``, a name of `POLICIES`; ``lengths``: the table's; ``levels``: see `Engine`."""
+    """Return an engine under ``policy``, a name of `POLICIES`; ``lengths``: the table's; ``budgets``: see `Engine`."""
     controller: Controller | None = None
     if policy == TABLE:
         assert lengths is not None
@@ -110,7 +110,7 @@ def make_engine(
         config = replace(config, speculation="fixed", draft_len=int(policy.removeprefix("fixed ")))
     else:
         config = replace(config, speculation=policy)
-    return Engine(config, ranks, controller=controller, levels=levels, clock=clock)
+    return Engine(config, ranks, controller=controller, budgets=budgets, clock=clock)
 
 
 def serve(engine: Engine, jobs: Sequence[Job], batch_size: int) -> PolicyRun:
