@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -88,11 +89,11 @@ class Run:
 
 
 class Bench:
-    """Answers and scores under budgets, one after another, on one rank."""
+    """Answers and scores under budgets, one after another, on one rank, of the demo model or one with its tokenizer."""
 
-    def __init__(self, seed: int, num_pairs: int, num_texts: int) -> None:
+    def __init__(self, seed: int, num_pairs: int, num_texts: int, model: Path = DEMO) -> None:
         self.config = EngineConfig(
-            model=str(DEMO),
+            model=str(model),
             dtype="float32",
             device="cpu",
             num_threads=1,
@@ -101,7 +102,7 @@ class Bench:
             kv_cache_bytes=64 << 20,
         )
         self.runner: ModelRunner = make_runner(self.config, 0)
-        self.tokenizer = ChatTokenizer(str(DEMO))
+        self.tokenizer = ChatTokenizer(str(model))
         self.tasks = [self._task(family, SEED_OFFSET + seed, num_pairs) for family in TASKS]
         self._texts = self._make_texts(num_texts)
         self._plain_scores = self._scores(None)

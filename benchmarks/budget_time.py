@@ -1,8 +1,9 @@
 """What a budget of experts does to speed, and what choosing within it costs.
 
 ``priced``: the demo model's tasks under off, fixed 3, fixed 7, cascade and shadow, each with and without the budget of
-`benchmarks/budget`, on one rank and on two (gloo, processes of their own); real tokens, drafts and counts, at the
-prices of results/step_times.json, which controllers see as their clock. ``cpu``: one request at a time on the inflated
+`benchmarks/budget`, and shadow with all that the model's profile lets it choose from (auto), on one rank and on two
+(gloo, processes of their own); real tokens, drafts and counts, at the prices of results/step_times.json, which
+controllers see as their clock. Selection costs nothing there. ``cpu``: one request at a time on the inflated
 model, fixed 7, with and without the budget in turns, by the thread's CPU time; 95 % of the mean over requests, by
 bootstrap. ``selection``: the same step of eight rows on the inflated model without a budget and under one that allows
 every expert, so that nothing is saved, in turns; scope global on one rank lacks the all-reduce, so two ranks of the
@@ -22,7 +23,8 @@ from itertools import islice
 import torch
 
 from ..cluster.api.chat_tokenizer import ChatTokenizer
-from ..cluster.config import EngineConfig
+from ..cluster.calibration.gate import check_budget_profile
+from ..cluster.config import AUTO_BUDGET, EngineConfig
 from ..cluster.engine.ranks import LocalRanks, Ranks, make_runner
 from ..cluster.transport.process_ranks import ProcessRanks
 from ..demo import prompts
@@ -109,8 +111,8 @@ def _priced(work: dict[str, list[Job]]) -> list[Row]:
                 runs = {
                     (policy, budget): _serve_priced(config, ranks, times, wanted, policy, budget)
                     for policy in POLICIES
-                    for budget in (None, BUDGET)
-                    if policy != "off" or budget is None
+                    for budget in (None, BUDGET, AUTO_BUDGET)
+                    if (policy != "off" or budget is None) and (policy == "shadow" or budget != AUTO_BUDGET)
                 }
                 rows += [_priced_row(family, num_ranks, *setting, runs) for setting in runs]
                 print(rows[-1], file=sys.stderr)
@@ -123,7 +125,8 @@ def _serve_priced(
     config: EngineConfig, ranks: Ranks, times: StepTimes, wanted: Sequence[Job], policy: str, budget: str | None
 ) -> PolicyRun:
     priced = PricedRanks(ranks, times)
-    return serve(make_engine(policy, replace(config, expert_budget=budget), priced, priced.clock), wanted, 1)
+    served = check_budget_profile(replace(config, expert_budget=budget))
+    return serve(make_engine(policy, served.config, priced, priced.clock, budgets=served.known), wanted, 1)
 
 
 def _priced_row(
@@ -141,6 +144,7 @@ def _priced_row(
         "over_no_budget": mine.tokens_per_s / runs[policy, None].tokens_per_s,
         "drafted_per_step": mine.num_drafted / mine.num_steps,
         "acceptance": mine.num_accepted / max(1, mine.num_drafted),
+        "budgeted_steps_share": mine.num_budgeted_steps / mine.num_steps,
     }
 
 

@@ -92,12 +92,12 @@ class Homes:
         )
 
 
-def trace(bench: Bench) -> np.ndarray:
+def trace(bench: Bench, num_records: int = NUM_TRACED) -> np.ndarray:
     """Return the experts [N, L, K] that rows of other records choose."""
     questions = [
         bench.tokenizer.encode_chat(record.chat())
         for family in TASKS
-        for record in islice(generate(family, "held_out", TRACE_SEED), NUM_TRACED)
+        for record in islice(generate(family, "held_out", TRACE_SEED), num_records)
     ]
     ranks = TracedRanks(bench)
     greedy_answers(with_drafts(bench.config, DRAFT_LEN, None), ranks, questions, MAX_TOKENS)
@@ -157,6 +157,12 @@ def tasks_of(bench: Bench, num_ranks: int, placement: str, text: str) -> list[Ta
 
 def _answer(bench: Bench, task: Task, homes: Homes, budget: ExpertBudget | None) -> tuple[list[str], float]:
     """Return the answers, and the other ranks that rows visit per output token, all layers."""
+    texts, counts = answer(bench, task, homes, budget)
+    return texts, counts.visits_per_token
+
+
+def answer(bench: Bench, task: Task, homes: Homes, budget: ExpertBudget | None) -> tuple[list[str], Counts]:
+    """Return the answers, and the counts of all homes, which requests take in turns."""
     num_homes = len(homes.layers)
     texts = [""] * len(task.prompts)
     counts = Counts()
@@ -169,7 +175,7 @@ def _answer(bench: Bench, task: Task, homes: Homes, budget: ExpertBudget | None)
         for index, ids in zip(mine, answers.token_ids, strict=True):
             texts[index] = bench.tokenizer.decode(ids)
         counts.steps += ranks.counts.steps
-    return texts, counts.visits_per_token
+    return texts, counts
 
 
 def targets(rows: Sequence[Row]) -> list[Target]:

@@ -89,8 +89,7 @@ class CountedRanks(LocalRanks):
         num_experts = len(self._layers[0].owner)
         # Behind the last expert the sentinel, which is at home
         self._owners = [torch.cat([layer.owner, torch.tensor([layer.home])]) for layer in self._layers]
-        self._bits = torch.tensor([1 << expert for expert in range(num_experts)] + [0])
-        assert num_experts < 63, "experts are counted as bits"
+        self._num_experts = num_experts
         self.counts = Counts()
         self.budget: ExpertBudget | None = None
         """Kept to by every verification, if the engine sends none: an engine of one rank limits no visits."""
@@ -115,13 +114,13 @@ class CountedRanks(LocalRanks):
     def _count(self, plan: RankPlan, token_ids: Sequence[Sequence[int]]) -> None:
         ids = torch.stack(self._dispatcher.ids)  # [L, T, K]
         visits = self._visits(ids)
-        bits = self._bits[ids]
         start = 0
         for request, tokens in zip(plan.requests, token_ids, strict=True):
             stop = start + len(request.token_ids)
             if request.first_sampled_row == 0 and tokens:  # decoding
-                own = bits[:, start:stop].flatten(1).tolist()
-                experts = [_union(layer).bit_count() for layer in own]
+                own = ids[:, start:stop].flatten(1)
+                seen = torch.zeros(len(own), self._num_experts + 1, dtype=torch.bool).scatter_(1, own, value=True)
+                experts = seen[:, : self._num_experts].sum(dim=1).tolist()
                 self.counts.steps.append(StepCounts(stop - start, len(tokens), experts, int(visits[start:stop].sum())))
             start = stop
 
@@ -142,10 +141,3 @@ def _budgeted(plan: RankPlan, budget: ExpertBudget) -> RankPlan:
         for request in plan.requests
     ]
     return replace(plan, requests=requests, budget=budget)
-
-
-def _union(bits: Sequence[int]) -> int:
-    union = 0
-    for value in bits:
-        union |= value
-    return union

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..cluster.config import EngineConfig
+from ..cluster.engine.budget import EngineBudget
 from ..cluster.engine.engine import Engine
 from ..cluster.engine.ranks import Ranks
 from ..cluster.speculation.batch import Batch
@@ -72,6 +73,7 @@ class PolicyRun:
     num_steps: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    num_budgeted_steps: int = 0
     outputs: dict[tuple[str, int, str], list[int]] = field(default_factory=dict)
     """By name of the request."""
 
@@ -100,8 +102,9 @@ def make_engine(
     ranks: Ranks,
     clock: Callable[[], float],
     lengths: dict[int, int] | None = None,
+    budgets: Sequence[EngineBudget] = (),
 ) -> Engine:
-    """Return an engine under ``policy``, a name of `POLICIES`; ``lengths``: the table's."""
+    """Return an engine under ``policy``, a name of `POLICIES`; ``lengths``: the table's; ``budgets``: see `Engine`."""
     controller: Controller | None = None
     if policy == TABLE:
         assert lengths is not None
@@ -110,7 +113,7 @@ def make_engine(
         config = replace(config, speculation="fixed", draft_len=int(policy.removeprefix("fixed ")))
     else:
         config = replace(config, speculation=policy)
-    return Engine(config, ranks, controller=controller, clock=clock)
+    return Engine(config, ranks, controller=controller, budgets=budgets, clock=clock)
 
 
 def serve(engine: Engine, jobs: Sequence[Job], batch_size: int) -> PolicyRun:
@@ -134,6 +137,7 @@ def serve(engine: Engine, jobs: Sequence[Job], batch_size: int) -> PolicyRun:
                 del names[output.request_id]
     run.time_s = engine.clock() - started
     run.num_steps = engine.counters.num_steps
+    run.num_budgeted_steps = sum(engine.counters.budget_steps.values())
     return run
 
 

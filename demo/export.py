@@ -13,7 +13,7 @@ from pathlib import Path
 
 import cyclopts
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from .net import CONFIG, Net
 from .train import CHECKPOINT, FOLDER
@@ -27,11 +27,16 @@ app = cyclopts.App(help=__doc__)
 @app.default
 def export(*, folder: Path = FOLDER, model: Path = MODEL) -> None:
     """Export weights, configuration, tokenizer and the facts of the run, in float32."""
+    write_model(folder, model, CONFIG)
+
+
+def write_model(folder: Path, model: Path, trained: Qwen3MoeConfig) -> None:
+    """Export the checkpoint in ``folder`` of a model of the configuration ``trained`` to ``model``."""
     saved = torch.load(folder / CHECKPOINT)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    net = Net()
+    net = Net(trained)
     net.load_state_dict(saved["net"])
-    config = copy.deepcopy(CONFIG)
+    config = copy.deepcopy(trained)
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     exported = Qwen3MoeForCausalLM(config).eval()
     exported.load_state_dict(net.state_dict())
@@ -77,7 +82,7 @@ def _tidy(fresh: Path) -> None:
 def _check(net: Net, written: Path) -> None:
     """The written model must compute what was trained, and be small enough to ship."""
     loaded = Qwen3MoeForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
-    tokens = torch.randint(0, CONFIG.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, loaded.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
     logits, _ = net(tokens, torch.ones_like(tokens))
     torch.testing.assert_close(loaded(tokens).logits.flatten(0, 1), logits, rtol=1e-4, atol=1e-4)
     size = (written / "model.safetensors").stat().st_size

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
 
 from .corpus import Rows, load
-from .net import Net
+from .net import CONFIG, Net
 from .records import FAMILIES, Family, Split
 
 FOLDER = Path(__file__).parents[1] / ".demo-run"
@@ -136,15 +137,15 @@ def validate(net: Net, rows: dict[tuple[Family, Split], Rows]) -> dict[Family, d
     return result
 
 
-def run(rank: int, budget: Budget, folder: Path, report_s: float) -> None:
-    """One data-parallel process."""
+def run(rank: int, budget: Budget, folder: Path, report_s: float, config: Qwen3MoeConfig = CONFIG) -> None:
+    """One data-parallel process that trains a model of ``config``."""
     torch.set_num_threads(1)
     torch.manual_seed(budget.seed)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=budget.num_ranks
     )
     _, rows = load(folder, budget.seed)
-    net = Net()
+    net = Net(config)
     flats, grads = flatten(net)
     optimizer = torch.optim.AdamW(
         [{"params": [flats[0]], "weight_decay": 0.05}, {"params": [flats[1]], "weight_decay": 0.0}],

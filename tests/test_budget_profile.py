@@ -252,8 +252,8 @@ def test_auto_is_every_budget_that_may_be_served_and_is_worth_it(model: Path) ->
     served = check_budget_profile(auto)
     assert served.entries == (LEAST, FINE), "none that loses as much as another and saves less"
     assert served.config == replace(auto, expert_budget=(str(LEAST.parsed), str(FINE.parsed)))
-    assert [level.budget for level in served.levels] == [LEAST.parsed, FINE.parsed]
-    assert served.levels[1].experts_kept(8) == pytest.approx(0.75)
+    assert [entry.budget for entry in served.known] == [LEAST.parsed, FINE.parsed]
+    assert served.known[1].level.experts_kept(8) == pytest.approx(0.75)
     assert check_budget_profile(replace(auto, expert_parallel_size=4)).entries == (LEAST, RANKS, FINE)
     fixed = check_budget_profile(replace(auto, draft_len=3))
     assert (fixed.entries, fixed.config.budgets) == ((LEAST,), (LEAST.parsed,))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
+import shutil
 
 import pytest
 import torch
 
 from penstock.demo import arithmetic, card, corpus, evaluate, prompts, stdlib, train
-from penstock.demo.export import MODEL
+from penstock.demo.export import MODEL, write_model
 from penstock.demo.net import CONFIG, GroupedLinear, Net
 from penstock.demo.records import FAMILIES, Message, generate, held_out, render
 
@@ -203,3 +205,22 @@ def test_shipped_model_answers_held_out_prompts(family, loaded):
     answers = evaluate.complete(model, tokenizer, [record.chat() for record in records], 96)
     texts = [tokenizer.decode(answer) for answer in answers]
     assert sum(text == record.answer for text, record in zip(texts, records, strict=True)) >= 18
+
+
+def test_a_model_of_other_sizes_is_trained_and_written(tmp_path):
+    """What `benchmarks/train_wide` relies on: 128 experts of which a token uses eight."""
+    config = copy.deepcopy(CONFIG)
+    config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size = 128, 8, 16
+    torch.manual_seed(0)
+    net = Net(config)
+    tokens = torch.arange(64).view(1, 64)
+    logits, aux = net(tokens, torch.ones_like(tokens))
+    (logits.square().mean() + aux).backward()
+    assert net.model.layers[0].mlp.experts.down_proj.grad.abs().amax(dim=(1, 2)).gt(0).sum() > 64
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        shutil.copy(MODEL / name, tmp_path / "tokenizer" / name)
+    train.save(tmp_path, net, torch.optim.AdamW(net.parameters()), 0, 0.0, 0, 0)
+    write_model(tmp_path, tmp_path / "model", config)  # which compares logits
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (written["num_experts"], written["num_experts_per_tok"], written["moe_intermediate_size"]) == (128, 8, 16)

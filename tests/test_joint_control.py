@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from penstock.cluster.engine.budget import EngineBudget
 from penstock.cluster.speculation.batch import Batch, RequestView
 from penstock.cluster.speculation.budget_level import BudgetLevel
 from penstock.cluster.speculation.cascade import CascadeController
@@ -39,12 +40,12 @@ from .speculation_simulator import (
 NO_LOSS = 0.98
 PRICED = MACHINES["priced"]
 LEVELS = [
-    BudgetLevel(ExpertBudget(experts=13, scope="request"), 0.17),
-    BudgetLevel(ExpertBudget(experts=10, scope="request"), 0.36),
+    BudgetLevel(0.17),
+    BudgetLevel(0.36),
 ]
 TRUE = [TrueLevel(at_most(13)), TrueLevel(at_most(10))]
 USELESS = [TrueLevel(), TrueLevel()]
-TRAFFIC = BudgetLevel(ExpertBudget(max_ranks_per_row=1, scope="request"), 0.0)
+TRAFFIC = BudgetLevel(0.0, ranks_kept=2 / 3)
 
 
 def served(
@@ -99,7 +100,7 @@ def test_a_budget_that_saves_less_than_choosing_costs_is_given_up() -> None:
 
 
 def test_of_budgets_that_bring_the_same_the_first_is_taken() -> None:
-    twins = [LEVELS[1], BudgetLevel(ExpertBudget(experts=9, scope="request"), 0.36)]
+    twins = [LEVELS[1], LEVELS[1]]
     run = served(jobs_of("nearly always", 4, 400), PRICED, twins, [TRUE[1], TRUE[1]])
     assert share(run, 0) > 0.9
     assert 1 not in run.levels
@@ -232,8 +233,6 @@ def test_before_a_level_is_tried_it_is_expected_to_save_what_it_saved_when_calib
     assert curve.experts(1) == pytest.approx(exact.experts(1))
     assert curve.experts(8) == pytest.approx(0.64 * exact.experts(8), rel=0.01)
     assert 0.64 * exact.experts(4) < curve.experts(4) < exact.experts(4)
-    _, unknown = curves(replace(LEVELS[1], experts_saved=None))
-    assert unknown.experts(8) == pytest.approx(2 / 3 * exact.experts(8), rel=0.01)
     _, traffic = curves(TRAFFIC)
     assert traffic.experts(8) == pytest.approx(exact.experts(8))
 
@@ -250,6 +249,13 @@ def test_what_is_counted_takes_its_place_and_is_forgotten_in_time() -> None:
     for _ in range(20):
         curve.learn(8, 40.0)
     assert curve.experts(8) == exact.experts(8), "a budget never adds any"
+
+
+def test_what_no_profile_tells_of_a_budget_is_assumed() -> None:
+    experts, ranks = ExpertBudget(experts=10, scope="request"), ExpertBudget(min_rank_share=0.2)
+    assert EngineBudget(experts).level == BudgetLevel(1 / 3)
+    assert EngineBudget(ranks).level == BudgetLevel(0.0, ranks_kept=2 / 3)
+    assert EngineBudget(experts, 0.4, 5).level == BudgetLevel(0.4, 5)
 
 
 @pytest.mark.parametrize("share_kept", [0.5, 1.0])

@@ -12,7 +12,7 @@ from ...workers.architectures import UNSTEERABLE
 from ...workers.checkpoint import load_config, resolve
 from ...workers.runner import num_experts_of, num_experts_per_tok
 from ..config import AUTO_BUDGET, EngineConfig
-from ..speculation.budget_level import BudgetLevel
+from ..engine.budget import EngineBudget
 from .fingerprint import file_sha256, model_fingerprint
 from .profile import FILE_NAME, BudgetProfile, CalibratedBudget, read_profile
 
@@ -29,10 +29,10 @@ class ServedBudgets:
     """What is known of each of ``config.budgets``; None of one that can change nothing, or is not known."""
 
     @property
-    def levels(self) -> list[BudgetLevel]:
-        """What a controller is told of those that are known."""
+    def known(self) -> list[EngineBudget]:
+        """What an engine is told of those that are known."""
         return [
-            BudgetLevel(budget, entry.experts_saved, entry.conditions.draft_len + 1)
+            EngineBudget(budget, entry.experts_saved, entry.conditions.draft_len + 1)
             for budget, entry in zip(self.config.budgets, self.entries, strict=True)
             if entry is not None
         ]

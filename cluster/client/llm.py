@@ -84,7 +84,7 @@ class LLM:
         self.config = served.config
         ranks = make_ranks(self.config)
         try:
-            self._engine = Engine(self.config, ranks, levels=served.levels)
+            self._engine = Engine(self.config, ranks, budgets=served.known)
         except BaseException:
             ranks.close()
             raise

@@ -33,7 +33,7 @@ class LocalClient:
         self._tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
         ranks = make_ranks(config)
         try:
-            engine = Engine(config, ranks, levels=served.levels)
+            engine = Engine(config, ranks, budgets=served.known)
         except BaseException:
             ranks.close()
             raise

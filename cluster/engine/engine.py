@@ -16,7 +16,6 @@ from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan, StepFai
 from ...workers.sampling_params import SamplingParams
 from ..config import EngineConfig
 from ..speculation.batch import Batch, RequestView
-from ..speculation.budget_level import BudgetLevel
 from ..speculation.controller import PHASES, Controller, RequestReport
 from ..speculation.drafter import DraftContext, drafter_factory
 from ..speculation.drafting import Drafting
@@ -26,7 +25,7 @@ from ..speculation.policy import make_controller
 from ..speculation.proposal import NOTHING
 from .backend import EngineDeadError
 from .block_pool import BlockPool
-from .budget import make_levels
+from .budget import EngineBudget, make_budgets
 from .output import ABORT, ERROR, LENGTH, STOP, TIMEOUT, EngineStats, RequestOutput, RequestStats
 from .prompt_check import check_prompt
 from .ranks import Ranks
@@ -43,7 +42,7 @@ _PHASES_S = 1.0
 class Engine:
     """Serves requests over ``ranks``. One thread calls it; between calls its state is always committed.
 
-    ``controller`` replaces the one that ``config.policy`` names, and may then draft up to 64 tokens. ``levels``: what
+    ``controller`` replaces the one that ``config.policy`` names, and may then draft up to 64 tokens. ``budgets``: what
     is known of ``config.budgets``, for a controller that weighs them.
 
     A request's tokens are published only when every rank has answered the step; a failed step leaves no trace but a
@@ -56,13 +55,13 @@ class Engine:
         ranks: Ranks,
         *,
         controller: Controller | None = None,
-        levels: Sequence[BudgetLevel] = (),
+        budgets: Sequence[EngineBudget] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         make_drafter = drafter_factory(config.drafter)  # refuse an unknown name now
         self.config, self.ranks = config, ranks
         self.model: ModelInfo = ranks.infos[0].model
-        self._levels = make_levels(config, self.model, levels)
+        self._budgets = make_budgets(config, self.model, budgets)
         self.controller = controller or make_controller(
             config.policy,
             draft_len=config.fixed_draft_len,
@@ -70,7 +69,7 @@ class Engine:
             num_experts=self.model.num_experts,
             num_experts_per_tok=self.model.num_experts_per_tok,
             num_ranks=len(ranks.infos),
-            levels=self._levels,
+            levels=[entry.level for entry in self._budgets],
         )
         own = {"off": 0, "fixed": config.fixed_draft_len}.get(config.policy, config.max_draft_len)
         self._max_draft_len = MAX_DRAFT_LEN if controller is not None else own
@@ -279,8 +278,8 @@ class Engine:
             request.draft_source = proposal.evidence.source
         drafted = [found for found in zip(decoding, proposals, lengths, strict=True) if found[2] > 0]
         drafts = {request.key: proposal.token_ids[:length] for request, proposal, length in drafted}
-        level = self.controller.budget_level() if self._levels else None
-        budget = None if level is None else self._levels[level].budget
+        level = self.controller.budget_level() if self._budgets else None
+        budget = None if level is None else self._budgets[level].budget
         if budget is None or budget.score != "survival":
             return drafts, budget, {}
         return (
@@ -366,7 +365,7 @@ class Engine:
 
     def _level_of(self, budget: ExpertBudget | None) -> int | None:
         """Return the level of a plan's budget, for a plan says what became of a decision."""
-        return None if budget is None else [level.budget for level in self._levels].index(budget)
+        return None if budget is None else [entry.budget for entry in self._budgets].index(budget)
 
     @staticmethod
     def _parts(plan: RankPlan, result: RankResult) -> list[tuple[RequestPlan, list[int]]]:

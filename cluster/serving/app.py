@@ -65,7 +65,7 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
     # Only the ingress needs the key
     api_key = config.api_key or os.environ.get(API_KEY_VARIABLE) or None
     keyless, keyed = replace(config, api_key=None), replace(config, api_key=api_key)
-    return ingress.bind(gang.bind(keyless, gpu=gpu, placement=placement, levels=served.levels), keyed, address=address)
+    return ingress.bind(gang.bind(keyless, gpu=gpu, placement=placement, budgets=served.known), keyed, address=address)
 
 
 def _absolute(config: EngineConfig) -> EngineConfig:

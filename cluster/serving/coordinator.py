@@ -14,10 +14,10 @@ from ...router.placement import Placement
 from ...workers.model_info import RankInfo
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
+from ..engine.budget import EngineBudget
 from ..engine.engine import Engine
 from ..engine.engine_thread import EngineThread
 from ..engine.output import EngineStats, RequestOutput
-from ..speculation.budget_level import BudgetLevel
 from ..transport.curve import LOOPBACK, Ticket
 from ..transport.remote_ranks import RemoteRanks
 from ..transport.request_server import RequestServer
@@ -30,7 +30,7 @@ class Coordinator:
     """Owns the engine of one gang. Methods run on the actor's event loop, the engine in its own thread.
 
     ``workers``: actor handles of `Worker`, in rank order; ``nodes``: their machines' addresses; ``placement``: what the
-    file that ``config`` names holds; ``levels``: what is known of its budgets.
+    file that ``config`` names holds; ``budgets``: what is known of its budgets.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Coordinator:
         workers: Sequence[Any],
         nodes: Sequence[str],
         placement: Placement | None,
-        levels: Sequence[BudgetLevel],
+        budgets: Sequence[EngineBudget],
     ) -> None:
         # The process is the actor's own: its log has what we say, and the warnings of others
         logging.basicConfig()
         logging.getLogger(__name__.split(".")[0]).setLevel(logging.INFO)
-        self._config, self._workers, self._levels = config, list(workers), levels
+        self._config, self._workers, self._budgets = config, list(workers), budgets
         host = ray.util.get_node_ip_address()
         if set(nodes) == {host}:  # one machine: nothing need be heard outside it
             host, nodes = LOOPBACK, [LOOPBACK] * len(nodes)
@@ -63,7 +63,9 @@ class Coordinator:
         ]
         await asyncio.to_thread(self._ranks.wait_loaded, self._loaded.append)
         logger.info("loaded\n%s", load_summary(self._ranks.infos, self._config.block_size))
-        self._thread = EngineThread(Engine(self._config, self._ranks, levels=self._levels), self._deliver, overlap=True)
+        self._thread = EngineThread(
+            Engine(self._config, self._ranks, budgets=self._budgets), self._deliver, overlap=True
+        )
         self._ranks.meanwhile = self._thread.meanwhile
         self._requests = RequestServer(self._host, self._thread)
 

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...router.placement import Placement
 from ..config import EngineConfig
-from ..speculation.budget_level import BudgetLevel
+from ..engine.budget import EngineBudget
 from .coordinator import Coordinator
 from .resources import COORDINATOR_CPUS, COORDINATOR_PREFIX, NAMESPACE
 from .worker import Worker
@@ -27,7 +27,7 @@ class Gang:
         *,
         gpu: bool = False,
         placement: Placement | None = None,
-        levels: Sequence[BudgetLevel] = (),
+        budgets: Sequence[EngineBudget] = (),
     ) -> None:
         from ray import serve
 
@@ -55,7 +55,9 @@ class Gang:
             namespace=NAMESPACE,
             scheduling_strategy=_bundle(group, 1),
         )
-        self._coordinator: Any = coordinator.remote(config, self._workers, [nodes[i] for i in order], placement, levels)
+        self._coordinator: Any = coordinator.remote(
+            config, self._workers, [nodes[i] for i in order], placement, budgets
+        )
         await self._coordinator.load.remote()
 
     async def coordinator(self) -> Any:

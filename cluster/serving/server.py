@@ -15,7 +15,7 @@ from ..api.metrics import PREFIX
 from ..calibration.gate import check_budget_profile
 from ..client.http_client import HttpClient
 from ..config import EngineConfig
-from ..engine.budget import make_levels
+from ..engine.budget import make_budgets
 from ..placement_file import placement_of
 from ..speculation.drafter import drafter_factory
 from .interrupts import interruptible, uninterruptible
@@ -64,8 +64,8 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             if infos := loaded_ranks():
                 console.print(load_summary(infos, config.block_size))
-                if levels := make_levels(config, infos[0].model):
-                    console.print(budget_summary(served, [level.budget for level in levels]))
+                if budgets := make_budgets(config, infos[0].model):
+                    console.print(budget_summary(served, [entry.budget for entry in budgets]))
             _announce(config, url, local)
             if sample:
                 show_sample(url)

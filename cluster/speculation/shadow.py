@@ -22,10 +22,6 @@ MARGIN = 0.01
 that is larger than the gain, plain steps are run, and measure it better."""
 BUDGET_MARGIN = 0.02
 """Expected gain in tokens per second that a budget must bring over none, or over one that comes before it."""
-_EXACT_STEPS = 2
-"""Steps of a size that are run without a budget, where the allowance permits, before one is believed to save time."""
-_EXACT_REFRESH = 1000
-"""Steps after which that is repeated."""
 LOSS_SHARE = 0.005
 """Share of all time that drafts may lose in the long run, whatever happens."""
 LOSS_GRANT_STEPS = 2.0
@@ -240,19 +236,16 @@ class ShadowController:
         return self._levels[good.index(True)]
 
     def _paired(self, step: _Step, best: Allocation, level: Level) -> Level:
-        """Return ``level``, or none where steps of this size without a budget must first show what it saves.
+        """Return ``level``, or none if a step of this size without a budget shall show what it saves.
 
-        They cost what the level is expected to save, and without them nothing tells experts that are cheap to read from
-        few that are read.
+        One size measured both ways tells experts that are cheap to read from few that are read.
         """
-        if level is None:
-            return None
+        if level is None or self._cost.is_paired:
+            return level
         rows = step.rows_with(best.draft_lens)
-        num_rows = sum(rows)
-        is_due = self._cost.num_seen(num_rows) < _EXACT_STEPS or self._cost.steps_since(num_rows) > _EXACT_REFRESH
         assert self._plain_step_s is not None
-        exact_s = self._cost.step_s(num_rows, max(rows))
-        return None if is_due and exact_s - self._plain_step_s <= self._allowance_s else level
+        extra_s = self._cost.step_s(sum(rows), max(rows)) - self._plain_step_s
+        return None if self._cost.num_seen(sum(rows), level) and extra_s <= self._allowance_s else level
 
     def _choose_beside(self, step: _Step, prompt_rows: Sequence[int]) -> list[int]:
         """Return the lengths beside prompts, which are computed whether anything is drafted or not.

@@ -33,6 +33,10 @@ _TRUSTED_WEIGHT = 8.0
 _REFIT_STEPS = (4, 16)
 """Steps between two fits: the first 64, and all later ones."""
 _RIDGE = 1e-4
+_PAIR_STEPS = 2.0
+"""Steps without a budget that make a size one measured both ways."""
+_PAIR_SHARE = 0.9
+"""Experts, or rows sent, that a budget must have left at most there."""
 _MIN_SHARE = 0.25
 """Least share of a step's rows that must keep to a budget for the step to tell what the budget does."""
 
@@ -125,6 +129,18 @@ class StepCost:
         """Return how often steps of about this size were measured lately."""
         found = self._bins.get((_bin_of(num_rows), level))
         return found.weight if found else 0.0
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a size was lately measured both without a budget and under one that saved experts or rows sent."""
+        for (number, level), found in self._bins.items():
+            exact = self._bins.get((number, None))
+            if level is None or exact is None or exact.weight < _PAIR_STEPS:
+                continue
+            saves = (found.features[2:4] < _PAIR_SHARE * exact.features[2:4]).any()
+            if saves and self._num_steps - exact.last_step <= _FADE_STEPS:
+                return True
+        return False
 
     @property
     def num_measured(self) -> float:
