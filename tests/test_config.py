@@ -93,7 +93,7 @@ def test_the_number_of_gangs_is_fixed_or_varies() -> None:
     assert (told.fewest_replicas, told.most_replicas, told.target_requests_per_replica) == (2, 4, 7)
     with pytest.raises(ValueError, match=r"^min_replicas: 3 is not in \[1, max_replicas=2\]"):
         EngineConfig(model="m", min_replicas=3, max_replicas=2)
-    with pytest.raises(ValueError, match="^num_replicas: not beside max_replicas"):
+    with pytest.raises(ValueError, match=r"^num_replicas: not beside max_replicas"):
         EngineConfig(model="m", num_replicas=2, max_replicas=2)
 
 

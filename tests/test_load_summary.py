@@ -3,7 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from penstock.cluster.config import EngineConfig
-from penstock.cluster.serving.load_summary import budget_summary, load_summary
+from penstock.cluster.serving.load_summary import budget_summary, load_summary, rank_summary
+from penstock.cluster.serving.resources import rank_order
 from penstock.workers.model_info import ModelInfo, RankInfo
 
 from .test_budget_profile import FINE
@@ -55,6 +56,14 @@ def test_ranks_that_differ_have_lines_of_their_own() -> None:
     assert first.startswith("rank 0: 32 experts")
     assert others.startswith("ranks 1-2, each: ")
     assert "KV 500 blocks x 16 = 8000 tokens" in others
+
+
+def test_ranks_of_a_machine_are_neighbours_and_machines_go_by_address() -> None:
+    nodes = ["10.0.0.10", "10.0.0.9", "10.0.0.10", "10.0.0.9", "10.0.0.9"]
+    order = rank_order(nodes)
+    assert order == [1, 3, 4, 0, 2]
+    assert rank_summary([nodes[i] for i in order]) == "ranks: 0-2 on 10.0.0.9, 3-4 on 10.0.0.10"
+    assert rank_summary(["fd00::1"]) == "ranks: 0 on fd00::1"
 
 
 def test_a_budget_is_called_lossy() -> None:

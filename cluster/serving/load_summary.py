@@ -24,6 +24,15 @@ def load_summary(infos: Sequence[RankInfo], block_size: int) -> str:
     return "\n".join([head, *(_ranks(list(same), block_size) for _, same in groupby(infos, key=_holdings))])
 
 
+def rank_summary(nodes: Sequence[str]) -> str:
+    """Return on one line which ranks are where; ``nodes``: the addresses of their machines, in rank order."""
+    parts = []
+    for node, group in groupby(enumerate(nodes), key=lambda entry: entry[1]):
+        ranks = [rank for rank, _ in group]
+        parts.append(f"{ranks[0]}-{ranks[-1]} on {node}" if len(ranks) > 1 else f"{ranks[0]} on {node}")
+    return f"ranks: {', '.join(parts)}"
+
+
 def budget_summary(config: EngineConfig, calibrated: CalibratedBudget | None) -> str:
     """Return one line about a budget that acts; ``calibrated``: what it costs, None if unknown or too much."""
     known = "not calibrated, or more than is allowed" if calibrated is None else describe(calibrated)

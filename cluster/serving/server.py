@@ -19,12 +19,17 @@ from ..engine.budget import make_budget
 from ..placement_file import placement_of
 from ..speculation.drafter import drafter_factory
 from .interrupts import interruptible, uninterruptible
-from .load_summary import budget_summary, load_summary
+from .load_summary import budget_summary, load_summary, rank_summary
 from .local_ray import LocalRay, check_port
+from .resources import num_ranks
 
 console = Console(soft_wrap=True, highlight=False)
 SAMPLE_QUESTION = "438 + 275"
 _WATCH_S = 2.0
+NO_TOKEN = (
+    "[bold yellow]warning:[/] this Ray cluster asks for no token: whoever reaches its ports runs programs on its nodes "
+    "(RAY_AUTH_MODE=token, docs/deployment.md)"
+)
 
 
 def run_server(config: EngineConfig, *, host: str, port: int, address: str | None = None, sample: bool = False) -> None:
@@ -43,13 +48,23 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
     with ExitStack() as stack:
         try:
             with _progress() as progress:
-                task = progress.add_task("starting Ray", total=config.expert_parallel_size)
+                task = progress.add_task("starting Ray", total=num_ranks(config))
                 local = stack.enter_context(LocalRay(config)) if address is None else None
                 # Only now: Ray reads its environment when it is imported
-                from .deployment import application_status, attach, deploy, loaded_ranks, undeploy
+                from .deployment import (
+                    application_status,
+                    attach,
+                    deploy,
+                    gang_nodes,
+                    has_token,
+                    loaded_ranks,
+                    undeploy,
+                )
 
                 if address is not None:
                     stack.enter_context(attach(address))
+                    if not has_token():
+                        console.print(NO_TOKEN)
                 interruptible()
                 deploy(
                     config,
@@ -63,6 +78,8 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             if infos := loaded_ranks():
                 console.print(load_summary(infos, config.block_size))
+                for nodes in gang_nodes():
+                    console.print(rank_summary(nodes))
                 if make_budget(config, infos[0].model) is not None:
                     console.print(budget_summary(config, calibrated))
             _announce(config, url, local)
