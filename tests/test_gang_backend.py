@@ -168,7 +168,7 @@ async def test_a_gang_that_drains_ends_its_requests_and_gets_no_more(gangs: Gang
     assert [output.token_ids for output in await mine] == [[1, 2]]
     await asyncio.wait_for(drained, 20)
     assert one.sink.aborted == []
-    # It is still there, and is not asked again
+    # It refuses whoever still comes
     with pytest.raises(EngineDeadError, match="draining"):
         await anext(one.attach("late"))
     assert not others.done()
