@@ -153,8 +153,9 @@ def test_the_demo_is_served_across_three_machines(cluster, alone):
 
 
 def test_who_has_no_token_is_not_let_in_and_told_how(cluster):
+    impatient = {**cluster.stranger, "RAY_NUM_REDIS_GET_RETRIES": "2"}  # Ray tries twenty times, once a second
     done = cluster.machines.run(
-        1, PENSTOCK, "serve", str(DEMO), "--address", cluster.address, env=cluster.stranger, timeout=120
+        1, PENSTOCK, "serve", str(DEMO), "--address", cluster.address, env=impatient, timeout=120
     )
     assert done.returncode == 2
     assert "address: cannot join the Ray cluster at" in done.stderr

@@ -5,6 +5,7 @@ from dataclasses import replace
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.serving.load_summary import budget_summary, load_summary, rank_summary
 from penstock.cluster.serving.resources import rank_order
+from penstock.cluster.serving.server import seen_from_here
 from penstock.workers.model_info import ModelInfo, RankInfo
 
 from .test_budget_profile import FINE
@@ -72,3 +73,10 @@ def test_a_budget_is_called_lossy() -> None:
     assert known.startswith("lossy: verifications keep to experts=5,scope=request: 25 % fewer experts a verification")
     assert "0.4 points of exact match lost" in known
     assert "not calibrated" in budget_summary(config, None)
+
+
+def test_the_address_shown_is_one_that_can_be_asked() -> None:
+    assert seen_from_here("0.0.0.0", "10.0.0.1", True) == ("10.0.0.1", False)
+    assert seen_from_here("127.0.0.1", "10.0.0.1", True) == ("127.0.0.1", True)
+    assert seen_from_here("127.0.0.1", "10.0.0.1", False) == ("127.0.0.1", False)
+    assert seen_from_here("10.0.0.1", "10.0.0.1", True) == ("10.0.0.1", False)

@@ -201,6 +201,8 @@ def test_the_kuberay_manifest():
     (group,) = cluster["workerGroupSpecs"]
     (worker,) = group["template"]["spec"]["containers"]
     assert worker["image"] == head["image"]
+    # whichever of them Serve builds the application in
+    assert all(any(entry["name"] == "PENSTOCK_API_KEY" for entry in container["env"]) for container in (head, worker))
     assert int(worker["resources"]["limits"]["nvidia.com/gpu"]) == config.expert_parallel_size
     assert (group["minReplicas"], group["maxReplicas"]) == (config.min_replicas, config.max_replicas)
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] > config.drain_timeout_s

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import RayError
 
 from ...workers.model_info import RankInfo
@@ -25,6 +26,14 @@ from .resources import bundles, num_ranks
 
 _POLL_S = 0.2
 _VALUE_ERROR = re.compile(r"^\S*ValueError\S*: (?P<message>[a-z_\[\]0-9.]+: .*)$", re.MULTILINE)
+
+
+def head_address() -> tuple[str, bool]:
+    """Return the address of the head node, where the ingress listens, and whether that is another machine."""
+    head = next(
+        n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and HEAD_NODE_RESOURCE_NAME in n["Resources"]
+    )
+    return head, head != ray.util.get_node_ip_address()
 
 
 def has_token() -> bool:

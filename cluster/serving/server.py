@@ -57,6 +57,7 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
                     deploy,
                     gang_nodes,
                     has_token,
+                    head_address,
                     loaded_ranks,
                     undeploy,
                 )
@@ -75,7 +76,8 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
                     ),
                 )
                 stack.callback(undeploy)
-            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            shown, elsewhere = (host, False) if address is None else seen_from_here(host, *head_address())
+            url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
             if infos := loaded_ranks():
                 console.print(load_summary(infos, config.block_size))
                 for nodes in gang_nodes():
@@ -83,6 +85,8 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
                 if make_budget(config, infos[0].model) is not None:
                     console.print(budget_summary(config, calibrated))
             _announce(config, url, local)
+            if elsewhere:
+                console.print("That is loopback on the head node; --host 0.0.0.0 lets other machines in.")
             if sample:
                 show_sample(url)
             console.print("Ctrl-C ends the server.")
@@ -90,6 +94,13 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
         except KeyboardInterrupt:
             uninterruptible()
             console.print("\nshutting down")
+
+
+def seen_from_here(host: str, head: str, is_remote: bool) -> tuple[str, bool]:
+    """Return whom to ask for what listens on ``host`` of the ``head`` node, and whether that node only can."""
+    if host in ("0.0.0.0", "::"):
+        return head, False
+    return host, is_remote and (host.startswith("127.") or host in ("::1", "localhost"))
 
 
 def _watch(status_of: Callable[[], str]) -> None:
