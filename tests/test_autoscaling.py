@@ -1,7 +1,9 @@
-"""How many gangs Serve is told to have, given what they report."""
+"""How many gangs Serve is told to have, given what they report, and whether the cluster has room for them."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,9 +42,7 @@ def test_the_settings_are_those_of_the_configuration():
 
 
 @pytest.mark.parametrize("varies", [False, True])
-def test_the_application_has_the_strategy_the_number_and_the_patience(varies, monkeypatch):
-    from pathlib import Path
-
+def test_the_application_has_the_strategy_the_number_and_the_patience(varies):
     from penstock.cluster.serving.app import build_app
 
     config = EngineConfig(
@@ -60,3 +60,24 @@ def test_the_application_has_the_strategy_the_number_and_the_patience(varies, mo
         assert (settings.autoscaling_config.min_replicas, settings.autoscaling_config.max_replicas) == (2, 3)
     else:
         assert (settings.num_replicas, settings.autoscaling_config) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "cpus", "message"),
+    [
+        ({}, 2.4, r"^cpus_per_rank: 2 ranks and their coordinator need 2.5 CPUs, the Ray cluster has 2.4"),
+        ({"num_replicas": 3}, 6, r"^num_replicas: 3 times 2 ranks and their coordinator need 7.5 CPUs"),
+        ({"num_replicas": 3}, 2, r"^cpus_per_rank: 3 times 2 ranks"),  # fewer gangs would not help
+        ({"num_replicas": 3}, 7.5, None),
+        ({"min_replicas": 1, "max_replicas": 3}, 2.5, None),  # the others come when there is room
+    ],
+)
+def test_gangs_that_the_cluster_has_no_room_for_are_refused(options, cpus, message, monkeypatch):
+    import ray
+
+    from penstock.cluster.serving import deployment
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus})
+    config = EngineConfig(model="m", device="cpu", expert_parallel_size=2, **options)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        deployment._check_resources(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,7 +71,7 @@ class GangLink:
         raise EngineDeadError("the coordinator has forgotten this ingress")
 
     @contextmanager
-    def holding(self) -> Any:
+    def holding(self) -> Iterator[None]:
         """Count a request as live."""
         self.num_live += 1
         try:
