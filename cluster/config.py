@@ -53,6 +53,24 @@ class EngineConfig:
     """CPU threads of each rank; the machine's cores shared by all ranks when absent."""
     cpus_per_rank: float = _bounded(1.0, low=0.01, high=1024.0)
     """CPUs that Ray sets aside for each rank; a rank on a GPU sets that GPU aside too."""
+    placement_group_strategy: str = _bounded("PACK", of=("PACK", "STRICT_PACK", "SPREAD"))
+    """How a gang's ranks are put on machines: PACK (on few), STRICT_PACK (on one, or not at all) or SPREAD (on many,
+    as evenly as there is room)."""
+    num_replicas: int | None = _bounded(None, low=1, high=1024)
+    """Gangs: sets of ranks that each hold all of the model; 1 when absent. `max_replicas` lets the number vary."""
+    min_replicas: int | None = _bounded(None, low=1, high=1024)
+    """Fewest gangs where the number varies; 1 when absent."""
+    max_replicas: int | None = _bounded(None, low=1, high=1024)
+    """Most gangs: Serve adds some while more requests run and wait than `target_ongoing_requests` says."""
+    target_ongoing_requests: float | None = _bounded(None, low=0.01, high=1e6)
+    """Requests running and waiting in a gang that varying their number aims at; half of what a gang can run at once
+    when absent."""
+    upscale_delay_s: float = _bounded(30.0, low=0.0, high=86400.0)
+    """How long there must be too many requests before gangs are added."""
+    downscale_delay_s: float = _bounded(600.0, low=0.0, high=86400.0)
+    """How long there must be too few requests before gangs are taken away."""
+    drain_timeout_s: float = _bounded(300.0, low=0.0, high=86400.0)
+    """Longest a gang that is taken away goes on with the requests that it has."""
     max_model_len: int | None = _bounded(None, low=1)
     """Longest prompt plus output, in tokens; the model's own limit when absent."""
     max_num_seqs: int = _bounded(32, low=1, high=4096)
@@ -136,10 +154,36 @@ class EngineConfig:
                 "1048576]: every running request needs a row"
             )
         _check_budgets(self.budget_names)
+        self._check_replicas()
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min: {self.prompt_lookup_min} is not in [1, prompt_lookup_max={self.prompt_lookup_max}]"
             )
+
+    def _check_replicas(self) -> None:
+        if self.max_replicas is None:
+            for name in ("min_replicas", "target_ongoing_requests"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: only beside max_replicas, which lets the number of gangs vary")
+        elif self.num_replicas is not None:
+            raise ValueError("num_replicas: not beside max_replicas; min_replicas is the number to start with")
+        elif self.fewest_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas: {self.min_replicas} is not in [1, max_replicas={self.max_replicas}]")
+
+    @property
+    def fewest_replicas(self) -> int:
+        """Gangs to start with."""
+        return (self.num_replicas if self.max_replicas is None else self.min_replicas) or 1
+
+    @property
+    def most_replicas(self) -> int:
+        """Gangs that there may be."""
+        return self.max_replicas or self.fewest_replicas
+
+    @property
+    def target_requests_per_replica(self) -> float:
+        """Requests running and waiting in a gang that varying their number aims at."""
+        return self.target_ongoing_requests or self.max_num_seqs * self.expert_parallel_size / 2
 
     @property
     def model_names(self) -> tuple[str, ...]:

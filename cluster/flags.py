@@ -40,18 +40,24 @@ def _flags(
     return made
 
 
+_LAUNCH = (
+    *("cpus_per_rank", "placement_group_strategy", "num_replicas", "min_replicas", "max_replicas"),
+    *("target_ongoing_requests", "upscale_delay_s", "downscale_delay_s", "drain_timeout_s"),
+)
+"""What only Ray acts on."""
+
 EngineFlags = _flags("EngineFlags", EngineConfig)
 LocalEngineFlags = _flags(
     "LocalEngineFlags",
     EngineConfig,
-    without=("served_model_name", "api_key", "cpus_per_rank"),  # nobody else asks, and there is no Ray
+    without=("served_model_name", "api_key", *_LAUNCH),  # nobody else asks, and there is no Ray
     group="Engine, with --local",
 )
 CalibrationFlags = _flags(
     "CalibrationFlags",
     EngineConfig,
     without=(
-        *("served_model_name", "api_key", "cpus_per_rank", "max_queued_requests", "request_timeout_s"),
+        *("served_model_name", "api_key", "max_queued_requests", "request_timeout_s", *_LAUNCH),
         # what the command itself decides
         *("speculation", "draft_len", "max_draft_len", "expert_budget"),
         *("budget_profile", "max_quality_loss", "max_perplexity_increase", "allow_uncalibrated"),

@@ -17,14 +17,14 @@ from penstock.cluster.serving.deployment_error import DeploymentFailedError
 
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SERVE_OPTIONS = """
---address --allow-uncalibrated --api-key --block-size --budget-profile --config --cpus-per-rank --device --draft-len
---drafter --dtype
+--address --allow-uncalibrated --api-key --block-size --budget-profile --config --cpus-per-rank --device
+--downscale-delay-s --draft-len --drafter --drain-timeout-s --dtype
 --expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-draft-len
 --max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase --max-quality-loss
---max-queued-requests --max-step-retries --num-threads
---placement --port
+--max-queued-requests --max-replicas --max-step-retries --min-replicas --num-replicas --num-threads
+--placement --placement-group-strategy --port
 --prompt-lookup-max --prompt-lookup-min --request-timeout-s --revision --served-model-name --speculation
---step-timeout-s --suffix-store-tokens --tokenizer
+--step-timeout-s --suffix-store-tokens --target-ongoing-requests --tokenizer --upscale-delay-s
 """
 TRACE_OPTIONS = """
 --block-size --data --device --dtype --gpu-memory-utilization --kv-cache-bytes --max-model-len

@@ -52,6 +52,11 @@ def test_defaults_stand() -> None:
         ("step_timeout_s", math.inf, "step_timeout_s: inf is not in"),
         ("step_timeout_s", False, "step_timeout_s: expected float, got False"),
         ("load_timeout_s", "1", "load_timeout_s: expected float, got '1'"),
+        ("placement_group_strategy", "STRICT_SPREAD", "placement_group_strategy: 'STRICT_SPREAD' is not one of PACK, "),
+        ("num_replicas", 0, r"num_replicas: 0 is not in \[1, 1024\]"),
+        ("min_replicas", 2, "min_replicas: only beside max_replicas"),
+        ("target_ongoing_requests", 2, "target_ongoing_requests: only beside max_replicas"),
+        ("drain_timeout_s", -1, r"drain_timeout_s: -1 is not in \[0, 86400\]"),
         ("max_step_retries", -1, r"max_step_retries: -1 is not in \[0, 100\]"),
     ],
 )
@@ -95,6 +100,20 @@ def test_budgets_are_one_or_several_or_auto() -> None:
     ):
         with pytest.raises(ValueError, match=f"^expert_budget: {message}"):
             EngineConfig.from_mapping({"model": "m", "expert_budget": bad})
+
+
+def test_the_number_of_gangs_is_fixed_or_varies() -> None:
+    one, three = EngineConfig(model="m"), EngineConfig(model="m", num_replicas=3)
+    assert (one.fewest_replicas, one.most_replicas) == (1, 1)
+    assert (three.fewest_replicas, three.most_replicas) == (3, 3)
+    varying = EngineConfig(model="m", max_replicas=4, max_num_seqs=10, expert_parallel_size=2)
+    assert (varying.fewest_replicas, varying.most_replicas, varying.target_requests_per_replica) == (1, 4, 10)
+    told = EngineConfig(model="m", min_replicas=2, max_replicas=4, target_ongoing_requests=7)
+    assert (told.fewest_replicas, told.most_replicas, told.target_requests_per_replica) == (2, 4, 7)
+    with pytest.raises(ValueError, match=r"^min_replicas: 3 is not in \[1, max_replicas=2\]"):
+        EngineConfig(model="m", min_replicas=3, max_replicas=2)
+    with pytest.raises(ValueError, match=r"^num_replicas: not beside max_replicas"):
+        EngineConfig(model="m", num_replicas=2, max_replicas=2)
 
 
 def test_an_unknown_key_is_refused_with_the_valid_ones() -> None:

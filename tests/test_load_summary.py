@@ -4,7 +4,9 @@ from dataclasses import replace
 
 from penstock.cluster.calibration.gate import ServedBudgets
 from penstock.cluster.config import EngineConfig
-from penstock.cluster.serving.load_summary import budget_summary, load_summary
+from penstock.cluster.serving.load_summary import budget_summary, load_summary, rank_summary
+from penstock.cluster.serving.resources import rank_order
+from penstock.cluster.serving.server import seen_from_here
 from penstock.workers.model_info import ModelInfo, RankInfo
 
 from .test_budget_profile import FINE
@@ -58,6 +60,14 @@ def test_ranks_that_differ_have_lines_of_their_own() -> None:
     assert "KV 500 blocks x 16 = 8000 tokens" in others
 
 
+def test_ranks_of_a_machine_are_neighbours_and_machines_go_by_address() -> None:
+    nodes = ["10.0.0.10", "10.0.0.9", "10.0.0.10", "10.0.0.9", "10.0.0.9"]
+    order = rank_order(nodes)
+    assert order == [1, 3, 4, 0, 2]
+    assert rank_summary([nodes[i] for i in order]) == "ranks: 0-2 on 10.0.0.9, 3-4 on 10.0.0.10"
+    assert rank_summary(["fd00::1"]) == "ranks: 0 on fd00::1"
+
+
 def test_a_budget_is_called_lossy() -> None:
     config = EngineConfig(model="m", expert_budget="experts=5,scope=request")
     known = budget_summary(ServedBudgets(config, (FINE,)), config.budgets)
@@ -68,3 +78,10 @@ def test_a_budget_is_called_lossy() -> None:
     lines = budget_summary(ServedBudgets(several, (None, FINE)), several.budgets).splitlines()
     assert [line.partition(": ")[0] for line in lines] == ["lossy", "or to experts=5,scope=request"]
     assert len(budget_summary(ServedBudgets(several, (None, FINE)), several.budgets[1:]).splitlines()) == 1
+
+
+def test_the_address_shown_is_one_that_can_be_asked() -> None:
+    assert seen_from_here("0.0.0.0", "10.0.0.1", True) == ("10.0.0.1", False)
+    assert seen_from_here("127.0.0.1", "10.0.0.1", True) == ("127.0.0.1", True)
+    assert seen_from_here("127.0.0.1", "10.0.0.1", False) == ("127.0.0.1", False)
+    assert seen_from_here("10.0.0.1", "10.0.0.1", True) == ("10.0.0.1", False)

@@ -217,8 +217,9 @@ _HANDLE = """
 import asyncio, json, penstock
 client = penstock.connect()
 question = [{"role": "user", "content": "12 + 30"}]
-whole = client.generate(question, temperature=0)
-with client.stream(question, temperature=0) as stream:
+fixed = {"temperature": 0, "speculation": {"mode": "fixed"}}  # so that the number of steps is no matter of time
+whole = client.generate(question, **fixed)
+with client.stream(question, **fixed) as stream:
     pieces = list(stream)
 again = asyncio.run(client.agenerate(question, temperature=0))
 predicted = client.generate(question, temperature=0, prediction=whole.text, speculation={"mode": "fixed"})
@@ -239,7 +240,8 @@ print(json.dumps([whole.text, "".join(pieces), again.text, stream.generation.sta
 
 
 def test_the_handle_inside_the_cluster_gives_what_http_gives(server):
-    over_http = HttpClient(server.url).generate([{"role": "user", "content": "12 + 30"}], temperature=0)
+    question = [{"role": "user", "content": "12 + 30"}]
+    over_http = HttpClient(server.url).generate(question, temperature=0, speculation={"mode": "fixed"})
     done = subprocess.run(
         [sys.executable, "-c", _HANDLE],
         env={**os.environ, **server.ray_environment},

@@ -17,6 +17,7 @@ from ..calibration.gate import check_budget_profile
 from ..config import API_KEY_VARIABLE, EngineConfig
 from ..placement_file import placement_of
 from ..speculation.drafter import drafter_factory
+from .autoscaling import autoscaling
 from .gang import Gang
 from .http_server import Address
 from .ingress import Ingress, build_asgi_app
@@ -24,6 +25,9 @@ from .resources import bundles
 
 GANG, INGRESS = "Gang", "Ingress"
 _MAX_ONGOING = 10_000
+_DRAIN_LOOK_S = 0.5
+"""How often Serve looks whether a replica that is to stop has requests of its own left."""
+_HURRIED_S = 20.0
 
 
 def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None = None) -> Application:
@@ -45,12 +49,14 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
     gang: Any = serve.deployment(
         Gang,
         name=GANG,
-        num_replicas=1,
+        **_number(config),
         ray_actor_options={"num_cpus": bundles(config, gpu=gpu)[0]["CPU"]},
         placement_group_bundles=bundles(config, gpu=gpu),
-        placement_group_strategy="PACK",
+        placement_group_strategy=config.placement_group_strategy,
         max_ongoing_requests=_MAX_ONGOING,
         health_check_period_s=2.0,
+        graceful_shutdown_wait_loop_s=_DRAIN_LOOK_S,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
         # What keeps a gang from loading once, such as a corrupt checkpoint, keeps it from loading again
         max_constructor_retry_count=1,
     )
@@ -60,12 +66,21 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
         num_replicas=1,
         ray_actor_options={"num_cpus": 0.1, **({"resources": {HEAD_NODE_RESOURCE_NAME: 0.001}} if address else {})},
         max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_wait_loop_s=_DRAIN_LOOK_S,
+        # With an address it ends when the server does, and then requests do not hold that up
+        graceful_shutdown_timeout_s=_HURRIED_S if address else config.drain_timeout_s,
         max_constructor_retry_count=1,
     )
     # Only the ingress needs the key
     api_key = config.api_key or os.environ.get(API_KEY_VARIABLE) or None
     keyless, keyed = replace(config, api_key=None), replace(config, api_key=api_key)
     return ingress.bind(gang.bind(keyless, gpu=gpu, placement=placement, budgets=served.known), keyed, address=address)
+
+
+def _number(config: EngineConfig) -> dict[str, Any]:
+    if config.max_replicas is None:
+        return {"num_replicas": config.fewest_replicas}
+    return {"autoscaling_config": autoscaling(config)}
 
 
 def _absolute(config: EngineConfig) -> EngineConfig:

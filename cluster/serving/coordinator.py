@@ -21,7 +21,8 @@ from ..engine.output import EngineStats, RequestOutput
 from ..transport.curve import LOOPBACK, Ticket
 from ..transport.remote_ranks import RemoteRanks
 from ..transport.request_server import RequestServer
-from .load_summary import load_summary
+from .attachments import Attachments
+from .load_summary import load_summary, rank_summary
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Coordinator:
         # The process is the actor's own: its log has what we say, and the warnings of others
         logging.basicConfig()
         logging.getLogger(__name__.split(".")[0]).setLevel(logging.INFO)
-        self._config, self._workers, self._budgets = config, list(workers), budgets
+        self._config, self._workers, self._nodes, self._budgets = config, list(workers), list(nodes), budgets
         host = ray.util.get_node_ip_address()
         if set(nodes) == {host}:  # one machine: nothing need be heard outside it
             host, nodes = LOOPBACK, [LOOPBACK] * len(nodes)
@@ -55,6 +56,7 @@ class Coordinator:
         self._thread: EngineThread | None = None
         self._loop = asyncio.get_event_loop()
         self._requests: RequestServer | None = None
+        self._attachments: Attachments | None = None
 
     async def load(self) -> None:
         """Load every rank and start the engine; raises ``ValueError`` for what the user can mend."""
@@ -62,29 +64,43 @@ class Coordinator:
             worker.run.remote(settings) for worker, settings in zip(self._workers, self._ranks.settings, strict=True)
         ]
         await asyncio.to_thread(self._ranks.wait_loaded, self._loaded.append)
-        logger.info("loaded\n%s", load_summary(self._ranks.infos, self._config.block_size))
+        summary = load_summary(self._ranks.infos, self._config.block_size)
+        logger.info("loaded\n%s\n%s", summary, rank_summary(self._nodes))
         self._thread = EngineThread(
             Engine(self._config, self._ranks, budgets=self._budgets), self._deliver, overlap=True
         )
         self._ranks.meanwhile = self._thread.meanwhile
         self._requests = RequestServer(self._host, self._thread)
+        self._attachments = Attachments(self._requests)
 
     async def progress(self) -> tuple[int, int]:
         """Return how many ranks have loaded, of how many."""
         return len(self._loaded), len(self._workers)
 
-    async def attach(self, reader_id: str) -> AsyncIterator[Ticket]:
-        """Yield what ``reader_id`` connects to the request plane with; the stream ends when it is forgotten.
+    async def attach(self, reader_id: str) -> AsyncIterator[Ticket | str]:
+        """Yield what ``reader_id`` connects to the request plane with, then `DRAINING` if the gang is to stop.
 
-        So whoever reads on learns that, and from Ray that this coordinator has died.
+        The stream ends when the reader is forgotten. So whoever reads on learns that, and from Ray that this
+        coordinator has died.
         """
-        if self._requests is None:
+        if self._attachments is None:
             raise EngineDeadError("the engine has not loaded yet")
-        try:
-            yield self._requests.attach(reader_id)
-            await self._requests.detached(reader_id)
-        finally:
-            self._requests.detach(reader_id)
+        async for item in self._attachments.attach(reader_id):
+            yield item
+
+    async def detach(self, reader_id: str) -> None:
+        """Forget a reader and abort its requests."""
+        if self._attachments is not None:
+            self._attachments.detach(reader_id)
+
+    async def drain(self) -> None:
+        """Take no more requests; return when those that there are have ended."""
+        if self._attachments is not None:
+            await self._attachments.drain()
+
+    async def nodes(self) -> list[str]:
+        """Return the address of every rank's machine."""
+        return self._nodes
 
     async def count_unknown_fields(self, endpoint: str, num_fields: int) -> None:
         """Add to the engine's totals what only an ingress sees."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import RayError
 
 from ...workers.model_info import RankInfo
@@ -20,10 +22,23 @@ from .app import build_app, on_gpu
 from .deployment_error import DeploymentFailedError
 from .gang_directory import GangDirectory
 from .http_server import Address
-from .resources import bundles
+from .resources import bundles, num_ranks
 
 _POLL_S = 0.2
 _VALUE_ERROR = re.compile(r"^\S*ValueError\S*: (?P<message>[a-z_\[\]0-9.]+: .*)$", re.MULTILINE)
+
+
+def head_address() -> tuple[str, bool]:
+    """Return the address of the head node, where the ingress listens, and whether that is another machine."""
+    head = next(
+        n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and HEAD_NODE_RESOURCE_NAME in n["Resources"]
+    )
+    return head, head != ray.util.get_node_ip_address()
+
+
+def has_token() -> bool:
+    """Tell whether this process shows a token to Ray clusters."""
+    return os.environ.get("RAY_AUTH_MODE") == "token"
 
 
 @contextmanager
@@ -32,7 +47,9 @@ def attach(address: str) -> Iterator[None]:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"address: cannot join the Ray cluster at {address}: {error}") from error
+        # Ray itself takes a token that is missing for a cluster that is not there
+        hint = "" if has_token() else "; if the cluster has a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+        raise ValueError(f"address: cannot join the Ray cluster at {address}: {error}{hint}") from error
     try:
         yield
     finally:
@@ -55,7 +72,7 @@ def deploy(
     app = build_app(config, address=Address(host, port))
     _check_resources(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    on_progress("starting Ray Serve", 0, config.expert_parallel_size)
+    on_progress("starting Ray Serve", 0, num_ranks(config))
     serve.start(
         http_options={"location": "NoServer"},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
@@ -81,7 +98,7 @@ def _wait_running(config: EngineConfig, app_name: str, on_progress: Callable[[st
             raise _reason("\n".join(details))
         if time.monotonic() > deadline:
             raise DeploymentFailedError(f"the application was not up after load_timeout_s = {config.load_timeout_s} s")
-        on_progress(*_loading(app_name, config.expert_parallel_size))
+        on_progress(*_loading(app_name, num_ranks(config)))
         time.sleep(_POLL_S)
 
 
@@ -99,6 +116,15 @@ def loaded_ranks(app_name: str = "default") -> list[RankInfo]:
     return []
 
 
+def gang_nodes(app_name: str = "default") -> list[list[str]]:
+    """Return of each gang that answers the addresses of its ranks' machines, in rank order."""
+    nodes = []
+    for coordinator in GangDirectory(app_name).coordinators().values():
+        with suppress(RayError):
+            nodes.append(ray.get(coordinator.nodes.remote(), timeout=5))
+    return nodes
+
+
 def undeploy(app_name: str = "default") -> None:
     """Take the application down; on a cluster of others Serve itself stays."""
     serve.delete(app_name)
@@ -109,24 +135,27 @@ def _check_resources(config: EngineConfig) -> None:
     total = ray.cluster_resources()
     needed = bundles(config, gpu=on_gpu(config))
     for resource, field in (("CPU", "cpus_per_rank"), ("GPU", "expert_parallel_size")):
-        wanted, there = sum(bundle.get(resource, 0.0) for bundle in needed), total.get(resource, 0.0)
+        of_one, there = sum(bundle.get(resource, 0.0) for bundle in needed), total.get(resource, 0.0)
+        wanted = config.fewest_replicas * of_one
         if wanted > there:
-            raise ValueError(
-                f"{field}: {config.expert_parallel_size} ranks and their coordinator need {wanted:g} {resource}s, "
-                f"the Ray cluster has {there:g}"
-            )
+            who = f"{config.expert_parallel_size} ranks and their coordinator"
+            if config.fewest_replicas > 1:
+                who = f"{config.fewest_replicas} times {who}"
+                field = field if of_one > there else "num_replicas"
+            raise ValueError(f"{field}: {who} need {wanted:g} {resource}s, the Ray cluster has {there:g}")
 
 
-def _loading(app_name: str, num_ranks: int) -> tuple[str, int, int]:
-    """Ask the coordinator, once it exists, how many ranks have loaded."""
-    for coordinator in GangDirectory(app_name).coordinators().values():
-        try:
+def _loading(app_name: str, total: int) -> tuple[str, int, int]:
+    """Ask the coordinators, once they exist, how many ranks have loaded."""
+    done = 0
+    coordinators = GangDirectory(app_name).coordinators()
+    for coordinator in coordinators.values():
+        with suppress(RayError):  # just gone, or busy: the next poll tells
             progress: Any = ray.get(coordinator.progress.remote(), timeout=5)
-        except RayError:  # just gone, or busy: the next poll tells
-            break
-        done, total = progress
-        return ("loading experts" if done < total else "starting the ingress"), done, total
-    return "starting workers", 0, num_ranks
+            done += progress[0]
+    if not coordinators:
+        return "starting workers", 0, total
+    return ("loading experts" if done < total else "starting the ingress"), done, total
 
 
 def _reason(details: str) -> Exception:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...router.placement import Placement
 from ..config import EngineConfig
 from ..engine.budget import EngineBudget
+from .autoscaling import QUEUE_DEPTH
 from .coordinator import Coordinator
-from .resources import COORDINATOR_CPUS, COORDINATOR_PREFIX, NAMESPACE
+from .resources import COORDINATOR_CPUS, COORDINATOR_PREFIX, NAMESPACE, rank_order
 from .worker import Worker
 
 
 class Gang:
     """Owns the actors of one gang, which die with it. Serve's constructor call returns when all ranks have loaded."""
+
+    _coordinator: Any = None
 
     async def __init__(  # type: ignore[misc]
         self,
@@ -44,8 +48,7 @@ class Gang:
             for rank in range(config.expert_parallel_size)
         ]
         nodes = await asyncio.gather(*[worker.node.remote() for worker in workers])
-        # Bundles are not ordered by node; neighbours in rank should share a machine
-        order = sorted(range(len(workers)), key=lambda i: (ipaddress.ip_address(nodes[i]), i))
+        order = rank_order(nodes)
         self._workers = [workers[i] for i in order]
         replica = serve.get_replica_context()
         coordinator: Any = ray.remote(Coordinator).options(
@@ -55,18 +58,23 @@ class Gang:
             namespace=NAMESPACE,
             scheduling_strategy=_bundle(group, 1),
         )
-        self._coordinator: Any = coordinator.remote(
-            config, self._workers, [nodes[i] for i in order], placement, budgets
-        )
+        self._coordinator = coordinator.remote(config, self._workers, [nodes[i] for i in order], placement, budgets)
         await self._coordinator.load.remote()
 
-    async def coordinator(self) -> Any:
-        """Return the coordinator's actor handle; the caller streams from it directly."""
-        return self._coordinator
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where the number of gangs varies."""
+        stats = await self._coordinator.stats.remote()
+        return {QUEUE_DEPTH: stats.num_requests_running + stats.num_requests_waiting}
 
     async def check_health(self) -> None:
         """Called by Serve; a gang that cannot serve is replaced as a whole."""
         await self._coordinator.check_health.remote()
+
+    async def __del__(self) -> None:
+        """Called by Serve, which waits for it, before it stops this gang: live requests end first."""
+        if self._coordinator is not None:
+            with suppress(RayError):  # a coordinator that is gone has none
+                await self._coordinator.drain.remote()
 
 
 def _bundle(group: Any, index: int) -> PlacementGroupSchedulingStrategy:

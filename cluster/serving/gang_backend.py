@@ -1,52 +1,49 @@
-"""A gang as a `Backend`: one socket to its coordinator, shared by all requests; Ray tells where, and of its death."""
+"""All gangs of an application as one `Backend`: each request goes to the gang with the shortest queue."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
-
-from ray.exceptions import RayActorError, RayTaskError
 
 from ...workers.model_info import RankInfo
 from ...workers.sampling_params import SamplingParams
-from ..engine.backend import EngineDeadError, QueueFullError
+from ..engine.backend import EngineDeadError
 from ..engine.output import EngineStats, RequestOutput
-from ..engine.output_router import OutputRouter
 from ..speculation.options import AUTO, SpeculationOptions
-from ..transport.request_client import RequestClient
+from .gang_link import GangLink
 
 logger = logging.getLogger(__name__)
-_RETRY_S = 0.5
+_LOOK_S = 0.5
+"""Between two looks for gangs that have come."""
 _NO_GANG = "no gang is serving at present; send the request again"
 _STATS_S = 5.0
 """Longest wait for a gang's totals: one that hangs must not hide the others'."""
 
 
 class GangBackend:
-    """Attaches to the coordinator that ``find`` returns; asks again when that coordinator dies.
+    """Attaches to every coordinator that ``find`` returns by gang, and leaves those that drain or die.
 
-    ``find_all`` returns the coordinators of all gangs by name. Requests that were live when theirs dies end with
-    ``EngineDeadError``. Create it on the event loop that will use it.
+    Requests that were live when their gang dies end with ``EngineDeadError``. Create it on the event loop that will use
+    it. One ingress knows every queue, since all requests go through it; of several, each evens out its own.
     """
 
-    def __init__(
-        self, find: Callable[[], Awaitable[Any]], find_all: Callable[[], Awaitable[Mapping[str, Any]]]
-    ) -> None:
-        self._find, self._find_all = find, find_all
-        self._router = OutputRouter()
-        self._coordinator: Any = None
-        self._client: RequestClient | None = None
+    def __init__(self, find: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+        self._find = find
+        self._ties: dict[str, asyncio.Task[None]] = {}
+        self._open: list[GangLink] = []
+        """Those that take requests, the one that got the last request at the end."""
+        self._link_of: dict[str, GangLink] = {}
         self._attached = asyncio.Event()
-        self._pump = asyncio.create_task(self._run())
+        self._looking = asyncio.create_task(self._look())
 
     async def attached(self) -> None:
         """Wait for a gang."""
         await self._attached.wait()
 
-    def generate(
+    async def generate(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
@@ -55,32 +52,41 @@ class GangBackend:
         client: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs; see ``Backend.generate``."""
-        plane = self._client
+        if request_id in self._link_of:
+            raise ValueError(f"request_id: {request_id!r} is in use")
+        link = self._shortest()
+        self._link_of[request_id] = link
+        try:
+            with link.holding():
+                async with aclosing(link.read(request_id, prompt_token_ids, sampling, speculation, client)) as outputs:
+                    async for output in outputs:
+                        yield output
+        finally:
+            del self._link_of[request_id]
 
-        def submit() -> None:
-            if plane is None:
-                raise EngineDeadError(_NO_GANG)
-            plane.submit(request_id, prompt_token_ids, sampling, speculation, client)
-
-        def abort(reason: str) -> None:
-            assert plane is not None, "it took the request"
-            plane.abort(request_id, reason)
-
-        return self._router.read(request_id, submit, abort)
+    def _shortest(self) -> GangLink:
+        """Return the gang with the fewest live requests, of equals the one that has waited longest for another."""
+        link = min((link for link in self._open if link.open), key=lambda link: link.num_live, default=None)
+        if link is None:
+            raise EngineDeadError(_NO_GANG)
+        self._open.remove(link)
+        self._open.append(link)
+        return link
 
     def stopped(self, request_id: str) -> None:
         """Say that the reader found its stop string."""
-        self._router.stopped(request_id)
+        if request_id in self._link_of:
+            self._link_of[request_id].stopped(request_id)
 
     def count_unknown_fields(self, endpoint: str, num_fields: int) -> None:
-        """Add to this gang's totals what only a server sees; nobody waits for it."""
-        if self._coordinator is not None:
-            self._coordinator.count_unknown_fields.remote(endpoint, num_fields)
+        """Add to a gang's totals what only a server sees; nobody waits for it."""
+        if self._open:
+            self._open[0].coordinator.count_unknown_fields.remote(endpoint, num_fields)
 
     async def stats(self) -> dict[str, EngineStats]:
         """Return the totals of every gang that answers, by its name."""
-        coordinators = await self._find_all()
-        asked = [asyncio.wait_for(_call(coordinator, "stats"), _STATS_S) for coordinator in coordinators.values()]
+        coordinators = await self._find()
+        asked = [asyncio.wait_for(coordinator.stats.remote(), _STATS_S) for coordinator in coordinators.values()]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         return {
             name: answer
@@ -89,60 +95,52 @@ class GangBackend:
         }
 
     async def ranks(self) -> list[RankInfo]:
-        """Return what every rank loaded."""
-        return await _call(self._coordinator, "ranks")
+        """Return what every rank of a gang loaded; all gangs load the same."""
+        if not self._open:
+            raise EngineDeadError(_NO_GANG)
+        return await self._open[0].call("ranks")
 
     async def check_health(self) -> None:
-        """Raise ``EngineDeadError`` if the engine cannot serve."""
-        await _call(self._coordinator, "check_health")
+        """Raise ``EngineDeadError`` if no gang can serve."""
+        answers = await asyncio.gather(*[link.call("check_health") for link in self._open], return_exceptions=True)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        if len(failures) == len(answers):
+            raise failures[0] if failures else EngineDeadError(_NO_GANG)
 
-    async def _run(self) -> None:
+    async def close(self) -> None:
+        """Leave all gangs; requests that are live end with ``EngineDeadError``."""
+        self._looking.cancel()
+        for tie in self._ties.values():
+            tie.cancel()
+        await asyncio.gather(self._looking, *self._ties.values(), return_exceptions=True)
+
+    async def _look(self) -> None:
+        """Attach to gangs as they come; one that is still loading, or that drains, refuses and is asked again."""
         while True:
             try:
-                await self._serve(await self._find())
-            except Exception as error:  # Ray raises many types; whichever it is, this gang is over
-                logger.warning("lost the gang: %s", error)
-                self._coordinator = self._client = None
-                self._attached.clear()
-                self._router.fail_all("the gang that served this request is gone; send it again")
-                await asyncio.sleep(_RETRY_S)
+                found = await self._find()
+            except Exception as error:  # Ray raises many types; the gangs that are attached serve on
+                logger.warning("cannot look for gangs: %s", error)
+                found = {}
+            for name in found.keys() - self._ties.keys():
+                self._ties[name] = asyncio.create_task(self._tie(name, found[name]))
+            await asyncio.sleep(_LOOK_S)
 
-    async def _serve(self, coordinator: Any) -> None:
-        """Be attached to ``coordinator`` until it is lost, which raises."""
-        # A new name each time: the coordinator may still be forgetting the last one
-        attachment = coordinator.attach.options(num_returns="streaming").remote(uuid.uuid4().hex)
-        client = RequestClient(await (await anext(attachment)), self._router)
-        # Ray tells of the coordinator's death at once, the lease of what Ray does not see
-        watches = [asyncio.create_task(_end_of(attachment)), asyncio.create_task(client.run())]
-        try:
-            await client.connected()
-            self._coordinator, self._client = coordinator, client
+    async def _tie(self, name: str, coordinator: Any) -> None:
+        """Be attached to a gang until it is lost or drained."""
+        link = GangLink(coordinator)
+
+        def opened() -> None:
+            logger.info("attached to gang %s", name)
+            self._open.append(link)
             self._attached.set()
-            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-            done.pop().result()
+
+        try:
+            await link.run(opened)
+            logger.info("gang %s is drained", name)
+        except Exception as error:  # Ray raises many types; whichever it is, this gang is over
+            logger.log(logging.WARNING if link in self._open else logging.DEBUG, "gang %s: %s", name, error)
         finally:
-            for watch in watches:
-                watch.cancel()
-            await asyncio.gather(*watches, return_exceptions=True)
-            client.close()
-
-
-async def _end_of(attachment: Any) -> None:
-    """Raise when the stream ends, and say that it did if Ray knows no reason."""
-    async for item in attachment:
-        await item  # a death comes as an item
-    raise EngineDeadError("the coordinator has forgotten this ingress")
-
-
-async def _call(coordinator: Any, method: str, *args: Any) -> Any:
-    """Call the coordinator and raise its own errors instead of Ray's wrappings."""
-    if coordinator is None:
-        raise EngineDeadError(_NO_GANG)
-    try:
-        return await getattr(coordinator, method).remote(*args)
-    except RayTaskError as error:
-        if isinstance(error.cause, ValueError | EngineDeadError | QueueFullError):
-            raise error.cause from None
-        raise
-    except RayActorError as error:
-        raise EngineDeadError("the coordinator is gone; send the request again") from error
+            if link in self._open:
+                self._open.remove(link)
+            del self._ties[name]

@@ -36,7 +36,10 @@ class Ingress:
     """Serves HTTP and, through ``stream``, Python callers.
 
     With an ``address`` it listens there itself; Serve's own proxy, where there is one, gets to ``build_asgi_app``.
+    ``gang`` makes the gangs part of the application; requests go to their coordinators past Serve.
     """
+
+    _backend: GangBackend | None = None
 
     async def __init__(  # type: ignore[misc]
         self, gang: Any, config: EngineConfig, address: Address | None = None
@@ -46,13 +49,11 @@ class Ingress:
 
         tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
         directory = GangDirectory(serve.get_replica_context().app_name)
-        self._backend = GangBackend(
-            lambda: gang.coordinator.remote(), lambda: asyncio.to_thread(directory.coordinators)
-        )
-        await self._backend.attached()
+        self._backend = backend = GangBackend(lambda: asyncio.to_thread(directory.coordinators))
+        await backend.attached()
         _api_key = config.api_key
         self._state = _state = await ServingState.create(
-            self._backend, tokenizer, config.model_names, config.model, config.budgets
+            backend, tokenizer, config.model_names, config.model, config.budgets
         )
         if address is not None:
             self._http = await listen(build_asgi_app(), address)
@@ -63,7 +64,7 @@ class Ingress:
         Raises ``ValueError`` naming the field, ``EngineDeadError``, ``QueueFullError``, ``RequestTimeoutError``.
         """
         state = self._state
-        deltas = stream_prompt(self._backend, state.tokenizer, state.max_model_len, prompt, params)
+        deltas = stream_prompt(state.backend, state.tokenizer, state.max_model_len, prompt, params)
         async with aclosing(deltas):
             async for delta in deltas:
                 yield delta
@@ -72,7 +73,7 @@ class Ingress:
         """Return the engines' metrics by name, all gangs together."""
         from ..api.metrics import engine_samples
 
-        return engine_samples(await self._backend.stats())
+        return engine_samples(await self._state.backend.stats())
 
     async def models(self) -> list[str]:
         """Return the names of the models served."""
@@ -80,3 +81,8 @@ class Ingress:
 
     async def check_health(self) -> None:
         """Called by Serve: an ingress without a gang is well, and waits for one."""
+
+    async def __del__(self) -> None:
+        """Called by Serve before it stops this ingress: gangs need not wait to find that it has gone."""
+        if self._backend is not None:
+            await self._backend.close()

@@ -23,6 +23,15 @@ def load_summary(infos: Sequence[RankInfo], block_size: int) -> str:
     return "\n".join([head, *(_ranks(list(same), block_size) for _, same in groupby(infos, key=_holdings))])
 
 
+def rank_summary(nodes: Sequence[str]) -> str:
+    """Return on one line which ranks are where; ``nodes``: the addresses of their machines, in rank order."""
+    parts = []
+    for node, group in groupby(enumerate(nodes), key=lambda entry: entry[1]):
+        ranks = [rank for rank, _ in group]
+        parts.append(f"{ranks[0]}-{ranks[-1]} on {node}" if len(ranks) > 1 else f"{ranks[0]} on {node}")
+    return f"ranks: {', '.join(parts)}"
+
+
 def budget_summary(served: ServedBudgets, acting: Sequence[ExpertBudget]) -> str:
     """Return a line about each of the budgets that act: what it costs, if that is known and not too much."""
     lines = []

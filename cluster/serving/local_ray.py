@@ -30,14 +30,15 @@ _OTHER_CPUS = 1.0
 
 
 class LocalRay:
-    """Starts Ray for one gang on entry, ends it and removes its folder on exit.
+    """Starts Ray for the application's gangs on entry, ends it and removes its folder on exit.
 
     Ray must not have been imported before: it reads its authentication settings then.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        needed = sum(bundle["CPU"] for bundle in bundles(config, gpu=False)) + _OTHER_CPUS
-        # Ray's CPUs are tickets: a gang must fit even where it has fewer real ones
+        gang = sum(bundle["CPU"] for bundle in bundles(config, gpu=False))
+        needed = config.most_replicas * gang + _OTHER_CPUS
+        # Ray's CPUs are tickets: all gangs must fit even where there are fewer real ones
         self._num_cpus = max(os.cpu_count() or 1, int(needed + 1))
         self.folder = Path()
         self.address = ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
+from collections.abc import Sequence
+
 from ..config import EngineConfig
 
 NAMESPACE = "penstock"
@@ -14,3 +17,16 @@ def bundles(config: EngineConfig, *, gpu: bool) -> list[dict[str, float]]:
     """Return the placement group of one gang: its replica, its coordinator, then one bundle a rank."""
     rank = {"CPU": config.cpus_per_rank, **({"GPU": 1.0} if gpu else {})}
     return [{"CPU": REPLICA_CPUS}, {"CPU": COORDINATOR_CPUS}, *[dict(rank) for _ in range(config.expert_parallel_size)]]
+
+
+def num_ranks(config: EngineConfig) -> int:
+    """Return how many ranks all gangs that are there from the start have."""
+    return config.fewest_replicas * config.expert_parallel_size
+
+
+def rank_order(nodes: Sequence[str]) -> list[int]:
+    """Return which worker each rank is, by the addresses of the workers' machines.
+
+    Placement groups order their bundles by no rule; ranks of one machine should be neighbours.
+    """
+    return sorted(range(len(nodes)), key=lambda i: (ipaddress.ip_address(nodes[i]), i))

@@ -19,12 +19,17 @@ from ..engine.budget import make_budgets
 from ..placement_file import placement_of
 from ..speculation.drafter import drafter_factory
 from .interrupts import interruptible, uninterruptible
-from .load_summary import budget_summary, load_summary
+from .load_summary import budget_summary, load_summary, rank_summary
 from .local_ray import LocalRay, check_port
+from .resources import num_ranks
 
 console = Console(soft_wrap=True, highlight=False)
 SAMPLE_QUESTION = "438 + 275"
 _WATCH_S = 2.0
+NO_TOKEN = (
+    "[bold yellow]warning:[/] this Ray cluster asks for no token: whoever reaches its ports runs programs on its nodes "
+    "(RAY_AUTH_MODE=token, docs/deployment.md)"
+)
 
 
 def run_server(config: EngineConfig, *, host: str, port: int, address: str | None = None, sample: bool = False) -> None:
@@ -44,13 +49,24 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
     with ExitStack() as stack:
         try:
             with _progress() as progress:
-                task = progress.add_task("starting Ray", total=config.expert_parallel_size)
+                task = progress.add_task("starting Ray", total=num_ranks(config))
                 local = stack.enter_context(LocalRay(config)) if address is None else None
                 # Only now: Ray reads its environment when it is imported
-                from .deployment import application_status, attach, deploy, loaded_ranks, undeploy
+                from .deployment import (
+                    application_status,
+                    attach,
+                    deploy,
+                    gang_nodes,
+                    has_token,
+                    head_address,
+                    loaded_ranks,
+                    undeploy,
+                )
 
                 if address is not None:
                     stack.enter_context(attach(address))
+                    if not has_token():
+                        console.print(NO_TOKEN)
                 interruptible()
                 deploy(
                     config,
@@ -61,12 +77,17 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
                     ),
                 )
                 stack.callback(undeploy)
-            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            shown, elsewhere = (host, False) if address is None else seen_from_here(host, *head_address())
+            url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
             if infos := loaded_ranks():
                 console.print(load_summary(infos, config.block_size))
+                for nodes in gang_nodes():
+                    console.print(rank_summary(nodes))
                 if budgets := make_budgets(config, infos[0].model):
                     console.print(budget_summary(served, [entry.budget for entry in budgets]))
             _announce(config, url, local)
+            if elsewhere:
+                console.print("That is loopback on the head node; --host 0.0.0.0 lets other machines in.")
             if sample:
                 show_sample(url)
             console.print("Ctrl-C ends the server.")
@@ -74,6 +95,13 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
         except KeyboardInterrupt:
             uninterruptible()
             console.print("\nshutting down")
+
+
+def seen_from_here(host: str, head: str, is_remote: bool) -> tuple[str, bool]:
+    """Return whom to ask for what listens on ``host`` of the ``head`` node, and whether that node only can."""
+    if host in ("0.0.0.0", "::"):
+        return head, False
+    return host, is_remote and (host.startswith("127.") or host in ("::1", "localhost"))
 
 
 def _watch(status_of: Callable[[], str]) -> None:
