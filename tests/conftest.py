@@ -34,9 +34,9 @@ SMALL: dict[str, Any] = {"block_size": 4, "max_model_len": 96, "kv_cache_bytes":
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what workers must not tear apart: files, whose fixtures are made once, and tests that start processes.
+    """Say what xdist's workers must not tear apart: a file, whose fixtures are made once, and what starts processes.
 
-    Those all go to one worker, one after the other: two of them at once would wait for each other's cores.
+    All of that goes to one worker, one test after the other: two at once would wait for each other's cores.
     """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:

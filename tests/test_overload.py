@@ -262,7 +262,8 @@ async def test_a_timeout_is_a_408_or_the_last_event_of_a_stream(tokenizer: ChatT
 
 async def test_a_reader_that_stalls_holds_up_nobody(tokenizer: ChatTokenizer) -> None:
     """Its output grows to what it asked for and no further, the engine is done with it long before it has read that."""
-    ranks = ScriptedRanks([800], BLOCK_SIZE, 12_000)
+    # Steps in which the server writes what the last one gave: tokens that are merged all fit into the socket
+    ranks = ScriptedRanks([800], BLOCK_SIZE, 12_000, step_s=0.0002)
     async with served(ranks, tokenizer) as (url, backend):
         stalled = socket.socket()
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
