@@ -21,9 +21,10 @@ SERVE_OPTIONS = """
 --drafter --dtype
 --expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-draft-len
 --max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase --max-quality-loss
---max-queued-requests --max-step-retries --num-threads
+--max-queued-requests --max-step-retries --num-spares --num-threads
 --placement --port
---prompt-lookup-max --prompt-lookup-min --request-timeout-s --revision --served-model-name --speculation
+--prompt-lookup-max --prompt-lookup-min --recovery-timeout-s --request-timeout-s --revision
+--served-model-name --speculation
 --step-timeout-s --suffix-store-tokens --tokenizer
 """
 TRACE_OPTIONS = """

@@ -25,6 +25,7 @@ from ..speculation.proposal import NOTHING
 from .backend import EngineDeadError
 from .block_pool import BlockPool
 from .budget import make_budget
+from .events import RECOVERY, Event, EventLog
 from .output import ABORT, ERROR, LENGTH, STOP, TIMEOUT, EngineStats, RequestOutput, RequestStats
 from .prompt_check import check_prompt
 from .ranks import Ranks
@@ -41,7 +42,8 @@ _PHASES_S = 1.0
 class Engine:
     """Serves requests over ``ranks``. One thread calls it; between calls its state is always committed.
 
-    ``controller`` replaces the one that ``config.policy`` names, and may then draft up to 64 tokens.
+    ``controller`` replaces the one that ``config.policy`` names, and may then draft up to 64 tokens. ``events``: where
+    faults and recoveries are recorded, if not in a log of its own.
 
     A request's tokens are published only when every rank has answered the step; a failed step leaves no trace but a
     count, and is planned again from what is committed.
@@ -53,6 +55,7 @@ class Engine:
         ranks: Ranks,
         *,
         controller: Controller | None = None,
+        events: EventLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         make_drafter = drafter_factory(config.drafter)  # refuse an unknown name now
@@ -76,6 +79,7 @@ class Engine:
         self._budget = make_budget(config, self.model)
         self.counters = Counters(self.model.num_moe_layers)
         self.clock = clock
+        self.events = EventLog() if events is None else events
         pools = [BlockPool(info.num_kv_blocks, config.block_size) for info in ranks.infos]
         self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens)
         self._requests: dict[str, Request] = {}
@@ -152,6 +156,8 @@ class Engine:
 
         Raises ``EngineDeadError`` after ``max_step_retries`` failures in a row.
         """
+        if self._must_recover:
+            self._recover()
         self._admit()
         started = self.clock()
         drafts, reach = self._propose()
@@ -159,9 +165,6 @@ class Engine:
         if plan is None:
             return []
         try:
-            if self._must_recover:
-                self.ranks.recover(self._generation)
-                self._must_recover = False
             result = self.ranks.step(plan)
             _check_lock_step(result)
         except StepFailedError as error:
@@ -278,6 +281,36 @@ class Engine:
         self._generation += 1
         self.scheduler.forget_ranks()
         self._must_recover = True
+
+    def recover(self) -> None:
+        """Bring the ranks back together between steps; for a caller that knows that one is lost."""
+        self._void()
+        self._recover()
+
+    def _recover(self) -> None:
+        """Requests of ranks that kept their KV go on; those of ranks that were lost are replayed."""
+        started = time.monotonic()
+        replaced = self.ranks.recover(self._generation)
+        self._must_recover = False
+        if not replaced:
+            return
+        infos = self.ranks.infos
+        num_replayed = sum(self.scheduler.lose_kv(lost.rank, infos[lost.rank].num_kv_blocks) for lost in replaced)
+        since = min(started, *(lost.lost_s for lost in replaced))
+        lost_ranks = tuple(sorted(lost.rank for lost in replaced))
+        self.events.record(
+            Event(
+                RECOVERY,
+                replaced[0].what,
+                f"rank {', '.join(map(str, lost_ranks))} is there again, "
+                f"{sum(lost.was_spare for lost in replaced)} from spares",
+                duration_s=time.monotonic() - since,
+                generation=self._generation,
+                ranks=lost_ranks,
+                expert_bytes_loaded=sum(infos[rank].expert_bytes for rank in lost_ranks),
+                num_requests_replayed=num_replayed,
+            )
+        )
 
     def _commit(self, plan: StepPlan, result: StepResult, started: float) -> list[RequestOutput]:
         now = self.clock()

@@ -164,7 +164,7 @@ class EngineThread:
 
     def _publish(self) -> None:
         scheduler = self._engine.scheduler
-        num_drained = scheduler.num_admissions - scheduler.num_preemptions
+        num_drained = scheduler.num_admissions - scheduler.num_preemptions - scheduler.num_replays
         self._limit.update(len(scheduler.waiting), scheduler.num_open, num_drained - self._num_drained)
         self._num_drained = num_drained
         self._stats = self._engine.stats()

@@ -57,6 +57,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.num_admissions = 0
         self.num_preemptions = 0
+        self.num_replays = 0
+        """Times a running request lost its KV with its rank."""
         self._released: list[list[int]] = [[] for _ in pools]
         self._max_num_seqs, self._max_rows = max_num_seqs, max_num_batched_tokens
 
@@ -133,6 +135,21 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         insort(self.waiting, request, key=_arrival)
+
+    def lose_kv(self, rank: int, num_blocks: int) -> int:
+        """Take note that ``rank`` is another process, with ``num_blocks`` blocks and no KV; return how many wait again.
+
+        Those are replayed as prompts, on whichever rank has room.
+        """
+        requests = list(self.running[rank])
+        for request in requests:
+            self._leave_rank(request)
+            request.committed_len = 0
+            insort(self.waiting, request, key=_arrival)
+        self.num_replays += len(requests)
+        self.pools[rank] = BlockPool(num_blocks, self.pools[rank].block_size)
+        self._released[rank].clear()
+        return len(requests)
 
     def _leave_rank(self, request: Request) -> None:
         """Take the request's place and blocks away; its rank learns with the next plan."""
