@@ -105,10 +105,12 @@ class Engine:
         speculation: SpeculationOptions = AUTO,
         *,
         arrival_s: float | None = None,
+        output_token_ids: Sequence[int] = (),
     ) -> SamplingParams:
         """Queue a request and return its sampling with the seed that was drawn if it had none.
 
-        ``arrival_s``: when it came, by the engine's clock, if not now. Raises ``ValueError`` naming the field; then
+        ``arrival_s``: when it came, by the engine's clock, if not now. ``output_token_ids``: what another engine has
+        generated of it; its outputs begin after these. Raises ``ValueError`` naming the field; then
         nothing has changed.
         """
         if request_id in self._requests:
@@ -122,11 +124,14 @@ class Engine:
             sampling=sampling,
             speculation=speculation,
             token_sampling=sampling.token_sampling(len(prompt_token_ids), self.model.eos_token_ids),
-            token_ids=list(prompt_token_ids),
+            token_ids=[*prompt_token_ids, *output_token_ids],
             num_prompt_tokens=len(prompt_token_ids),
             max_total_tokens=check_prompt(self.model, prompt_token_ids, sampling),
             arrival_s=self.clock() if arrival_s is None else arrival_s,
         )
+        if output_token_ids:
+            request.first_token_s = request.last_token_s = self.clock()
+            self.counters.num_resumed += 1
         self._next_key += 1
         self._requests[request_id] = self._by_key[request.key] = request
         self._drafting.open(

@@ -58,17 +58,28 @@ class EngineThread:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         speculation: SpeculationOptions = AUTO,
+        *,
+        output_token_ids: Sequence[int] = (),
+        age_s: float = 0.0,
+        was_taken: bool = False,
     ) -> None:
-        """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``."""
+        """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``.
+
+        ``output_token_ids``: what another engine has generated of it; ``age_s``: how long ago it came. With
+        ``was_taken`` another engine had taken it, and it is not refused because many wait.
+        """
         self.check_health()
         check_prompt(self._engine.model, prompt_token_ids, sampling)
         speculation.check_prediction(self._engine.model.vocab_size, self._engine.model.max_model_len)
-        prompt, arrival_s = list(prompt_token_ids), self._engine.clock()
-        self._limit.take()
+        prompt, arrival_s = list(prompt_token_ids), self._engine.clock() - age_s
+        output = list(output_token_ids)
+        self._limit.take(always=was_taken)
 
         def add() -> None:
             try:
-                self._engine.add_request(request_id, prompt, sampling, speculation, arrival_s=arrival_s)
+                self._engine.add_request(
+                    request_id, prompt, sampling, speculation, arrival_s=arrival_s, output_token_ids=output
+                )
             except ValueError as error:  # all but the id was checked above, and ids are unique to their readers
                 logger.error("request dropped: %s", error)
             finally:

@@ -22,8 +22,8 @@ SILENT = "silent"
 UNREACHABLE = "unreachable"
 """A process' connection was gone when it was to be told something."""
 COORDINATOR_DIED = "coordinator_died"
-DISCARDED = "step_discarded"
-"""Ranks answered that they could not run a step; no process was lost."""
+RESUBMISSION = "resubmission"
+"""An ingress that had lost its coordinator sent what was live to the next."""
 
 _DURATION_S = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0)
 _NUM_KEPT = 1024
@@ -36,7 +36,7 @@ class Event:
     kind: str
     """fault or recovery."""
     what: str
-    """died, silent, unreachable, coordinator_died or step_discarded; of a recovery, what it recovered from."""
+    """died, silent, unreachable or coordinator_died; of a recovery, what it recovered from, or resubmission."""
     message: str
     time_s: float = field(default_factory=time.time)
     """When: seconds since the epoch. A fault's is when it was noticed, a recovery's when it was over."""

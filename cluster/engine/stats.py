@@ -23,6 +23,8 @@ class Counters:
         self._num_moe_layers = num_moe_layers
         self.num_steps = 0
         self.num_failed_steps = 0
+        self.num_resumed = 0
+        """Requests that another engine had begun."""
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self.num_finished: Counter[str] = Counter()

@@ -124,13 +124,16 @@ class Coordinator:
 
         self._thread.call(mend)
 
-    async def attach(self, reader_id: str) -> AsyncIterator[Ticket]:
+    async def attach(self, reader_id: str, replaced: str | None = None) -> AsyncIterator[Ticket]:
         """Yield what ``reader_id`` connects to the request plane with; the stream ends when it is forgotten.
 
-        So whoever reads on learns that, and from Ray that this coordinator has died.
+        So whoever reads on learns that, and from Ray that this coordinator has died. ``replaced``: the name under which
+        the same reader was attached before.
         """
-        if self._requests is None:
-            raise EngineDeadError("the engine has not loaded yet")
+        self._running().check_health()
+        assert self._requests is not None, "the engine runs"
+        if replaced is not None:
+            self._requests.detach(replaced)
         try:
             yield self._requests.attach(reader_id)
             await self._requests.detached(reader_id)

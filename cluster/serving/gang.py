@@ -20,14 +20,12 @@ from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
 from ..engine.events import COORDINATOR_DIED, FAULT, RECOVERY, Event
 from .coordinator import Coordinator
-from .resources import COORDINATOR_CPUS, COORDINATOR_PREFIX, FIRST_WORKER_BUNDLE, NAMESPACE
+from .resources import COORDINATOR_CPUS, COORDINATOR_NUMBER, COORDINATOR_PREFIX, FIRST_WORKER_BUNDLE, NAMESPACE
 from .worker import PlacedWorker, Whereabouts, Worker
 
 logger = logging.getLogger(__name__)
 _WORKER_THREADS = 8
 _RETRY_S = 0.5
-_NAME_S = 20.0
-"""How long Ray may take to free the name of a coordinator that has died."""
 _SILENT_S = 20.0
 """A coordinator whose event loop does not answer for so long is stopped or stuck."""
 _NUM_EVENTS = 1024
@@ -51,6 +49,7 @@ class Gang:
         self._name = f"{COORDINATOR_PREFIX}{replica.app_name}:{replica.replica_id.unique_id}"
         self._events: list[Event] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._num_coordinators = 0
         self._coordinator: Any = None
         self._where: Whereabouts | None = None
         num_workers = config.expert_parallel_size + config.num_spares
@@ -66,6 +65,8 @@ class Gang:
 
     async def coordinator(self) -> Any:
         """Return the coordinator's actor handle; the caller streams from it directly."""
+        while self._mended_since is not None and self._failure is None:
+            await asyncio.sleep(_RETRY_S / 5)
         return self._coordinator
 
     async def check_health(self) -> None:
@@ -92,25 +93,18 @@ class Gang:
 
     async def _start_coordinator(self, *, adopt: bool) -> asyncio.Task[None]:
         """Start a coordinator; return what takes its news when it has loaded, and raises when it dies."""
+        # Ray does not give the name of an actor that has died to another one
+        name = f"{self._name}{COORDINATOR_NUMBER}{self._num_coordinators}"
+        self._num_coordinators += 1
+        actor: Any = ray.remote(Coordinator).options(
+            max_concurrency=10_000,
+            num_cpus=COORDINATOR_CPUS,
+            name=name,
+            namespace=NAMESPACE,
+            scheduling_strategy=_bundle(self._group, 1),
+        )
         workers = list(self._workers.values())
-        deadline = time.monotonic() + _NAME_S
-        while True:
-            actor: Any = ray.remote(Coordinator).options(
-                max_concurrency=10_000,
-                num_cpus=COORDINATOR_CPUS,
-                name=self._name,
-                namespace=NAMESPACE,
-                scheduling_strategy=_bundle(self._group, 1),
-            )
-            try:
-                coordinator = actor.remote(
-                    self._config, workers, self._placement, adopt=adopt, events=tuple(self._events)
-                )
-                break
-            except ValueError:  # the name is still that of the one before
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(_RETRY_S)
+        coordinator = actor.remote(self._config, workers, self._placement, adopt=adopt, events=tuple(self._events))
         # Already now: it may lose workers while it loads, and those that come then must reach it
         self._coordinator = coordinator
         self._where = None

@@ -47,7 +47,9 @@ class Ingress:
         tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
         directory = GangDirectory(serve.get_replica_context().app_name)
         self._backend = GangBackend(
-            lambda: gang.coordinator.remote(), lambda: asyncio.to_thread(directory.coordinators)
+            lambda: gang.coordinator.remote(),
+            lambda: asyncio.to_thread(directory.coordinators),
+            config.recovery_timeout_s,
         )
         await self._backend.attached()
         _api_key = config.api_key

@@ -6,6 +6,8 @@ from ..config import EngineConfig
 
 NAMESPACE = "penstock"
 COORDINATOR_PREFIX = "penstock-coordinator:"
+COORDINATOR_NUMBER = "~"
+"""Before the number of a gang's coordinator: its first is 0, which another one may follow."""
 REPLICA_CPUS = 0.1
 COORDINATOR_CPUS = 0.4
 FIRST_WORKER_BUNDLE = 2
