@@ -220,7 +220,7 @@ class Engine:
             self._phases = Counter(dict.fromkeys(PHASES, 0))
             self._phases.update(self._report(request).phase for request in self._decoding())
             self._phases_due_s = now + _PHASES_S
-        return self.counters.snapshot(self.scheduler, self._phases)
+        return self.counters.snapshot(self.scheduler, self._phases, self.events.totals())
 
     def _decoding(self) -> list[Request]:
         return [request for requests in self.scheduler.running for request in requests if request.is_decoding]

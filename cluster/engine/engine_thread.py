@@ -15,6 +15,7 @@ from ...workers.sampling_params import SamplingParams
 from ..speculation.options import AUTO, SpeculationOptions
 from .backend import EngineDeadError
 from .engine import Engine
+from .events import Event
 from .output import ABORT, EngineStats, RequestOutput
 from .prompt_check import check_prompt
 from .queue_limit import QueueLimit
@@ -100,6 +101,10 @@ class EngineThread:
         """Return the totals after the last step; raises ``EngineDeadError`` if the engine gave up."""
         self.check_health()
         return replace(self._stats, num_requests_refused=self._limit.num_refused)
+
+    def events(self) -> list[Event]:
+        """Return the faults and recoveries that are remembered, oldest first; those of a dead engine too."""
+        return self._engine.events.events()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run ``function`` in the thread between two steps."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from ...workers.plan import StepPlan, StepResult
+from .events import EventTotals
 from .histogram import Histogram
 from .latencies import Latencies
 from .output import LENGTH, STOP, EngineStats
@@ -89,8 +90,8 @@ class Counters:
         if reason in (STOP, LENGTH):
             self.latencies.finished(request, now)
 
-    def snapshot(self, scheduler: Scheduler, phases: Mapping[str, int]) -> EngineStats:
-        """Return the totals beside the scheduler's present state and the number of requests in each phase."""
+    def snapshot(self, scheduler: Scheduler, phases: Mapping[str, int], events: EventTotals) -> EngineStats:
+        """Return the totals, those of ``events`` among them, beside the scheduler's present state and the phases."""
         layer_steps = self.num_decode_steps * self._num_moe_layers
         return EngineStats(
             num_steps=self.num_steps,
@@ -103,6 +104,8 @@ class Counters:
             num_requests_running=scheduler.num_running,
             num_requests_waiting=len(scheduler.waiting),
             num_preemptions=scheduler.num_preemptions,
+            events=events,
+            num_requests_resumed=self.num_resumed,
             num_kv_blocks=sum(pool.num_blocks for pool in scheduler.pools),
             num_kv_blocks_used=sum(pool.num_used for pool in scheduler.pools),
             spec_decode_num_drafts=self.num_drafts,

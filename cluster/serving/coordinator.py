@@ -157,10 +157,8 @@ class Coordinator:
         self._running().check_health()
 
     async def events(self) -> list[Event]:
-        """Return what has happened to this gang."""
-        self._running()
-        assert self._ranks is not None
-        return self._ranks.events.events()
+        """Return the faults and recoveries of this gang that are remembered, oldest first."""
+        return self._running().events()
 
     def _running(self) -> EngineThread:
         if self._thread is None:

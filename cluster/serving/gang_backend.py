@@ -82,8 +82,15 @@ class GangBackend:
 
     async def stats(self) -> dict[str, EngineStats]:
         """Return the totals of every gang that answers, by its name."""
+        return await self._ask_all("stats")
+
+    async def events(self) -> dict[str, list[Event]]:
+        """Return the faults and recoveries of every gang that answers, by its name."""
+        return await self._ask_all("events")
+
+    async def _ask_all(self, method: str) -> dict[str, Any]:
         coordinators = await self._find_all()
-        asked = [asyncio.wait_for(_call(coordinator, "stats"), _STATS_S) for coordinator in coordinators.values()]
+        asked = [asyncio.wait_for(_call(coordinator, method), _STATS_S) for coordinator in coordinators.values()]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         return {
             name: answer
