@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..cluster.engine.ranks import Ranks
+from collections.abc import Sequence
+
+from ..cluster.engine.ranks import Ranks, Replacement
 from ..workers.plan import StepPlan, StepResult
 from .step_times import StepTimes
 
@@ -28,9 +30,9 @@ class PricedRanks:
         self.now_s += self._times.step_s(rows, experts, model.num_experts_per_tok)
         return result
 
-    def recover(self, generation: int) -> None:
+    def recover(self, generation: int) -> Sequence[Replacement]:
         """As the ranks do."""
-        self._ranks.recover(generation)
+        return self._ranks.recover(generation)
 
     def close(self) -> None:
         """The ranks stay: other engines use them."""

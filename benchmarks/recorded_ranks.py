@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..cluster.engine.ranks import Replacement
 from ..cluster.speculation.drafter import Drafter
 from ..router.placement import contiguous
 from ..workers.adjustments import Texts, adjust
@@ -234,8 +235,9 @@ class RecordedRanks:
         results = [self._result(rank_plan, rank, rows[rank], busy[rank]) for rank, rank_plan in enumerate(plan.ranks)]
         return StepResult(results, step_s)
 
-    def recover(self, generation: int) -> None:
+    def recover(self, generation: int) -> Sequence[Replacement]:
         """Nothing fails here."""
+        return ()
 
     def close(self) -> None:
         """Nothing is held."""

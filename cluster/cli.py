@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .calibrate_command import calibrate
-from .client_commands import bench, generate, stats
+from .client_commands import bench, events, generate, stats
 from .config import EngineConfig
 from .engine.backend import EngineDeadError, QueueFullError
 from .flags import EngineFlags, given
@@ -24,6 +24,7 @@ from .serving.interrupts import interruptible
 app = App(name="penstock", help="Serve Mixture-of-Experts language models, expert-parallel and speculative.")
 app.command(generate)
 app.command(stats)
+app.command(events)
 app.command(bench)
 app.command(calibrate)
 app.command(trace)

@@ -1,4 +1,4 @@
-"""The commands that ask a server: `penstock generate`, `penstock stats`, `penstock bench serve`."""
+"""The commands that ask a server: `penstock generate`, `penstock stats`, `penstock events`, `penstock bench serve`."""
 
 from __future__ import annotations
 
@@ -182,6 +182,32 @@ def stats(
     width = max(len(what) for what, _ in lines)
     for what, figure in lines:
         print(f"{what:<{width}}  {figure}")
+
+
+def events(
+    *,
+    url: str = URL,
+    api_key: ApiKey = None,
+    as_json: Annotated[Switch, Parameter(name="--json")] = False,
+) -> None:
+    """Show what went wrong on a running server and what was done about it, oldest first.
+
+    Parameters
+    ----------
+    url
+        The server.
+    api_key
+        Key to send to the server.
+    as_json
+        Write one JSON object a line, with all that is known of each event.
+    """
+    from .client.event_lines import event_line
+    from .client.http_client import HttpClient
+
+    with closing(HttpClient(url, api_key=api_key)) as client:
+        found = client.events()
+    for event in found:
+        print(json.dumps(event, ensure_ascii=False) if as_json else event_line(event))
 
 
 @bench.command(name="serve")

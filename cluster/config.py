@@ -46,6 +46,9 @@ class EngineConfig:
     """Where ranks compute: auto (cuda if present), cpu or cuda."""
     expert_parallel_size: int = _bounded(1, low=1, high=1024)
     """Ranks the experts are split across; attention is data-parallel over the same ranks."""
+    num_spares: int = _bounded(0, low=0, high=1024)
+    """Processes that wait to take the place of a rank that is lost, everything but the weights in memory.
+    docs/faults.md."""
     placement: str | None = None
     """File that says which ranks hold which experts, made by `penstock place`; equal runs of experts when absent.
     docs/placement.md."""
@@ -118,9 +121,11 @@ class EngineConfig:
     allow_uncalibrated: bool = _bounded(default=False)
     """Serve a budget that has no profile, or loses more than is allowed, with a warning."""
     step_timeout_s: float = _bounded(60.0, low=0.1, high=86400.0)
-    """Longest wait of a rank in one collective; a rank that has not answered after twice this is given up."""
+    """Longest wait of a rank in one collective; a rank that does not answer a step in this time is lost."""
     load_timeout_s: float = _bounded(1800.0, low=1.0, high=86400.0)
     """Deadline for all ranks to start and load their shards."""
+    recovery_timeout_s: float = _bounded(300.0, low=1.0, high=86400.0)
+    """Longest that ranks may take to replace what they have lost, and that requests wait for a gang to come back."""
     max_step_retries: int = _bounded(3, low=0, high=100)
     """Times in a row that a failed step is planned again before the engine gives up."""
 

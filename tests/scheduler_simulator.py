@@ -119,9 +119,25 @@ class Simulation:
         if self.rng.random() < 0.1:
             self.generation += 1
             self.scheduler.forget_ranks()
+            if self.rng.random() < 0.3:
+                self.lose(self.rng.randrange(len(self.ranks)))
             return
         self.step_id += 1
         self.commit(plan)
+
+    def lose(self, rank: int) -> None:
+        """Another process is ``rank``: it knows nothing, and may have another number of blocks."""
+        keys = {request.key for request in self.scheduler.running[rank]}
+        lengths = {request.key: request.committed_len for request in self.live.values()}
+        num_blocks = self.scheduler.pools[rank].num_blocks + self.rng.choice([0, 1])
+        assert self.scheduler.lose_kv(rank, num_blocks) == len(keys)
+        assert self.scheduler.pools[rank].num_free == num_blocks
+        waiting = [request.key for request in self.scheduler.waiting]
+        assert keys <= set(waiting)
+        assert waiting == sorted(waiting), "in their places by arrival"
+        for request in self.live.values():
+            assert request.committed_len == (0 if request.key in keys else lengths[request.key])
+        self.ranks[rank] = Rank(self.block_size)
 
     def check(self, plan: StepPlan, drafts: dict[int, list[int]]) -> None:
         assert len(plan.ranks) == len(self.ranks)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.engine.backend import EngineDeadError
+from penstock.cluster.engine.events import Event, EventLog
 from penstock.cluster.engine.histogram import Histogram
 from penstock.cluster.engine.latencies import Latencies
 from penstock.cluster.engine.layer_totals import LayerTotals
@@ -100,6 +101,7 @@ class ScriptedBackend:
     found_stop: list[str] = field(default_factory=list)
     """Requests whose reader said that it found its stop string."""
     unknown_fields: Counter[str] = field(default_factory=Counter)
+    past_events: list[Event] = field(default_factory=list)
 
     def token(self, prompt: Sequence[int], sampling: SamplingParams, position: int) -> int:
         noise = (sampling.seed, sampling.choice) if sampling.temperature else None
@@ -184,8 +186,12 @@ class ScriptedBackend:
             "budget_steps": {},
             "by_rank": LayerTotals(1, 1).by_rank(),
             "by_layer": LayerTotals(1, 1).by_layer(),
+            "events": EventLog(self.past_events).totals(),
         }
         return {"g": EngineStats(**{**fields, **known})}  # type: ignore[arg-type]
+
+    async def events(self) -> dict[str, list[Event]]:
+        return {"g": list(self.past_events)}
 
     async def ranks(self) -> list[RankInfo]:
         limits = {"vocab_size": self.vocab_size, "max_model_len": MAX_MODEL_LEN, "eos_token_ids": (0,)}

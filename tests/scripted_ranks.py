@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from penstock.cluster.engine.ranks import Replacement
 from penstock.workers.model_info import ModelInfo, RankInfo
 from penstock.workers.plan import LayerCounts, RankPlan, RankResult, RequestPlan, StepPlan, StepResult
 from penstock.workers.sampler import accept
@@ -54,8 +55,8 @@ class ScriptedRanks:
         time.sleep(self._step_s)
         return StepResult([self._run(rank, part) for rank, part in enumerate(plan.ranks)], self._step_s)
 
-    def recover(self, generation: int) -> None:
-        pass
+    def recover(self, generation: int) -> Sequence[Replacement]:
+        return ()
 
     def close(self) -> None:
         pass

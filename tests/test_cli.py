@@ -21,9 +21,10 @@ SERVE_OPTIONS = """
 --downscale-delay-s --draft-len --drafter --drain-timeout-s --dtype
 --expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-draft-len
 --max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase --max-quality-loss
---max-queued-requests --max-replicas --max-step-retries --min-replicas --num-replicas --num-threads
+--max-queued-requests --max-replicas --max-step-retries --min-replicas --num-replicas --num-spares --num-threads
 --placement --placement-group-strategy --port
---prompt-lookup-max --prompt-lookup-min --request-timeout-s --revision --served-model-name --speculation
+--prompt-lookup-max --prompt-lookup-min --recovery-timeout-s --request-timeout-s --revision
+--served-model-name --speculation
 --step-timeout-s --suffix-store-tokens --target-ongoing-requests --tokenizer --upscale-delay-s
 """
 TRACE_OPTIONS = """

@@ -12,14 +12,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from penstock.cluster.api.chat_tokenizer import ChatTokenizer
+from penstock.cluster.api.metrics import parse_samples
 from penstock.cluster.cli import app
 from penstock.cluster.client.bench_serve import Load
 from penstock.cluster.client.llm import LLM
 from penstock.cluster.client.server_stats import ServerStats, quantile
 from penstock.cluster.client_commands import PROMPTS
+from penstock.cluster.engine.events import DIED, FAULT, RECOVERY, Event
 
 from .scripted_backend import LoopbackServer, ScriptedBackend
 from .test_http_client import MODEL, served
@@ -36,12 +39,14 @@ OPTIONS = {
         --load-timeout-s --local --max-draft-len --max-model-len --max-num-batched-tokens
         --max-num-seqs --max-perplexity-increase --max-quality-loss --max-queued-requests
         --max-step-retries --max-tokens --min-p --min-tokens
-        --model --num-threads --placement --prediction --presence-penalty --prompt-lookup-max --prompt-lookup-min
+        --model --num-spares --num-threads --placement --prediction --presence-penalty
+        --prompt-lookup-max --prompt-lookup-min --recovery-timeout-s
         --repetition-penalty --request-timeout-s --revision --seed --speculation --stats
         --step-timeout-s --stop --stop-token-ids --suffix-store-tokens --system --temperature
         --tokenizer --top-k --top-p --url
     """,
     "stats": "--api-key --json --url",
+    "events": "--api-key --json --url",
     "bench serve": """
         --api-key --ignore-eos --max-seconds --max-tokens --model --num-requests --output --prompts --rate --seed
         --streams --temperature --url
@@ -210,6 +215,29 @@ def test_stats_of_a_dead_engine_say_so(server, backend, penstock):
     done = penstock("stats", "--url", server.url)
     assert done.returncode == 0
     assert "down" in done.stdout
+
+
+def test_events_are_shown_oldest_first(server, backend, penstock):
+    assert penstock("events", "--url", server.url).stdout == ""
+    backend.past_events += [
+        Event(RECOVERY, DIED, "rank 1 is there again", 1e9 + 0.5, 0.31, 1, (1,), 6_300_000, 3),
+        Event(FAULT, DIED, "the process of rank 1 died", 1e9, ranks=(1,)),
+    ]
+    assert penstock("events", "--url", server.url).stdout.splitlines() == [
+        "2001-09-09 01:46:40.000  g  fault     died                0.00 s  the process of rank 1 died",
+        (
+            "2001-09-09 01:46:40.500  g  recovery  died                0.31 s  rank 1 is there again; "
+            "6.3 MB of experts loaded; 3 requests replayed"
+        ),
+    ]
+    fault, recovery = map(json.loads, penstock("events", "--url", server.url, "--json").stdout.splitlines())
+    assert (fault["kind"], fault["ranks"], recovery["expert_bytes_loaded"]) == ("fault", [1], 6_300_000)
+    samples = parse_samples(httpx.get(f"{server.url}/metrics").text)
+    assert samples['penstock:faults_total{what="died"}'] == 1
+    assert samples['penstock:recoveries_total{what="died"}'] == 1
+    assert samples["penstock:recovery_seconds_sum"] == pytest.approx(0.31)
+    assert samples["penstock:requests_replayed_total"] == 3
+    assert samples["penstock:expert_bytes_loaded_total"] == 6_300_000
 
 
 def test_stats_call_a_budget_lossy():

@@ -193,3 +193,22 @@ def test_a_request_id_is_used_once_at_a_time(make_engine: Callable[..., Engine])
 def test_an_unknown_drafter_is_refused_at_the_start(make_engine: Callable[..., Engine]) -> None:
     with pytest.raises(ValueError, match=r"^drafter: 'oracle'"):
         make_engine(drafter="oracle")
+
+
+@pytest.mark.parametrize("num_known", [1, 7, 19])
+def test_a_request_that_another_engine_had_begun_goes_on_with_the_same_tokens(
+    make_engine: Callable[..., Engine], num_known: int
+) -> None:
+    sampling = replace(GREEDY, temperature=1.0, seed=8, frequency_penalty=0.5, logprobs=1, min_tokens=3)
+    whole = generate(make_engine(), PROMPTS[:2], sampling)
+    engine, published = make_engine(), Published()
+    for index, prompt in enumerate(PROMPTS[:2]):
+        engine.add_request(str(index), prompt, sampling, output_token_ids=whole[index][:num_known])
+        published[str(index)] = whole[index][:num_known]
+    drain(engine, published)
+    assert [published["0"], published["1"]] == whole
+    stats = published.ended["0"].stats
+    assert stats is not None
+    assert (stats.num_prompt_tokens, stats.num_output_tokens) == (len(PROMPTS[0]), len(whole[0]))
+    assert engine.stats().num_generation_tokens == sum(map(len, whole)) - 2 * num_known
+    assert engine.counters.num_resumed == 2

@@ -105,7 +105,7 @@ def test_clients_with_requests_waiting_are_served_alike(seed: int) -> None:
 def test_requests_that_lost_their_kv_come_first() -> None:
     queue = queue_of(request_of("a", 5))
     lost = request_of("b", 3)
-    lost.num_preemptions = 1
+    lost.was_admitted = True
     queue.charge("b", num_output_tokens=10_000)
     queue.add(lost)
     assert queue.next() is lost

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from penstock.cluster.engine.backend import EngineDeadError
+from penstock.cluster.engine.events import RESUBMISSION, Event
 from penstock.cluster.engine.output import ABORT, LENGTH, STOP, RequestOutput
 from penstock.cluster.serving.attachments import Attachments
 from penstock.cluster.serving.gang_backend import GangBackend
@@ -18,6 +19,8 @@ from penstock.cluster.transport.curve import LOOPBACK
 from penstock.cluster.transport.request_server import RequestServer
 
 from .test_request_plane import SAMPLING, Sink, until
+
+TIMEOUT_S = 1.0
 
 
 class Gang:
@@ -30,6 +33,7 @@ class Gang:
         self.died = asyncio.get_running_loop().create_future()
         self.unknown_fields = 0
         self.healthy = True
+        self.events: list[Event] = []
 
     async def attach(self, reader_id: str) -> AsyncIterator[Any]:
         if self.attachments is None:
@@ -47,12 +51,20 @@ class Gang:
         if not self.healthy:
             raise EngineDeadError("a worker is gone")
 
+    async def record(self, event: Event) -> None:
+        self.events.append(event)
+
     @property
     def request_ids(self) -> list[str]:
-        return [submitted[0] for submitted in self.sink.submitted]
+        return [name.partition("~")[0] for name, *_ in self.sink.submitted]
+
+    @property
+    def aborted(self) -> list[tuple[str, str]]:
+        return [(name.partition("~")[0], reason) for name, reason in self.sink.aborted]
 
     def end(self, *request_ids: str) -> None:
-        self.server.deliver([RequestOutput(request_id, 0, [1, 2], LENGTH) for request_id in request_ids])
+        names = [name for name, *_ in self.sink.submitted if name.partition("~")[0] in request_ids]
+        self.server.deliver([RequestOutput(name, 0, [1, 2], LENGTH) for name in names])
 
 
 class Handle:
@@ -99,7 +111,7 @@ class Gangs:
 
     def __init__(self) -> None:
         self.there: dict[str, Gang] = {}
-        self.backend = GangBackend(self._find)
+        self.backend = GangBackend(self._find, TIMEOUT_S)
         self.reading: list[asyncio.Task[Any]] = []
 
     async def _find(self) -> dict[str, Handle]:
@@ -142,7 +154,7 @@ async def test_a_request_goes_to_the_gang_with_the_shortest_queue(gangs: Gangs) 
     assert (len(one.request_ids), len(two.request_ids)) == (2, 2)
     ended = one.request_ids
     one.end(*ended)
-    await until(lambda: len(gangs.backend._link_of) == 2)
+    await until(lambda: len(gangs.backend._live._live) == 2)
     await gangs.ask("e", "f")
     assert len(one.request_ids) == 4
     # With equal queues they take turns, also where requests end before the next one comes
@@ -150,7 +162,7 @@ async def test_a_request_goes_to_the_gang_with_the_shortest_queue(gangs: Gangs) 
         await gangs.ask(request_id)
         for gang in (one, two):
             gang.end(*gang.request_ids)
-        await until(lambda: not gangs.backend._link_of)
+        await until(lambda: not gangs.backend._live._live)
     assert (len(one.request_ids), len(two.request_ids)) == (6, 4)
 
 
@@ -159,7 +171,7 @@ async def test_a_gang_that_drains_ends_its_requests_and_gets_no_more(gangs: Gang
     a, b = await gangs.ask("a", "b")
     mine, others = (a, b) if one.request_ids == ["a"] else (b, a)
     drained = asyncio.ensure_future(one.attachments.drain())
-    await until(lambda: len([link for link in gangs.backend._open if link.open]) == 1)
+    await until(lambda: len(gangs.backend._live.open) == 1)
     await gangs.ask("c", "d")
     assert len(one.request_ids) == 1
     assert len(two.request_ids) == 3
@@ -167,7 +179,7 @@ async def test_a_gang_that_drains_ends_its_requests_and_gets_no_more(gangs: Gang
     one.end(*one.request_ids)
     assert [output.token_ids for output in await mine] == [[1, 2]]
     await asyncio.wait_for(drained, 20)
-    assert one.sink.aborted == []
+    assert one.aborted == []
     # It refuses whoever still comes
     with pytest.raises(EngineDeadError, match="draining"):
         await anext(one.attach("late"))
@@ -180,19 +192,38 @@ async def test_draining_waits_for_nobody_where_nobody_is_attached(gangs: Gangs) 
     alone.server.close()
 
 
-async def test_a_gang_that_dies_takes_only_its_own_requests_along(gangs: Gangs) -> None:
+async def test_requests_of_a_gang_that_dies_go_on_at_another(gangs: Gangs) -> None:
     one, two = await gangs.add("one", "two")
     tasks = dict(zip("ab", await gangs.ask("a", "b"), strict=True))
     (lost,), (kept,) = one.request_ids, two.request_ids
     one.died.set_exception(RuntimeError("the actor died"))
     del gangs.there["one"]
-    with pytest.raises(EngineDeadError, match="send it again"):
-        await tasks[lost]
-    await gangs.ask("c")
-    assert two.request_ids == [kept, "c"]
-    two.end(kept)
-    assert [output.token_ids for output in await tasks[kept]] == [[1, 2]]
+    await until(lambda: len(two.request_ids) == 2)
+    assert two.request_ids == [kept, lost]
+    await until(lambda: two.events)
+    assert [(event.what, event.num_requests_replayed) for event in two.events] == [(RESUBMISSION, 1)]
+    two.end(kept, lost)
+    for request_id in "ab":
+        assert [output.token_ids for output in await tasks[request_id]] == [[1, 2]]
     one.server.close()
+
+
+async def test_requests_of_the_only_gang_wait_for_the_next_for_so_long(gangs: Gangs) -> None:
+    (one,) = await gangs.add("one")
+    first, second = await gangs.ask("a", "b")
+    one.died.set_exception(RuntimeError("the actor died"))
+    del gangs.there["one"]
+    await until(lambda: not gangs.backend._open)
+    (two,) = await gangs.add("two")
+    await until(lambda: sorted(two.request_ids) == ["a", "b"])
+    two.end("a")
+    assert [output.token_ids for output in await first] == [[1, 2]]
+    two.died.set_exception(RuntimeError("the actor died"))
+    del gangs.there["two"]
+    with pytest.raises(EngineDeadError, match="send it again"):
+        await asyncio.wait_for(second, 20 * TIMEOUT_S)
+    for gang in (one, two):
+        gang.server.close()
 
 
 async def test_a_gang_that_loads_is_asked_until_it_has(gangs: Gangs) -> None:
@@ -210,9 +241,13 @@ async def test_a_gang_that_loads_is_asked_until_it_has(gangs: Gangs) -> None:
 
 
 async def test_without_a_gang_requests_and_health_say_so(gangs: Gangs) -> None:
-    for asked in (gangs.backend.check_health(), gangs.backend.ranks(), gangs._read("a")):
+    for asked in (gangs.backend.check_health(), gangs.backend.ranks()):
         with pytest.raises(EngineDeadError, match="no gang is serving"):
             await asked
+    with pytest.raises(EngineDeadError, match="send it again"):
+        await gangs._read("waits for one")
+    with pytest.raises(EngineDeadError, match="no gang is serving"):
+        await gangs._read("waits no more")
 
 
 async def test_one_gang_that_can_serve_is_health_enough(gangs: Gangs) -> None:
@@ -233,7 +268,7 @@ async def test_what_a_reader_has_found_reaches_the_gang_of_its_request(gangs: Ga
     a.cancel()
     b.cancel()
     await until(lambda: one.sink.aborted and two.sink.aborted)
-    assert sorted(one.sink.aborted + two.sink.aborted) == [("a", STOP), ("b", ABORT)]
+    assert sorted(one.aborted + two.aborted) == [("a", STOP), ("b", ABORT)]
 
 
 async def test_an_id_in_use_is_refused_whichever_gang_has_it(gangs: Gangs) -> None:

@@ -51,7 +51,7 @@ class RecordingRanks:
 
     def recover(self, generation):
         self.recoveries += 1
-        self._ranks.recover(generation)
+        return self._ranks.recover(generation)
 
     def close(self):
         pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from penstock.cluster.client.llm import LLM
 from penstock.cluster.client.trace_run import trace_routing
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.ranks import Replacement
 from penstock.cluster.placement_commands import place, trace
 from penstock.cluster.placement_file import PlacementFile, placement_of
 from penstock.cluster.transport.process_ranks import ProcessRanks
@@ -146,7 +147,7 @@ class WatchedRanks:
         self.steps.append((plan, result))
         return result
 
-    def recover(self, generation: int) -> None:
+    def recover(self, generation: int) -> Sequence[Replacement]:
         raise AssertionError("no step fails here")
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,7 @@ from penstock.benchmarks.recorded_ranks import Job
 from penstock.benchmarks.speculation import Bench
 from penstock.benchmarks.step_times import StepTimes
 from penstock.cluster.config import EngineConfig
-from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
+from penstock.cluster.engine.ranks import LocalRanks, Ranks, Replacement, make_runner
 from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.workers.plan import StepPlan, StepResult
 
@@ -42,7 +42,7 @@ class Watched:
         )
         return result
 
-    def recover(self, generation: int) -> None:
+    def recover(self, generation: int) -> Sequence[Replacement]:
         raise AssertionError("no step fails here")
 
     def close(self) -> None:

@@ -36,6 +36,8 @@ class Sink:
     submitted: list[tuple[str, list[int], SamplingParams, SpeculationOptions]] = field(default_factory=list)
     clients: list[str] = field(default_factory=list)
     aborted: list[tuple[str, str]] = field(default_factory=list)
+    resumed: list[tuple[list[int], bool]] = field(default_factory=list)
+    """Of each request submitted: its output before, and whether it had been taken."""
     refusal: Exception | None = None
 
     def submit(
@@ -45,11 +47,17 @@ class Sink:
         sampling: SamplingParams,
         speculation: SpeculationOptions,
         client: str,
+        *,
+        output_token_ids: Sequence[int] = (),
+        age_s: float = 0.0,
+        was_taken: bool = False,
     ) -> None:
+        assert 0 <= age_s < 60
         if self.refusal is not None:
             raise self.refusal
         self.submitted.append((request_id, list(prompt_token_ids), sampling, speculation))
         self.clients.append(client)
+        self.resumed.append((list(output_token_ids), was_taken))
 
     def abort(self, request_id: str, reason: str = ABORT) -> None:
         self.aborted.append((request_id, reason))

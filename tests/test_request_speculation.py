@@ -13,7 +13,7 @@ from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine import engine as engine_module
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.output import RequestOutput
-from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
+from penstock.cluster.engine.ranks import LocalRanks, Ranks, Replacement, make_runner
 from penstock.cluster.speculation.batch import Batch
 from penstock.cluster.speculation.fixed import FixedController
 from penstock.cluster.speculation.observation import StepObservation
@@ -48,8 +48,8 @@ class Recording:
         self.results.append(result)
         return result
 
-    def recover(self, generation: int) -> None:
-        self._ranks.recover(generation)
+    def recover(self, generation: int) -> Sequence[Replacement]:
+        return self._ranks.recover(generation)
 
     def close(self) -> None:
         self._ranks.close()

@@ -11,7 +11,7 @@ from typing import Any
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.output import RequestOutput
-from penstock.cluster.engine.ranks import Ranks
+from penstock.cluster.engine.ranks import Ranks, Replacement
 from penstock.cluster.speculation.batch import Batch
 from penstock.cluster.speculation.fixed import FixedController
 from penstock.cluster.transport.process_ranks import ProcessRanks
@@ -76,9 +76,9 @@ class FailingRanks:
         self.results.append(result)
         return result
 
-    def recover(self, generation: int) -> None:
+    def recover(self, generation: int) -> Sequence[Replacement]:
         self.recovered.append(generation)
-        self.ranks.recover(generation)
+        return self.ranks.recover(generation)
 
     def close(self) -> None:
         self.ranks.close()

@@ -20,7 +20,10 @@ class StoreAddress:
 
 
 def open_store(host: str) -> tuple[dist.TCPStore, StoreAddress]:
-    """Serve a rendezvous store on ``host`` only, at a free port; it lives as long as it is referenced."""
+    """Serve a rendezvous store on ``host`` only, at a free port.
+
+    It lives as long as it is referenced; ranks that wait in it leave with an error when it goes.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.bind((host, 0))
@@ -41,10 +44,10 @@ def interface_of(address: str) -> str:
     raise ValueError(f"node address {address} belongs to no network interface of this machine")
 
 
-def join(
-    store: StoreAddress, epoch: int, rank: int, num_ranks: int, *, node: str, timeout_s: float, backend: str
-) -> None:
-    """Join the group of ``epoch``, leaving any other; blocks until all ranks have or ``timeout_s`` passes.
+def join(store: StoreAddress, rank: int, num_ranks: int, *, node: str, timeout_s: float, backend: str) -> None:
+    """Join the group that meets at ``store``, leaving any other; blocks until all ranks have or ``timeout_s`` passes.
+
+    A store serves one group: who has left it, or was left behind, knows no other's.
 
     ``node``: this machine's address, whose interface carries the data. Collectives that take longer than ``timeout_s``
     raise, which is how a rank leaves a step that another rank will never finish.
@@ -53,13 +56,7 @@ def join(
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface_of(node)
     timeout = timedelta(seconds=timeout_s)
     client = dist.TCPStore(store.host, store.port, is_master=False, timeout=timeout)
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(f"epoch-{epoch}", client),
-        rank=rank,
-        world_size=num_ranks,
-        timeout=timeout,
-    )
+    dist.init_process_group(backend, store=client, rank=rank, world_size=num_ranks, timeout=timeout)
 
 
 def leave() -> None:

@@ -62,7 +62,7 @@ class ModelRunner:
     ) -> None:
         started = time.perf_counter()
         self.rank, self.num_ranks = rank, num_ranks
-        self.device = _resolve_device(device, rank)
+        self.device = resolve_device(device, rank)
         directory, config = inspect(model, revision)
         text_config = config.get_text_config()
         self.dtype = resolve_dtype(config, dtype)
@@ -269,7 +269,8 @@ class ModelRunner:
         self._forward(replace(rows, valid=torch.zeros(len(rows.token_ids), dtype=torch.bool)))
 
 
-def _resolve_device(device: str, rank: int) -> torch.device:
+def resolve_device(device: str, rank: int) -> torch.device:
+    """Return where ``rank`` computes; raise ``ValueError`` for a GPU that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda is not available on this machine; choose cpu")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):

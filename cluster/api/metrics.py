@@ -182,6 +182,44 @@ _METRICS: tuple[_Value | _Distribution, ...] = (
         lambda stats: stats.step_wall_s,
     ),
     _counter(
+        "faults",
+        "Faults by what they were: a process that died, was silent or unreachable, or a coordinator_died. "
+        "PromQL: sum by (what) (increase(penstock:faults_total[1h]))",
+        lambda stats: stats.events.faults,
+        "what",
+    ),
+    _counter(
+        "recoveries",
+        "Recoveries by what they recovered from; resubmission is an ingress that sent its requests to another "
+        "coordinator. PromQL: sum by (what) (increase(penstock:recoveries_total[1h]))",
+        lambda stats: stats.events.recoveries,
+        "what",
+    ),
+    _Distribution(
+        "recovery_seconds",
+        "From noticing a fault to going on. PromQL: "
+        "histogram_quantile(0.5, sum by (le) (increase(penstock:recovery_seconds_bucket[1d])))",
+        lambda stats: stats.events.recovery_s,
+    ),
+    _counter(
+        "requests_replayed",
+        "Requests computed again because their KV was lost with a rank or a coordinator. "
+        "PromQL: sum(increase(penstock:requests_replayed_total[1h]))",
+        lambda stats: stats.events.num_requests_replayed,
+    ),
+    _counter(
+        "requests_resumed",
+        "Requests that a coordinator took over in the middle of their output. "
+        "PromQL: sum(increase(penstock:requests_resumed_total[1h]))",
+        lambda stats: stats.num_requests_resumed,
+    ),
+    _counter(
+        "expert_bytes_loaded",
+        "Bytes of experts loaded again to replace lost ranks. "
+        "PromQL: sum(increase(penstock:expert_bytes_loaded_total[1h]))",
+        lambda stats: stats.events.expert_bytes_loaded,
+    ),
+    _counter(
         "spec_decode_num_drafts",
         "Drafts verified. PromQL, mean accepted length: 1 + sum(rate("
         "penstock:spec_decode_num_accepted_tokens_total[1m])) / sum(rate(penstock:spec_decode_num_drafts_total[1m]))",

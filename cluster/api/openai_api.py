@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -50,6 +51,7 @@ def create_app(state: ServingState | None = None, *, api_key: str | None = None)
     app.add_exception_handler(Exception, _on_bug)
     app.get("/health")(health)
     app.get("/metrics")(metrics)
+    app.get("/events")(events)
     app.include_router(model_api.router)
     app.include_router(tokenization_api.router)
     app.post("/v1/completions", openapi_extra=body_schema(CompletionRequest))(create_completion)
@@ -68,6 +70,14 @@ async def metrics(request: Request) -> Response:
     state: ServingState | None = request.app.state.serving
     stats = await state.backend.stats() if state is not None else {}
     return Response(render(stats), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def events(request: Request) -> Response:
+    """Answer the faults and recoveries of all gangs that are remembered, oldest first."""
+    state: ServingState | None = request.app.state.serving
+    gangs = await state.backend.events() if state is not None else {}
+    found = [{"gang": gang, **asdict(event)} for gang, known in gangs.items() for event in known]
+    return JSONResponse({"object": "list", "data": sorted(found, key=lambda event: event["time_s"])})
 
 
 async def create_completion(request: Request) -> Response:

@@ -14,7 +14,7 @@ from ...workers.plan import Logprobs, RankPlan, RequestPlan, StepPlan, StepResul
 from ...workers.sampling_params import SamplingParams, TokenSampling
 from ..config import EngineConfig
 from ..engine.engine import Engine
-from ..engine.ranks import Ranks
+from ..engine.ranks import Ranks, Replacement
 
 _SCORING = TokenSampling(prompt_logprobs=1)
 
@@ -87,9 +87,9 @@ class TeacherForcedRanks:
         ]
         return replace(result, ranks=ranks)
 
-    def recover(self, generation: int) -> None:
+    def recover(self, generation: int) -> Sequence[Replacement]:
         """As the ranks do."""
-        self._ranks.recover(generation)
+        return self._ranks.recover(generation)
 
     def close(self) -> None:
         """The ranks stay: others may use them."""

@@ -95,6 +95,12 @@ class HttpClient:
         with _plain_errors():
             return self._sync.get(f"{self._root}/metrics", cast_to=str)
 
+    def events(self) -> list[dict[str, Any]]:
+        """Return the server's faults and recoveries, oldest first: the fields of `Event`, and ``gang``."""
+        with _plain_errors():
+            answer: Any = self._sync.get(f"{self._root}/events", cast_to=object)
+        return list(answer["data"])
+
     def models(self) -> list[str]:
         """Return the names of the models served."""
         return [card["id"] for card in self.model_cards()]

@@ -11,6 +11,7 @@ from ..speculation.options import AUTO, SpeculationOptions
 from .backend import EngineDeadError
 from .engine import Engine
 from .engine_thread import EngineThread
+from .events import Event
 from .output import EngineStats, RequestOutput
 from .output_router import OutputRouter
 
@@ -58,6 +59,10 @@ class AsyncEngine:
             return {"0": self.thread.stats()}
         except EngineDeadError:
             return {}
+
+    async def events(self) -> dict[str, list[Event]]:
+        """Return the faults and recoveries of the only engine."""
+        return {"0": self.thread.events()}
 
     async def ranks(self) -> list[RankInfo]:
         """Return what every rank loaded."""

@@ -8,6 +8,7 @@ from typing import Protocol
 from ...workers.model_info import RankInfo
 from ...workers.sampling_params import SamplingParams
 from ..speculation.options import AUTO, SpeculationOptions
+from .events import Event
 from .output import EngineStats, RequestOutput
 
 
@@ -63,6 +64,10 @@ class Backend(Protocol):
 
     async def stats(self) -> Mapping[str, EngineStats]:
         """Return the totals of every engine that answers, by its name: of all gangs, not of one that was asked."""
+        ...
+
+    async def events(self) -> Mapping[str, list[Event]]:
+        """Return the faults and recoveries of every engine that answers, by its name, oldest first."""
         ...
 
     async def ranks(self) -> list[RankInfo]:

@@ -26,6 +26,7 @@ from ..speculation.proposal import NOTHING
 from .backend import EngineDeadError
 from .block_pool import BlockPool
 from .budget import EngineBudget, make_budgets
+from .events import RECOVERY, Event, EventLog
 from .output import ABORT, ERROR, LENGTH, STOP, TIMEOUT, EngineStats, RequestOutput, RequestStats
 from .prompt_check import check_prompt
 from .ranks import Ranks
@@ -43,7 +44,8 @@ class Engine:
     """Serves requests over ``ranks``. One thread calls it; between calls its state is always committed.
 
     ``controller`` replaces the one that ``config.policy`` names, and may then draft up to 64 tokens. ``budgets``: what
-    is known of ``config.budgets``, for a controller that weighs them.
+    is known of ``config.budgets``, for a controller that weighs them. ``events``: where faults and recoveries are
+    recorded, if not in a log of its own.
 
     A request's tokens are published only when every rank has answered the step; a failed step leaves no trace but a
     count, and is planned again from what is committed.
@@ -56,6 +58,7 @@ class Engine:
         *,
         controller: Controller | None = None,
         budgets: Sequence[EngineBudget] = (),
+        events: EventLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         make_drafter = drafter_factory(config.drafter)  # refuse an unknown name now
@@ -80,6 +83,7 @@ class Engine:
         )
         self.counters = Counters(len(ranks.infos), self.model.num_moe_layers)
         self.clock = clock
+        self.events = EventLog() if events is None else events
         pools = [BlockPool(info.num_kv_blocks, config.block_size) for info in ranks.infos]
         self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens)
         self._requests: dict[str, Request] = {}
@@ -108,11 +112,13 @@ class Engine:
         *,
         client: str = "",
         arrival_s: float | None = None,
+        output_token_ids: Sequence[int] = (),
     ) -> SamplingParams:
         """Queue a request and return its sampling with the seed that was drawn if it had none.
 
         ``client``: whose it is, for fair admission. ``arrival_s``: when it came, by the engine's clock, if not now.
-        Raises ``ValueError`` naming the field; then
+        ``output_token_ids``: what another engine has generated of it; its outputs begin after these. Raises
+        ``ValueError`` naming the field; then
         nothing has changed.
         """
         if request_id in self._requests:
@@ -126,12 +132,15 @@ class Engine:
             sampling=sampling,
             speculation=speculation,
             token_sampling=sampling.token_sampling(len(prompt_token_ids), self.model.eos_token_ids),
-            token_ids=list(prompt_token_ids),
+            token_ids=[*prompt_token_ids, *output_token_ids],
             num_prompt_tokens=len(prompt_token_ids),
             max_total_tokens=check_prompt(self.model, prompt_token_ids, sampling),
             arrival_s=self.clock() if arrival_s is None else arrival_s,
             client=client,
         )
+        if output_token_ids:
+            request.first_token_s = request.last_token_s = self.clock()
+            self.counters.num_resumed += 1
         self._next_key += 1
         self._requests[request_id] = self._by_key[request.key] = request
         self._drafting.open(
@@ -161,6 +170,8 @@ class Engine:
 
         Raises ``EngineDeadError`` after ``max_step_retries`` failures in a row.
         """
+        if self._must_recover:
+            self._recover()
         self._admit()
         started = self.clock()
         drafts, budget, reach = self._propose()
@@ -168,9 +179,6 @@ class Engine:
         if plan is None:
             return []
         try:
-            if self._must_recover:
-                self.ranks.recover(self._generation)
-                self._must_recover = False
             result = self.ranks.step(plan)
             _check_lock_step(result)
         except StepFailedError as error:
@@ -237,7 +245,7 @@ class Engine:
             self._phases = Counter(dict.fromkeys(PHASES, 0))
             self._phases.update(self._report(request).phase for request in self._decoding())
             self._phases_due_s = now + _PHASES_S
-        return self.counters.snapshot(self.scheduler, self._phases)
+        return self.counters.snapshot(self.scheduler, self._phases, self.events.totals())
 
     def _decoding(self) -> list[Request]:
         return [request for requests in self.scheduler.running for request in requests if request.is_decoding]
@@ -311,6 +319,36 @@ class Engine:
         self._generation += 1
         self.scheduler.forget_ranks()
         self._must_recover = True
+
+    def recover(self) -> None:
+        """Bring the ranks back together between steps; for a caller that knows that one is lost."""
+        self._void()
+        self._recover()
+
+    def _recover(self) -> None:
+        """Requests of ranks that kept their KV go on; those of ranks that were lost are replayed."""
+        started = time.monotonic()
+        replaced = self.ranks.recover(self._generation)
+        self._must_recover = False
+        if not replaced:
+            return
+        infos = self.ranks.infos
+        num_replayed = sum(self.scheduler.lose_kv(lost.rank, infos[lost.rank].num_kv_blocks) for lost in replaced)
+        since = min(started, *(lost.lost_s for lost in replaced))
+        lost_ranks = tuple(sorted(lost.rank for lost in replaced))
+        self.events.record(
+            Event(
+                RECOVERY,
+                replaced[0].what,
+                f"rank {', '.join(map(str, lost_ranks))} is there again, "
+                f"{sum(lost.was_spare for lost in replaced)} from spares",
+                duration_s=time.monotonic() - since,
+                generation=self._generation,
+                ranks=lost_ranks,
+                expert_bytes_loaded=sum(infos[rank].expert_bytes for rank in lost_ranks),
+                num_requests_replayed=num_replayed,
+            )
+        )
 
     def _commit(self, plan: StepPlan, result: StepResult, started: float) -> list[RequestOutput]:
         now = self.clock()

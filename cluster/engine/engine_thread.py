@@ -15,6 +15,7 @@ from ...workers.sampling_params import SamplingParams
 from ..speculation.options import AUTO, SpeculationOptions
 from .backend import EngineDeadError
 from .engine import Engine
+from .events import Event
 from .output import ABORT, EngineStats, RequestOutput
 from .prompt_check import check_prompt
 from .queue_limit import QueueLimit
@@ -59,17 +60,34 @@ class EngineThread:
         sampling: SamplingParams,
         speculation: SpeculationOptions = AUTO,
         client: str = "",
+        *,
+        output_token_ids: Sequence[int] = (),
+        age_s: float = 0.0,
+        was_taken: bool = False,
     ) -> None:
-        """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``."""
+        """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``.
+
+        ``output_token_ids``: what another engine has generated of it; ``age_s``: how long ago it came. With
+        ``was_taken`` another engine had taken it, and it is not refused because many wait.
+        """
         self.check_health()
         check_prompt(self._engine.model, prompt_token_ids, sampling)
         speculation.check_prediction(self._engine.model.vocab_size, self._engine.model.max_model_len)
-        prompt, arrival_s = list(prompt_token_ids), self._engine.clock()
-        self._limit.take()
+        prompt, arrival_s = list(prompt_token_ids), self._engine.clock() - age_s
+        output = list(output_token_ids)
+        self._limit.take(always=was_taken)
 
         def add() -> None:
             try:
-                self._engine.add_request(request_id, prompt, sampling, speculation, client=client, arrival_s=arrival_s)
+                self._engine.add_request(
+                    request_id,
+                    prompt,
+                    sampling,
+                    speculation,
+                    client=client,
+                    arrival_s=arrival_s,
+                    output_token_ids=output,
+                )
             except ValueError as error:  # all but the id was checked above, and ids are unique to their readers
                 logger.error("request dropped: %s", error)
             finally:
@@ -90,6 +108,10 @@ class EngineThread:
         """Return the totals after the last step; raises ``EngineDeadError`` if the engine gave up."""
         self.check_health()
         return replace(self._stats, num_requests_refused=self._limit.num_refused)
+
+    def events(self) -> list[Event]:
+        """Return the faults and recoveries that are remembered, oldest first; those of a dead engine too."""
+        return self._engine.events.events()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run ``function`` in the thread between two steps."""
@@ -170,7 +192,7 @@ class EngineThread:
 
     def _publish(self) -> None:
         scheduler = self._engine.scheduler
-        num_drained = scheduler.num_admissions - scheduler.num_preemptions
+        num_drained = scheduler.num_admissions - scheduler.num_preemptions - scheduler.num_replays
         self._limit.update(len(scheduler.waiting), scheduler.num_open, num_drained - self._num_drained)
         self._num_drained = num_drained
         self._stats = self._engine.stats()

@@ -25,24 +25,24 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        self._preempted: list[Request] = []
+        self._returned: list[Request] = []
         self._waiting: dict[str, list[Request]] = {}
         self._counters: dict[str, float] = {}
         self._level = 0.0
         """Counter of the client that was the last to have nothing waiting any more."""
 
     def __len__(self) -> int:
-        return len(self._preempted) + sum(map(len, self._waiting.values()))
+        return len(self._returned) + sum(map(len, self._waiting.values()))
 
     def __iter__(self) -> Iterator[Request]:
-        """Yield those that were preempted, then the others by arrival."""
-        yield from self._preempted
+        """Yield those that were admitted once, then the others by arrival."""
+        yield from self._returned
         yield from sorted((request for requests in self._waiting.values() for request in requests), key=_arrival)
 
     def add(self, request: Request) -> None:
         """Queue a request in its place by arrival."""
-        if request.num_preemptions:
-            insort(self._preempted, request, key=_arrival)
+        if request.was_admitted:
+            insort(self._returned, request, key=_arrival)
             return
         if request.client not in self._waiting:
             level = min((self._counters[client] for client in self._waiting), default=self._level)
@@ -54,8 +54,8 @@ class FairQueue:
 
     def next(self) -> Request:
         """Return the request to admit next; there must be one."""
-        if self._preempted:
-            return self._preempted[0]
+        if self._returned:
+            return self._returned[0]
         return min(
             (requests[0] for requests in self._waiting.values()),
             key=lambda request: (self._counters[request.client], request.key),
@@ -63,8 +63,8 @@ class FairQueue:
 
     def remove(self, request: Request) -> None:
         """Take a request out."""
-        if request.num_preemptions:
-            self._preempted.remove(request)
+        if request.was_admitted:
+            self._returned.remove(request)
             return
         requests = self._waiting[request.client]
         requests.remove(request)

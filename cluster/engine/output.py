@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ...workers.plan import Logprobs
+from .events import EventTotals
 from .histogram import HistogramSnapshot
 
 STOP = "stop"
@@ -140,6 +141,10 @@ class EngineStats:
     num_requests_waiting: int
     num_preemptions: int
     """Times a running request lost its KV to older ones and waited again."""
+    events: EventTotals
+    """Faults and recoveries of the gang."""
+    num_requests_resumed: int
+    """Requests that another coordinator had begun."""
     num_kv_blocks: int
     num_kv_blocks_used: int
     spec_decode_num_drafts: int

@@ -33,10 +33,10 @@ class QueueLimit:
         self._num_drained = 0
         self.num_refused = 0
 
-    def take(self) -> None:
-        """Let one more request in; raise ``QueueFullError`` if the queue is full."""
+    def take(self, *, always: bool = False) -> None:
+        """Let one more request in; raise ``QueueFullError`` if the queue is full, unless it is ``always`` let in."""
         with self._lock:
-            if self._left <= 0:
+            if self._left <= 0 and not always:
                 self.num_refused += 1
                 retry_after_s = self._retry_after_s()
                 raise QueueFullError(

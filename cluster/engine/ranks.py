@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from ...kernels.fused_moe import kernel
 from ...router.placement import Placement
+from ...workers.loader import build, inspect, resolve_dtype
 from ...workers.model_info import RankInfo
+from ...workers.packed_weights import packs_weights
 from ...workers.plan import StepFailedError, StepPlan, StepResult
-from ...workers.runner import ModelRunner
+from ...workers.runner import ModelRunner, resolve_device
 from ..config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A rank that was lost, and is another process since: its KV is gone. `Ranks.infos` has what it loaded."""
+
+    rank: int
+    what: str
+    """How it was lost, as in `Event.what`."""
+    lost_s: float
+    """When that was noticed, by ``time.monotonic``."""
+    was_spare: bool
+    """Whether a spare took its place."""
 
 
 class Ranks(Protocol):
@@ -21,8 +42,11 @@ class Ranks(Protocol):
         """Run one step everywhere; raise ``StepFailedError`` unless every rank answered this very step."""
         ...
 
-    def recover(self, generation: int) -> None:
-        """Make the ranks ready for plans of ``generation`` after a failed step; raise if they cannot be."""
+    def recover(self, generation: int) -> Sequence[Replacement]:
+        """Make the ranks ready for plans of ``generation`` after a failed step; raise if they cannot be.
+
+        Ranks that are not named in the answer keep their KV.
+        """
         ...
 
     def close(self) -> None:
@@ -49,6 +73,21 @@ def make_runner(config: EngineConfig, rank: int, placement: Placement | None = N
     )
 
 
+def prepare(config: EngineConfig) -> None:
+    """Do all that loading a shard needs but for the weights, so that `make_runner` is quick in this process.
+
+    What cannot be done, such as reading a checkpoint that is not there, is left to the loading to complain about.
+    """
+    try:
+        _, model_config = inspect(config.model, config.revision)
+        dtype = resolve_dtype(model_config, config.dtype)
+        build(model_config, dtype)
+        if packs_weights(dtype, resolve_device(config.device, 0)):
+            kernel()
+    except (OSError, ValueError) as error:
+        logger.warning("a spare could not prepare itself: %s", error)
+
+
 class LocalRanks:
     """The only rank, in this process and thread, without a process group."""
 
@@ -66,8 +105,9 @@ class LocalRanks:
             raise StepFailedError(f"rank 0: {type(error).__name__}: {error}") from error
         return StepResult([result], time.perf_counter() - started)
 
-    def recover(self, generation: int) -> None:
+    def recover(self, generation: int) -> Sequence[Replacement]:
         """Nothing to do: the rank drops its tables when it sees the new generation."""
+        return ()
 
     def close(self) -> None:
         """Nothing is held."""

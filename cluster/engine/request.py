@@ -53,6 +53,8 @@ class Request:
     """Name of the drafter whose tokens are being verified (`Evidence.source`)."""
     num_prediction_draft_tokens: int = 0
     num_prediction_accepted_tokens: int = 0
+    was_admitted: bool = False
+    """It has had a rank, and waits before all that have not."""
     num_preemptions: int = 0
     """Times it lost its KV to older requests and was replayed."""
     num_budgeted_rows: int = 0

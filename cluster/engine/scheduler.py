@@ -59,6 +59,8 @@ class Scheduler:
         self.waiting = FairQueue()
         self.num_admissions = 0
         self.num_preemptions = 0
+        self.num_replays = 0
+        """Times a running request lost its KV with its rank."""
         self._released: list[list[int]] = [[] for _ in pools]
         self._max_num_seqs, self._max_rows = max_num_seqs, max_num_batched_tokens
 
@@ -99,8 +101,9 @@ class Scheduler:
                 break
             rank = min(open_ranks, key=lambda r: (sum(q.num_pending_tokens for q in self.running[r]), r))
             self.waiting.remove(request)
-            if not request.num_preemptions:
+            if not request.was_admitted:
                 self.waiting.charge(request.client, num_prompt_tokens=request.num_prompt_tokens)
+            request.was_admitted = True
             request.rank = rank
             self.pools[rank].grow(request.blocks, len(request.token_ids))
             self.running[rank].append(request)
@@ -137,6 +140,21 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.add(request)
+
+    def lose_kv(self, rank: int, num_blocks: int) -> int:
+        """Take note that ``rank`` is another process, with ``num_blocks`` blocks and no KV; return how many wait again.
+
+        Those are replayed as prompts, on whichever rank has room.
+        """
+        requests = list(self.running[rank])
+        for request in requests:
+            self._leave_rank(request)
+            request.committed_len = 0
+            self.waiting.add(request)
+        self.num_replays += len(requests)
+        self.pools[rank] = BlockPool(num_blocks, self.pools[rank].block_size)
+        self._released[rank].clear()
+        return len(requests)
 
     def _leave_rank(self, request: Request) -> None:
         """Take the request's place and blocks away; its rank learns with the next plan."""

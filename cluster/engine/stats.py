@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from ...router.expert_budget import ExpertBudget
 from ...workers.plan import StepPlan, StepResult
+from .events import EventTotals
 from .histogram import Histogram
 from .latencies import Latencies
 from .layer_totals import LayerTotals
@@ -28,6 +29,8 @@ class Counters:
         self.budget_steps: Counter[str] = Counter()
         self.num_steps = 0
         self.num_failed_steps = 0
+        self.num_resumed = 0
+        """Requests that another engine had begun."""
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self.num_finished: Counter[str] = Counter()
@@ -96,8 +99,8 @@ class Counters:
         if reason in (STOP, LENGTH):
             self.latencies.finished(request, now)
 
-    def snapshot(self, scheduler: Scheduler, phases: Mapping[str, int]) -> EngineStats:
-        """Return the totals beside the scheduler's present state and the number of requests in each phase."""
+    def snapshot(self, scheduler: Scheduler, phases: Mapping[str, int], events: EventTotals) -> EngineStats:
+        """Return the totals, those of ``events`` among them, beside the scheduler's present state and the phases."""
         layer_steps = self.num_decode_steps * self._num_moe_layers
         return EngineStats(
             num_steps=self.num_steps,
@@ -110,6 +113,8 @@ class Counters:
             num_requests_running=scheduler.num_running,
             num_requests_waiting=len(scheduler.waiting),
             num_preemptions=scheduler.num_preemptions,
+            events=events,
+            num_requests_resumed=self.num_resumed,
             num_kv_blocks=sum(pool.num_blocks for pool in scheduler.pools),
             num_kv_blocks_used=sum(pool.num_used for pool in scheduler.pools),
             spec_decode_num_drafts=self.num_drafts,

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from .resources import COORDINATOR_PREFIX, NAMESPACE
+from .resources import COORDINATOR_NUMBER, COORDINATOR_PREFIX, NAMESPACE
 
 
 class GangDirectory:
@@ -17,16 +17,19 @@ class GangDirectory:
         self._handles: dict[str, Any] = {}
 
     def coordinators(self) -> dict[str, Any]:
-        """Return actor handles by gang, those that are still loading included."""
+        """Return actor handles by gang, those that are still loading included: of each gang its last coordinator."""
         names = {
-            actor["name"].removeprefix(self._prefix)
+            actor["name"]
             for actor in ray.util.list_named_actors(all_namespaces=True)
             if actor["namespace"] == NAMESPACE and actor["name"].startswith(self._prefix)
         }
         self._handles = {name: handle for name, handle in self._handles.items() if name in names}
-        for name in sorted(names - self._handles.keys()):
+        for name in names - self._handles.keys():
             try:
-                self._handles[name] = ray.get_actor(self._prefix + name, namespace=NAMESPACE)
+                self._handles[name] = ray.get_actor(name, namespace=NAMESPACE)
             except ValueError:  # just gone
                 continue
-        return dict(self._handles)
+        ordered = sorted(self._handles, key=lambda name: int(name.rpartition(COORDINATOR_NUMBER)[2]))
+        return {
+            name.removeprefix(self._prefix).rpartition(COORDINATOR_NUMBER)[0]: self._handles[name] for name in ordered
+        }

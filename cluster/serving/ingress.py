@@ -49,7 +49,9 @@ class Ingress:
 
         tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
         directory = GangDirectory(serve.get_replica_context().app_name)
-        self._backend = backend = GangBackend(lambda: asyncio.to_thread(directory.coordinators))
+        self._backend = backend = GangBackend(
+            lambda: asyncio.to_thread(directory.coordinators), config.recovery_timeout_s
+        )
         await backend.attached()
         _api_key = config.api_key
         self._state = _state = await ServingState.create(

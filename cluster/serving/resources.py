@@ -9,14 +9,18 @@ from ..config import EngineConfig
 
 NAMESPACE = "penstock"
 COORDINATOR_PREFIX = "penstock-coordinator:"
+COORDINATOR_NUMBER = "~"
+"""Before the number of a gang's coordinator: its first is 0, which another one may follow."""
 REPLICA_CPUS = 0.1
 COORDINATOR_CPUS = 0.4
+FIRST_WORKER_BUNDLE = 2
 
 
 def bundles(config: EngineConfig, *, gpu: bool) -> list[dict[str, float]]:
-    """Return the placement group of one gang: its replica, its coordinator, then one bundle a rank."""
-    rank = {"CPU": config.cpus_per_rank, **({"GPU": 1.0} if gpu else {})}
-    return [{"CPU": REPLICA_CPUS}, {"CPU": COORDINATOR_CPUS}, *[dict(rank) for _ in range(config.expert_parallel_size)]]
+    """Return the placement group of one gang: its replica, its coordinator, then one bundle for each rank and spare."""
+    worker = {"CPU": config.cpus_per_rank, **({"GPU": 1.0} if gpu else {})}
+    num_workers = config.expert_parallel_size + config.num_spares
+    return [{"CPU": REPLICA_CPUS}, {"CPU": COORDINATOR_CPUS}, *[dict(worker) for _ in range(num_workers)]]
 
 
 def num_ranks(config: EngineConfig) -> int:

@@ -6,6 +6,7 @@ import msgspec
 
 from ...workers.model_info import RankInfo
 from ...workers.plan import RankError, RankPlan, RankResult
+from ...workers.process_group import StoreAddress
 
 
 class Run(msgspec.Struct, tag=True, frozen=True):
@@ -15,13 +16,30 @@ class Run(msgspec.Struct, tag=True, frozen=True):
 
 
 class Regroup(msgspec.Struct, tag=True, frozen=True):
-    """Leave the process group and join a new one; ``epoch`` is never used twice."""
+    """Leave the process group and join the one that meets at ``store``; ``epoch`` is never used twice."""
 
     epoch: int
+    store: StoreAddress
+
+
+class Assign(msgspec.Struct, tag=True, frozen=True):
+    """Be this rank from now on: `Assigned` follows at once, `Loaded` when its shard is in memory. Told to a spare."""
+
+    rank: int
 
 
 class Close(msgspec.Struct, tag=True, frozen=True):
     """Stop serving."""
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """A spare waits for its rank."""
+
+
+class Assigned(msgspec.Struct, tag=True, frozen=True):
+    """A spare has heard which rank it is."""
+
+    rank: int
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):
@@ -55,5 +73,5 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     error: RankError
 
 
-Command = Run | Regroup | Close
-Answer = Loaded | Refused | Regrouped | Done | Failed
+Command = Run | Regroup | Assign | Close
+Answer = Ready | Assigned | Loaded | Refused | Regrouped | Done | Failed

@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 
 from ..config import EngineConfig
-from ..engine.backend import EngineDeadError
 from ..placement_file import placement_of
 from .curve import LOOPBACK
 from .rank_loop import RankSettings, run_rank
@@ -21,8 +21,23 @@ _ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
 the user's own environment says goes first."""
 
 
+class _ChildProcess:
+    """One of them, as a `RankProcess`."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def ended(self) -> str | None:
+        """Return its exit code in words; None while it lives."""
+        return None if self._process.poll() is None else f"ended with exit code {self._process.returncode}"
+
+    def kill(self) -> None:
+        """End it."""
+        self._process.kill()
+
+
 class ProcessRanks(RemoteRanks):
-    """Starts ``expert_parallel_size`` processes on loopback and waits until they have loaded.
+    """Starts ``expert_parallel_size`` processes and ``num_spares`` on loopback, and waits until the ranks have loaded.
 
     ``command``: the program of a rank; it is given its settings on standard input. Raises ``ValueError`` naming
     ``placement`` for a file that does not fit.
@@ -30,32 +45,32 @@ class ProcessRanks(RemoteRanks):
 
     def __init__(self, config: EngineConfig, command: Sequence[str] = ()) -> None:
         placement = placement_of(config)
-        super().__init__(config, LOOPBACK, [LOOPBACK] * config.expert_parallel_size, self._check_processes, placement)
-        command = command or [sys.executable, "-m", "penstock.cluster.transport.process_ranks"]
+        self._command = command or [sys.executable, "-m", "penstock.cluster.transport.process_ranks"]
         self.processes: list[subprocess.Popen[bytes]] = []
+        """All that were ever started, in that order: first the ranks."""
+        super().__init__(config, LOOPBACK, self._launch, placement, node=LOOPBACK)
         try:
-            for settings in self.settings:
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, env={**_ENVIRONMENT, **os.environ})
-                self.processes.append(process)
-                assert process.stdin is not None
-                process.stdin.write(msgspec.json.encode(settings) + b"\n")
-                process.stdin.flush()
-            self.wait_loaded()
+            self.start()
         except BaseException:
             self.close()
             raise
 
-    def _check_processes(self) -> None:
-        for rank, process in enumerate(self.processes):
-            if process.poll() is not None:
-                raise EngineDeadError(f"the process of rank {rank} ended with exit code {process.returncode}")
+    def _launch(self, settings: RankSettings) -> _ChildProcess:
+        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, env={**_ENVIRONMENT, **os.environ})
+        self.processes.append(process)
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended already, which is noticed as such
+            process.stdin.write(msgspec.json.encode(settings) + b"\n")
+            process.stdin.flush()
+        return _ChildProcess(process)
 
     def close(self) -> None:
         """Stop the processes and wait for them."""
         super().close()
         for process in self.processes:
             if process.stdin is not None:
-                process.stdin.close()
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
         for process in self.processes:
             try:
                 process.wait(timeout=5)

@@ -13,28 +13,73 @@ from ...workers import process_group
 from ...workers.plan import RankError, RankPlan
 from ...workers.runner import ModelRunner
 from ..config import EngineConfig
-from ..engine.ranks import make_runner
+from ..engine.ranks import make_runner, prepare
 from .curve import Ticket
-from .messages import Answer, Done, Failed, Loaded, Refused, Regroup, Regrouped, Run
+from .messages import Answer, Assign, Assigned, Done, Failed, Loaded, Ready, Refused, Regroup, Regrouped, Run
 from .step_plane import RankPlane
 
 
 @dataclass(frozen=True, slots=True)
 class RankSettings:
-    """Everything a rank is told when it starts."""
+    """Everything a process is told when it starts, or when another coordinator takes it over."""
 
     config: EngineConfig
     ticket: Ticket
-    store: process_group.StoreAddress
     node: str
-    """Address of the rank's machine."""
+    """Address of the process' machine; empty where whoever starts the process finds it out there."""
+    rank: int | None = None
+    """The rank it is to be; None: a spare, which is told later."""
     placement: Placement | None = None
     """What the configuration's file of that name holds: this machine may not have it."""
 
-    @property
-    def rank(self) -> int:
-        """This rank's number."""
-        return int(self.ticket.identity)
+
+class RankLoop:
+    """One process of a gang. It keeps its shard from one coordinator to the next."""
+
+    def __init__(self, make: Callable[[EngineConfig, int, Placement | None], ModelRunner] = make_runner) -> None:
+        self._make = make
+        self._runner: ModelRunner | None = None
+
+    def serve(self, settings: RankSettings, closed: Callable[[], bool] = lambda: False) -> None:
+        """Serve a coordinator until it says to close, or until ``closed`` says that it is gone."""
+        plane = RankPlane(settings.ticket)
+        try:
+            torch.set_num_threads(settings.config.threads_per_rank)
+            if self._runner is not None:
+                self._runner.generation = -1  # this coordinator counts anew
+                plane.send(Loaded(self._runner.info))
+            elif settings.rank is not None:
+                plane.send(self._load(settings, settings.rank))
+            else:
+                prepare(settings.config)
+                plane.send(Ready())
+            while True:
+                command = plane.receive(closed)
+                if isinstance(command, Run):
+                    plane.send(_step(self._loaded(), command.plan))
+                elif isinstance(command, Regroup):
+                    plane.send(_regroup(settings, self._loaded(), command))
+                elif isinstance(command, Assign):
+                    plane.send(Assigned(command.rank))
+                    plane.send(self._load(settings, command.rank))
+                else:
+                    return
+        finally:
+            plane.close()
+            process_group.leave()
+
+    def _loaded(self) -> ModelRunner:
+        assert self._runner is not None, "a spare is assigned a rank first"
+        return self._runner
+
+    def _load(self, settings: RankSettings, rank: int) -> Answer:
+        try:
+            self._runner = self._make(settings.config, rank, settings.placement)
+        except ValueError as error:
+            return Refused(str(error))
+        except Exception:  # a broken installation or too little memory: say it where it can be read
+            return Refused(f"rank {rank} could not load: {traceback.format_exc(limit=-3)}")
+        return Loaded(self._runner.info)
 
 
 def run_rank(
@@ -42,30 +87,8 @@ def run_rank(
     closed: Callable[[], bool] = lambda: False,
     make: Callable[[EngineConfig, int, Placement | None], ModelRunner] = make_runner,
 ) -> None:
-    """Serve until told to close, or until ``closed`` says that the coordinator is gone."""
-    plane = RankPlane(settings.ticket)
-    try:
-        torch.set_num_threads(settings.config.threads_per_rank)
-        try:
-            runner = make(settings.config, settings.rank, settings.placement)
-        except ValueError as error:
-            plane.send(Refused(str(error)))
-            return
-        except Exception:  # a broken installation or too little memory: say it where it can be read
-            plane.send(Refused(f"rank {settings.rank} could not load: {traceback.format_exc(limit=-3)}"))
-            return
-        plane.send(Loaded(runner.info))
-        while True:
-            command = plane.receive(closed)
-            if isinstance(command, Run):
-                plane.send(_step(runner, command.plan))
-            elif isinstance(command, Regroup):
-                plane.send(_regroup(settings, runner, command.epoch))
-            else:
-                return
-    finally:
-        plane.close()
-        process_group.leave()
+    """Be a process of a gang for one coordinator; see `RankLoop.serve`."""
+    RankLoop(make).serve(settings, closed)
 
 
 def _step(runner: ModelRunner, plan: RankPlan) -> Answer:
@@ -75,11 +98,10 @@ def _step(runner: ModelRunner, plan: RankPlan) -> Answer:
         return Failed(RankError(plan.generation, plan.step_id, runner.rank, f"{type(error).__name__}: {error}"))
 
 
-def _regroup(settings: RankSettings, runner: ModelRunner, epoch: int) -> Answer:
+def _regroup(settings: RankSettings, runner: ModelRunner, command: Regroup) -> Answer:
     try:
         process_group.join(
-            settings.store,
-            epoch,
+            command.store,
             runner.rank,
             runner.num_ranks,
             node=settings.node,
@@ -87,6 +109,6 @@ def _regroup(settings: RankSettings, runner: ModelRunner, epoch: int) -> Answer:
             backend="nccl" if runner.device.type == "cuda" else "gloo",
         )
     except Exception as error:  # torch.distributed has no common error type
-        return Regrouped(epoch, f"{type(error).__name__}: {error}")
+        return Regrouped(command.epoch, f"{type(error).__name__}: {error}")
     runner.connect(None)
-    return Regrouped(epoch)
+    return Regrouped(command.epoch)

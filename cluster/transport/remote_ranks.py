@@ -1,128 +1,332 @@
-"""Ranks in processes of their own, driven over the step plane."""
+"""Ranks in processes of their own, driven over the step plane; those that are lost are replaced."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch.distributed as dist
 
 from ...router.placement import Placement
 from ...workers.model_info import RankInfo
-from ...workers.plan import RankResult, StepFailedError, StepPlan, StepResult
+from ...workers.plan import RankError, RankResult, StepFailedError, StepPlan, StepResult
 from ...workers.process_group import open_store
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
-from .messages import Close, Done, Failed, Loaded, Refused, Regroup, Regrouped, Run
+from ..engine.events import DIED, FAULT, SILENT, UNREACHABLE, Event, EventLog
+from ..engine.ranks import Replacement
+from .curve import Ticket
+from .deadline import Deadline
+from .messages import Assign, Assigned, Close, Command, Done, Failed, Loaded, Ready, Refused, Regroup, Regrouped, Run
 from .rank_loop import RankSettings
+from .roster import Member, RankProcess, Roster
 from .step_plane import CoordinatorPlane
 
-_DEADLINES = 2.0
-"""Ranks leave a hung collective by themselves, at most one deadline after they entered it, which may be as late as the
-deadline itself. So a rank that has not answered after two is stuck or gone."""
+logger = logging.getLogger(__name__)
+_POLL_S = 0.02
+"""How soon the end of a process is noticed while its answer is awaited."""
+_ASSIGNED_S = 1.0
+"""A spare does nothing but wait, so one that does not say at once that it has heard is stuck."""
+_ATTEMPTS = 5
+"""Times in one recovery that ranks are lost again or do not find each other; then the gang is given up."""
+_SPARES_LOST = 3
+"""Spares lost in a row before one was ready; then there will be no more."""
 
 
 class RemoteRanks:
-    """All ranks of a gang. Create it, start a process for each of ``settings``, then ``wait_loaded``.
+    """All ranks of a gang and its spares, each a process that ``launch`` starts without waiting for it.
 
-    ``check`` raises ``EngineDeadError`` when a rank's process is known to be gone; it is asked while nothing comes.
-    ``placement``: what the file that ``config`` names holds.
+    ``host``: this machine's address, where ranks connect to; ``node``: that of their machines, if it is the same for
+    all, see `RankSettings.node`. ``placement``: what the file that ``config`` names holds. Call `start` before
+    anything else.
+
+    A process that has ended, or does not answer by its deadline (`Deadline`), is lost: it is fenced, killed, and
+    `recover` puts another in its place, a spare if one is ready. The others keep weights and KV.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         host: str,
-        nodes: list[str],
-        check: Callable[[], None],
+        launch: Callable[[RankSettings], RankProcess],
         placement: Placement | None = None,
+        *,
+        node: str,
+        events: EventLog | None = None,
     ) -> None:
-        assert len(nodes) == config.expert_parallel_size
-        self._config, self._check = config, check
-        self._store, address = open_store(host)
-        self._plane = CoordinatorPlane(host, len(nodes))
-        self.settings = [
-            RankSettings(config, ticket, address, node, placement)
-            for ticket, node in zip(self._plane.tickets, nodes, strict=True)
-        ]
+        self._config, self._host = config, host
+        self._num_ranks = config.expert_parallel_size
+        self._plane = CoordinatorPlane(host)
+
+        def start(ticket: Ticket, rank: int | None) -> RankProcess:
+            return launch(RankSettings(config, ticket, node, rank, placement))
+
+        self._roster = Roster(self._plane, start)
+        self._lost: dict[int, Replacement] = {}
+        """Ranks that were lost and have no process group with the others yet."""
+        self._num_spares_lost = 0
+        """In a row, before they were ready."""
+        self._generation = 0
+        self._store: dist.TCPStore | None = None
+        self._epoch = 0
+        self.events = EventLog() if events is None else events
         self.infos: list[RankInfo] = []
         self.meanwhile: Callable[[], None] = lambda: None
         """Called once in a step, when every rank has its plan: for work that is not to hold them up."""
-        self._epoch = 0
 
-    def wait_loaded(self, on_loaded: Callable[[RankInfo], None] = lambda _: None) -> None:
-        """Wait for every rank to load and join the first process group.
+    def start(self, on_loaded: Callable[[RankInfo], None] = lambda _: None, *, num_adopted: int = 0) -> None:
+        """Start all processes, wait for every rank to load, and join the first process group.
 
-        Raises ``ValueError`` for what the user can mend, ``EngineDeadError`` for a rank that died or took too long.
+        The first ``num_adopted`` processes that are launched have served another coordinator: they say which rank they
+        have loaded, if any. Raises ``ValueError`` for what the user can mend, ``EngineDeadError`` for a rank that died
+        or took too long.
         """
-        loaded: dict[int, RankInfo] = {}
-        deadline = time.monotonic() + self._config.load_timeout_s
-        while len(loaded) < len(self.settings):
-            rank, answer = self._receive(deadline, "load")
-            if isinstance(answer, Refused):
-                raise ValueError(answer.message)
-            if isinstance(answer, Loaded):
-                loaded[rank] = answer.info
-                on_loaded(answer.info)
-        self.infos = [loaded[rank] for rank in range(len(loaded))]
+        deadline_s = time.monotonic() + self._config.load_timeout_s
+        self._adopt(num_adopted, on_loaded)
+        missing = [rank for rank in range(self._num_ranks) if rank not in self._roster.of_rank]
+        for rank in missing:
+            self._fill(rank, deadline_s)
+        self._refill_spares()
+        self._collect(missing, self._take_loaded, lambda: deadline_s, lambda loaded: on_loaded(loaded.info))
+        if self._lost and not num_adopted:
+            raise EngineDeadError(self.events.events()[-1].message)
         self.recover(0)
+
+    def _adopt(self, num_adopted: int, on_loaded: Callable[[RankInfo], None]) -> None:
+        """Hear what processes that have served another coordinator are."""
+        for _ in range(num_adopted):
+            self._roster.start(None)
+        asked_s = time.monotonic()
+        # One that was in a collective when the other coordinator died leaves it first
+        deadline_s = asked_s + 2 * self._config.step_timeout_s
+        while waiting := [member for member in self._roster.spares if not member.is_ready]:
+            received = self._receive(deadline_s)
+            if received is not None and isinstance(received[1], Loaded):
+                member, info = received[0], received[1].info
+                if info.rank in self._roster.of_rank:  # it was lost, and did not hear of it
+                    self._roster.lose(member)
+                    continue
+                member.info = info
+                self._roster.take_rank(member, info.rank)
+                on_loaded(info)
+            elif time.monotonic() > deadline_s:
+                for member in waiting:
+                    self._lose(member, SILENT, "a process did not join the coordinator in time", asked_s)
+        self._num_spares_lost = 0
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run one step on every rank; all answers are awaited even after a failure, so that none comes late."""
         started = time.perf_counter()
-        try:
-            for rank, part in enumerate(plan.ranks):
-                self._plane.send(rank, Run(part))
-        except ConnectionError as error:
-            raise StepFailedError(str(error)) from error
+        self._generation = plan.generation
+        for rank, part in enumerate(plan.ranks):
+            self._send(rank, Run(part))
         self.meanwhile()
-        deadline = time.monotonic() + _DEADLINES * self._config.step_timeout_s
-        results: dict[int, RankResult] = {}
-        errors: dict[int, str] = {}
-        while len(results) + len(errors) < len(plan.ranks):
-            rank, answer = self._receive(deadline, "answer a step")
+
+        def take(_: Member, answer: Any) -> RankResult | RankError | None:
+            said = answer.result if isinstance(answer, Done) else answer.error if isinstance(answer, Failed) else None
             # An answer to an earlier generation's step says nothing about this one
-            if isinstance(answer, Done) and self._answers(plan, answer.result):
-                results[rank] = answer.result
-            elif isinstance(answer, Failed) and self._answers(plan, answer.error):
-                errors[rank] = answer.error.message
-        if errors:
+            return said if said and (said.generation, said.step_id) == (plan.generation, plan.step_id) else None
+
+        answers = self._round(take, "answer a step")
+        results = [said for _, said in sorted(answers.items()) if isinstance(said, RankResult)]
+        if len(results) < self._num_ranks:
+            errors = {rank: said.message for rank, said in answers.items() if isinstance(said, RankError)}
+            errors |= {rank: f"lost ({loss.what})" for rank, loss in self._lost.items()}
             raise StepFailedError("; ".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
-        return StepResult([results[rank] for rank in range(len(results))], time.perf_counter() - started)
+        return StepResult(results, time.perf_counter() - started)
 
-    @staticmethod
-    def _answers(plan: StepPlan, answer: Any) -> bool:
-        return (answer.generation, answer.step_id) == (plan.generation, plan.step_id)
+    def tend(self) -> bool:
+        """Notice processes that have ended while nothing ran; whether that calls for `recover`."""
+        self._check_processes()
+        self._refill_spares()
+        return bool(self._lost)
 
-    def recover(self, generation: int) -> None:
-        """Have all ranks meet in a new process group; a single rank needs none."""
-        if len(self.settings) == 1:
+    def recover(self, generation: int) -> Sequence[Replacement]:
+        """Replace lost ranks and have all meet in a new process group; a single rank needs none.
+
+        Raises ``EngineDeadError`` if that cannot be done.
+        """
+        self._generation = generation
+        deadline_s = time.monotonic() + self._config.recovery_timeout_s
+        replaced: dict[int, Replacement] = {}
+        for _ in range(_ATTEMPTS):
+            self._check_processes()
+            losses = dict(self._lost)
+            for rank, loss in losses.items():
+                replaced[rank] = replace(loss, was_spare=self._fill(rank, deadline_s))
+            self._collect(losses, self._take_loaded, lambda: deadline_s)
+            error = "ranks are lost again" if self._lost else self._regroup()
+            if error is None:
+                self.infos[:] = [self._info(rank) for rank in range(self._num_ranks)]
+                self._refill_spares()
+                return list(replaced.values())
+            if time.monotonic() > deadline_s:
+                break
+        raise EngineDeadError(f"the ranks cannot be brought together: {error}")
+
+    def _fill(self, rank: int, deadline_s: float) -> bool:
+        """Put a process in ``rank``'s place; whether it was a spare."""
+        self._lost.pop(rank, None)
+        # A spare that starts is sooner there than a process that has yet to be started
+        while self._roster.spares:
+            ready = next((member for member in self._roster.spares if member.is_ready), None)
+            if ready is not None:
+                if self._assign(ready, rank):
+                    return True
+            elif time.monotonic() > deadline_s:
+                self._lose(self._roster.spares[0], SILENT, "a spare did not get ready in time", deadline_s)
+            else:
+                self._receive(deadline_s)
+        self._roster.start(rank)
+        return False
+
+    def _assign(self, spare: Member, rank: int) -> bool:
+        asked_s = time.monotonic()
+        try:
+            self._plane.send(spare.name, Assign(rank))
+        except ConnectionError:
+            self._lose(spare, UNREACHABLE, "a spare is not connected", asked_s)
+            return False
+        while spare in self._roster.spares:
+            received = self._receive(asked_s + _ASSIGNED_S)
+            if received is not None and received[0] is spare and isinstance(received[1], Assigned):
+                self._roster.take_rank(spare, rank)
+                return True
+            if time.monotonic() > asked_s + _ASSIGNED_S:
+                self._lose(spare, SILENT, "a spare did not answer", asked_s)
+        return False
+
+    def _refill_spares(self) -> None:
+        if self._num_spares_lost >= _SPARES_LOST:
             return
-        self._epoch += 1
-        try:
-            for rank in range(len(self.settings)):
-                self._plane.send(rank, Regroup(self._epoch))
-        except ConnectionError as error:
-            raise EngineDeadError(str(error)) from error
-        deadline = time.monotonic() + _DEADLINES * self._config.step_timeout_s
-        waiting = set(range(len(self.settings)))
-        while waiting:
-            rank, answer = self._receive(deadline, "regroup")
-            if isinstance(answer, Regrouped) and answer.epoch == self._epoch:
-                if answer.error:
-                    raise EngineDeadError(f"rank {rank} cannot join the process group: {answer.error}")
-                waiting.discard(rank)
+        for _ in range(self._config.num_spares - len(self._roster.spares)):
+            self._roster.start(None)
 
-    def _receive(self, deadline: float, what: str) -> tuple[int, Any]:
+    def _regroup(self) -> str | None:
+        """Have all ranks meet in a new process group; return why one could not, if it was not lost itself."""
+        if self._num_ranks == 1:
+            return None
+        self._epoch += 1
+        self._store, address = open_store(self._host)
+        for rank in range(self._num_ranks):
+            self._send(rank, Regroup(self._epoch, address))
+
+        def take(_: Member, answer: Any) -> Any:
+            return answer if isinstance(answer, Regrouped) and answer.epoch == self._epoch else None
+
+        answers = self._round(take, "regroup")
+        return next((f"rank {rank}: {said.error}" for rank, said in answers.items() if said.error), None)
+
+    def _round(self, take: Callable[[Member, Any], Any], what: str) -> dict[int, Any]:
+        """Collect the answer of every rank to what they were just told."""
+        deadline = Deadline(self._config.step_timeout_s, time.monotonic(), alone=self._num_ranks == 1)
+        return self._collect(
+            range(self._num_ranks),
+            take,
+            lambda: deadline.at_s,
+            lambda _: deadline.answered(time.monotonic()),
+            what=what,
+        )
+
+    def _collect(
+        self,
+        ranks: Iterable[int],
+        take: Callable[[Member, Any], Any],
+        deadline_s: Callable[[], float],
+        on_answer: Callable[[Any], None] = lambda _: None,
+        *,
+        what: str = "load",
+    ) -> dict[int, Any]:
+        """Wait until each of ``ranks`` has given an answer that ``take`` returns, or is lost."""
+        asked_s = time.monotonic()
+        wanted = list(ranks)
+        answers: dict[int, Any] = {}
+        while waiting := [rank for rank in wanted if rank not in answers and rank not in self._lost]:
+            received = self._receive(deadline_s())
+            if received is not None:
+                member, answer = received
+                if member.rank in waiting and (taken := take(member, answer)) is not None:
+                    answers[member.rank] = taken
+                    on_answer(taken)
+            elif time.monotonic() >= deadline_s():
+                for rank in waiting:
+                    member = self._roster.of_rank[rank]
+                    self._lose(member, SILENT, f"rank {rank} did not {what} in time", asked_s)
+        return answers
+
+    def _take_loaded(self, member: Member, answer: Any) -> Any:
+        if isinstance(answer, Refused):
+            if self.infos:
+                raise EngineDeadError(f"a replacement of rank {member.rank} cannot load: {answer.message}")
+            raise ValueError(answer.message)
+        if not isinstance(answer, Loaded):
+            return None
+        member.info = answer.info
+        return answer
+
+    def _receive(self, deadline_s: float) -> tuple[Member, Any] | None:
+        """Return the next answer of a member; None after a moment without one, when ended processes are noticed."""
+        received = self._plane.receive(min(_POLL_S, deadline_s - time.monotonic()))
+        if received is None:
+            self._check_processes()
+            return None
+        name, answer = received
+        member = self._roster.find(name)
+        if member is None:
+            return None
+        if isinstance(answer, Ready):
+            member.is_ready = True
+            self._num_spares_lost = 0
+        return member, answer
+
+    def _check_processes(self) -> None:
+        for member, how in self._roster.ended():
+            who = "a spare" if member.rank is None else f"rank {member.rank}"
+            self._lose(member, DIED, f"the process of {who} {how}", time.monotonic())
+
+    def _send(self, rank: int, command: Command) -> None:
+        member = self._roster.of_rank.get(rank)
+        if member is None:
+            return
         try:
-            return self._plane.receive(deadline, self._check)
-        except TimeoutError:
-            raise EngineDeadError(f"a rank did not {what} in time") from None
+            self._plane.send(member.name, command)
+        except ConnectionError:
+            self._lose(member, UNREACHABLE, f"rank {rank} is not connected", time.monotonic())
+
+    def _lose(self, member: Member, what: str, message: str, since_s: float) -> None:
+        now_s = time.monotonic()
+        rank = member.rank
+        self._roster.lose(member)
+        if rank is None:
+            self._num_spares_lost += not member.is_ready
+        else:
+            # Ranks that wait for it to join them need not wait for their timeout
+            self._store = None
+            self._lost[rank] = Replacement(rank, what, now_s, was_spare=False)
+        self.events.record(
+            Event(
+                FAULT,
+                what,
+                message,
+                duration_s=now_s - since_s,
+                generation=self._generation,
+                ranks=() if rank is None else (rank,),
+            )
+        )
+
+    def _info(self, rank: int) -> RankInfo:
+        info = self._roster.of_rank[rank].info
+        assert info is not None, "it has loaded"
+        return info
 
     def close(self) -> None:
-        """Tell the ranks to stop and close the plane."""
-        for rank in range(len(self.settings)):
+        """Tell the processes to stop and close the plane."""
+        for member in self._roster:
             try:
-                self._plane.send(rank, Close())
+                self._plane.send(member.name, Close())
             except ConnectionError:
                 continue
         self._plane.close()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import msgspec
 import zmq
 
 from ...workers.sampling_params import SamplingParams
 from ..engine.backend import EngineDeadError
-from ..engine.output_router import OutputRouter
+from ..engine.output import RequestOutput
 from ..speculation.options import AUTO, SpeculationOptions
 from .curve import CurveDealer, Ticket
 from .loop_socket import LoopSocket
@@ -21,13 +22,25 @@ _TAKEN = WINDOW // 4
 """Letters between two receipts."""
 
 
+class Outbox(Protocol):
+    """Who takes what a coordinator says of requests: an `OutputRouter`, or `LiveRequests` before one."""
+
+    def deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        """Take outputs."""
+        ...
+
+    def refuse(self, request_id: str, error: Exception) -> None:
+        """Take note that a request was not taken."""
+        ...
+
+
 class RequestClient:
     """One reader of a `RequestServer`. What comes is given to ``router``, on the event loop that this was made on.
 
     When it cannot be relied on any more, because letters were lost or none comes, `run` raises ``EngineDeadError``.
     """
 
-    def __init__(self, ticket: Ticket, router: OutputRouter, *, lease_s: float = LEASE_S) -> None:
+    def __init__(self, ticket: Ticket, router: Outbox, *, lease_s: float = LEASE_S) -> None:
         self._router, self._lease_s = router, lease_s
         self._dealer = CurveDealer(ticket)
         self._dealer.socket.linger = 0  # who closes has lost the other side, and must not wait for it
@@ -47,9 +60,17 @@ class RequestClient:
         sampling: SamplingParams,
         speculation: SpeculationOptions = AUTO,
         client: str = "",
+        *,
+        output_token_ids: Sequence[int] = (),
+        age_s: float = 0.0,
+        was_taken: bool = False,
     ) -> None:
-        """Send a request; if it is refused, the router learns why. Raises ``EngineDeadError``."""
-        self._send(Submit(request_id, list(prompt_token_ids), sampling, speculation, client))
+        """Send a request; if it is refused, the reader learns why. Raises ``EngineDeadError``.
+
+        ``output_token_ids``, ``age_s`` and ``was_taken``: see `Submit`.
+        """
+        prompt, output = list(prompt_token_ids), list(output_token_ids)
+        self._send(Submit(request_id, prompt, sampling, speculation, client, output, age_s, was_taken))
 
     def abort(self, request_id: str, reason: str) -> None:
         """Drop a request; raises ``EngineDeadError``."""
@@ -86,10 +107,10 @@ class RequestClient:
         try:
             letter = self._decoder.decode(frames[0])
         except msgspec.MsgspecError as error:
-            self._lose(f"the coordinator cannot be understood: {error}")
+            self.lose(f"the coordinator cannot be understood: {error}")
             return
         if letter.number != self._num_received:
-            self._lose(f"letters {self._num_received} to {letter.number - 1} of the coordinator were lost")
+            self.lose(f"letters {self._num_received} to {letter.number - 1} of the coordinator were lost")
             return
         self._num_received += 1
         message = letter.message
@@ -103,7 +124,7 @@ class RequestClient:
             try:
                 self._send(Received(self._num_received))
             except EngineDeadError as error:
-                self._lose(str(error))
+                self.lose(str(error))
 
     def _send(self, message: Submit | Abort | Renew | Received) -> None:
         if self._closed:
@@ -114,6 +135,7 @@ class RequestClient:
             raise EngineDeadError("the coordinator takes no requests at present; send the request again") from None
         self._num_sent += 1
 
-    def _lose(self, why: str) -> None:
+    def lose(self, why: str) -> None:
+        """Give the other side up: `run` raises ``EngineDeadError``."""
         if not self._lost.done():
             self._lost.set_exception(EngineDeadError(why))

@@ -21,6 +21,12 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     speculation: SpeculationOptions
     client: str = ""
     """Whose it is."""
+    output_token_ids: list[int] = []
+    """What another coordinator has generated of it: outputs begin after these."""
+    age_s: float = 0.0
+    """How long ago the request came."""
+    was_taken: bool = False
+    """Another coordinator had taken it, so it is not refused because many wait."""
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):

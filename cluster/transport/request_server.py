@@ -52,8 +52,15 @@ class RequestSink(Protocol):
         sampling: SamplingParams,
         speculation: SpeculationOptions,
         client: str,
+        *,
+        output_token_ids: Sequence[int] = (),
+        age_s: float = 0.0,
+        was_taken: bool = False,
     ) -> None:
-        """Queue a request; raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``."""
+        """Queue a request, see `Submit`.
+
+        Raises ``ValueError`` naming the field, ``QueueFullError`` or ``EngineDeadError``.
+        """
         ...
 
     def abort(self, request_id: str, reason: str = ABORT) -> None:
@@ -171,7 +178,14 @@ class RequestServer:
             if request_id in self._reader_of:
                 raise ValueError(f"request_id: {request_id!r} is in use")
             self._sink.submit(
-                request_id, message.prompt_token_ids, message.sampling, message.speculation, message.client
+                request_id,
+                message.prompt_token_ids,
+                message.sampling,
+                message.speculation,
+                message.client,
+                output_token_ids=message.output_token_ids,
+                age_s=message.age_s,
+                was_taken=message.was_taken,
             )
         except (ValueError, QueueFullError, EngineDeadError) as error:
             self._send(reader_id, Refused.because(request_id, error))

@@ -1,20 +1,20 @@
-"""The step plane: a direct, authenticated socket between the coordinator and every rank.
+"""The step plane: a direct, authenticated socket between the coordinator and every process of its gang.
 
-One ROUTER socket at the coordinator, one DEALER per rank, under CURVE. Actor calls take several times as long
+One ROUTER socket at the coordinator, one DEALER per process, under CURVE. Actor calls take several times as long
 (benchmarks/step_overhead).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 import zmq
 
 from .curve import CurveDealer, CurveRouter, Ticket
-from .messages import Answer, Command
+from .messages import Answer, Close, Command
 
 _POLL_MS = 100
 
@@ -22,31 +22,42 @@ _POLL_MS = 100
 class CoordinatorPlane:
     """The coordinator's end. ``host``: the address that ranks reach it by; it listens on that address only."""
 
-    def __init__(self, host: str, num_ranks: int) -> None:
+    def __init__(self, host: str) -> None:
         self._router = CurveRouter(host)
         self._socket = self._router.socket
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Answer)
-        self.tickets = [self._router.issue(str(rank)) for rank in range(num_ranks)]
+        self._tickets: dict[str, Ticket] = {}
 
-    def send(self, rank: int, command: Command) -> None:
-        """Send to one rank; raise ``ConnectionError`` if it is not connected."""
+    def admit(self, name: str) -> Ticket:
+        """Let a process in: what it connects with. A name is never used twice."""
+        assert name not in self._tickets
+        self._tickets[name] = self._router.issue(name)
+        return self._tickets[name]
+
+    def fence(self, name: str) -> None:
+        """Hear nothing more of a process, whatever it does; should it come back, it is told to close."""
+        self._router.revoke(self._tickets.pop(name))
+        with suppress(ConnectionError):
+            self.send(name, Close())
+
+    def send(self, name: str, command: Command) -> None:
+        """Send to one process; raise ``ConnectionError`` if it is not connected."""
         try:
-            self._socket.send_multipart([str(rank).encode(), self._encoder.encode(command)])
+            self._socket.send_multipart([name.encode(), self._encoder.encode(command)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            raise ConnectionError(f"rank {rank} is not connected") from error
+            raise ConnectionError(f"{name} is not connected") from error
 
-    def receive(self, deadline: float, check: Callable[[], None]) -> tuple[int, Any]:
-        """Return the next (rank, answer).
-
-        Raises ``TimeoutError`` at ``deadline`` (``time.monotonic``). ``check`` is called while nothing comes and may
-        raise to give up earlier.
-        """
-        while not self._socket.poll(min(_POLL_MS, max(0, int(1000 * (deadline - time.monotonic()))))):
-            check()
-            if time.monotonic() >= deadline:
-                raise TimeoutError
+    def receive(self, timeout_s: float) -> tuple[str, Any] | None:
+        """Return the next (name, answer); None when none has come after ``timeout_s``."""
+        if not self._socket.poll(max(0, int(1000 * timeout_s))):
+            return None
         identity, payload = self._socket.recv_multipart()
-        return int(identity.decode()), self._decoder.decode(payload)
+        name = identity.decode()
+        if name not in self._tickets:
+            with suppress(ConnectionError):
+                self.send(name, Close())
+            return None
+        return name, self._decoder.decode(payload)
 
     def close(self) -> None:
         """Close the socket and its authenticator."""
