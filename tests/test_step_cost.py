@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from penstock.cluster.speculation.budget_level import BudgetLevel
 from penstock.cluster.speculation.experts_curve import ExpertsCurve
 from penstock.cluster.speculation.step_cost import StepCost, _bin_of
 
@@ -134,3 +135,19 @@ def test_the_experts_curve_rises_and_flattens_whatever_it_was_told(seed: int) ->
     slopes = [after - before for before, after in pairwise(values)]
     assert min(slopes) >= 0
     assert all(later <= earlier + 1e-9 for earlier, later in pairwise(slopes))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_step_is_expected_to_take_no_time(seed: int) -> None:
+    rng = random.Random(seed)
+    cost = StepCost(32, 4, 2, [BudgetLevel(0.4), BudgetLevel(0.0)])
+    for _ in range(300):
+        rows, level = rng.randint(1, 24), rng.choice([None, 0, 1])
+        budgeted = rng.randint(1, rows) if level is not None else 0
+        # A machine on which anything may hold up anything
+        step_s = 10 ** rng.uniform(-4, 1)
+        cost.learn_experts(rows, rng.uniform(1, 16), level, budgeted)
+        cost.learn(rows, rng.randint(1, rows), rng.uniform(1, 16), rng.uniform(0, 30), step_s, level, budgeted)
+        for asked in (1, 2, 5, 9, 40):
+            for under in (None, 0, 1):
+                assert cost.step_s(asked, rng.randint(1, asked), under, rng.randint(0, asked)) > 0

@@ -33,6 +33,9 @@ _TRUSTED_WEIGHT = 8.0
 _REFIT_STEPS = (4, 16)
 """Steps between two fits: the first 64, and all later ones."""
 _RIDGE = 1e-4
+_LEAST_SHARE = 0.1
+"""Of the fitted time, that is left whatever the residual says."""
+_LEAST_S = 1e-9
 _PAIR_STEPS = 2.0
 """Steps without a budget that make a size one measured both ways."""
 _PAIR_SHARE = 0.9
@@ -201,7 +204,7 @@ class StepCost:
 
         def exact_s(num_rows: int, max_rows: int, _: int) -> float:
             found = bins.get((_bin_of(num_rows), None))
-            return fixed + exact * max_rows + per_expert * experts(num_rows) + (found.residual if found else 0.0)
+            return _time_s(fixed + exact * max_rows + per_expert * experts(num_rows), found)
 
         if level is None:
             return exact_s
@@ -217,7 +220,7 @@ class StepCost:
             others = experts(num_rows - num_budgeted) if num_budgeted < num_rows else 0.0
             read = max(read - share * (read - curve(num_rows)), others)
             time_s = fixed + per_choice + (exact - share * sent_saved) * max_rows + per_expert * read
-            return time_s + (found.residual if found else 0.0)
+            return _time_s(time_s, found)
 
         return budgeted_s
 
@@ -262,6 +265,12 @@ class StepCost:
         growth = self._experts.experts(factor * num_rows) / self._experts.experts(num_rows)
         prior_time = time_s * sum(share * by for share, by in zip(PRIOR_SHARES, (1, factor, growth), strict=True))
         return np.array([1.0, factor * rows, growth * experts, factor * sent, chosen]), prior_time
+
+
+def _time_s(fitted_s: float, found: _Bin | None) -> float:
+    """Return a time above 0: what a size's residual takes off was measured with other counts than those asked for."""
+    residual = found.residual if found else 0.0
+    return max(fitted_s + residual, _LEAST_SHARE * fitted_s, _LEAST_S)
 
 
 def _bin_of(num_rows: int) -> int:
