@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/penstock demo --port $(PORT)
 
 test: $(STAMP)
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -34,14 +34,8 @@ SMALL: dict[str, Any] = {"block_size": 4, "max_model_len": 96, "kv_cache_bytes":
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what xdist's workers must not tear apart: a file, whose fixtures are made once, and what starts processes.
-
-    All of that goes to one worker, one test after the other: two at once would wait for each other's cores.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            starts = item.get_closest_marker("serve") or item.get_closest_marker("distributed")
-            item.add_marker(pytest.mark.xdist_group("processes" if starts else item.path.name))
+    """Begin with the servers: their tests take longest, and where files are tested two at a time one file ends last."""
+    items.sort(key=lambda item: item.get_closest_marker("serve") is None)
 
 
 @pytest.fixture(scope="session")

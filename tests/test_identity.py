@@ -27,8 +27,6 @@ ON_TWO_RANKS = {"qwen3_moe": "contiguous", "deepseek_v3": "contiguous", "gpt_oss
 CASES = [(model, 1, "contiguous") for model in (*SUPPORTED, "demo")] + [
     pytest.param((model, 2, method), marks=pytest.mark.distributed) for model, method in ON_TWO_RANKS.items()
 ]
-# With what runs on two ranks, whose outputs are compared with those of one
-pytestmark = pytest.mark.xdist_group("processes")
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 MAX_TOKENS = 24
 EXCUSED_GAP = 1e-4

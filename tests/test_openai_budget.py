@@ -97,7 +97,9 @@ async def test_a_stop_string_hides_no_loss(demo: httpx.AsyncClient) -> None:
     assert stopped["choices"][0]["finish_reason"] == "stop"
     assert stopped["penstock"]["lossy"]
     assert stopped["penstock"]["budgeted_rows"] > 0
-    assert stopped["penstock"]["kept_weight"] is None
+    # Known if the engine has ended by itself before the string is seen
+    kept = stopped["penstock"]["kept_weight"]
+    assert kept is None or 0 < kept < 1
 
 
 async def test_several_choices_are_lossy_together(demo: httpx.AsyncClient) -> None:
