@@ -325,11 +325,27 @@ def test_requests_of_an_ingress_that_dies_are_aborted(server):
 
 def test_a_worker_that_dies_is_replaced_and_no_stream_notices(server):
     undisturbed = _text(_stream(server, max_tokens=200))
-    processes = {process.pid for process in _processes(server, "Worker.run")}
+    processes = {process.pid for process in _processes(server, "ray::Worker")}
     assert len(processes) == 2
     assert _text(_stream(server, "Worker.run", max_tokens=200)) == undisturbed
-    others = {process.pid for process in _processes(server, "Worker.run")}
+    others = {process.pid for process in _processes(server, "ray::Worker")}
     assert len(processes & others) == 1, "the other worker keeps its weights"
+    assert [event["kind"] for event in HttpClient(server.url).events()] == ["fault", "recovery"]
+
+
+@pytest.mark.parametrize(("name", "keeps_workers"), [("ray::Coordinator", True), ("ServeReplica:default:Gang", False)])
+def test_streams_outlive_their_coordinator_and_their_gang(server, name, keeps_workers):
+    undisturbed = _text(_stream(server, max_tokens=200))
+    workers = {process.pid for process in _processes(server, "ray::Worker")}
+    assert _text(_stream(server, name, max_tokens=200)) == undisturbed
+    assert ({process.pid for process in _processes(server, "ray::Worker")} == workers) == keeps_workers
+    found = HttpClient(server.url).events()
+    assert found[-1]["what"] == "resubmission"
+    assert found[-1]["num_requests_replayed"] == 1
+    assert ("coordinator_died" in {event["what"] for event in found}) == keeps_workers
+    samples = _samples(server)
+    assert samples["penstock:requests_resumed_total"] == 1
+    assert samples["penstock:kv_cache_usage_perc"] == 0
 
 
 def test_ctrl_c_leaves_nothing_behind(server):
@@ -346,7 +362,7 @@ def test_ctrl_c_leaves_nothing_behind(server):
 
 
 def test_a_placement_reaches_the_workers_by_its_content(tmp_path):
-    """Its file need not be where they run, nor there at all any more when the gang is built again."""
+    """Its file need not be where they run, nor there at all any more when a worker or the gang is started anew."""
     from penstock.cluster.client.llm import LLM
 
     path = tmp_path / "placement.json"
@@ -370,11 +386,13 @@ def test_a_placement_reaches_the_workers_by_its_content(tmp_path):
         # 32 experts and three replicas
         assert "17-18 experts a layer" in server.log.read_text()
         client = HttpClient(server.url)
+        for lost in ("Worker.run", "ServeReplica:default:Gang"):
+            assert client.generate("import os\n", temperature=0, max_tokens=24).text == wanted
+            gone = _processes(server, lost)[0]
+            gone.kill()
+            psutil.wait_procs([gone], timeout=30)
         assert client.generate("import os\n", temperature=0, max_tokens=24).text == wanted
         client.close()
-        _processes(server, "Worker.run")[0].kill()
-        _wait("another gang", lambda: not _answers(server), 60)
-        _wait("another gang", lambda: _answers(server), 120)
 
 
 @pytest.fixture

@@ -68,7 +68,8 @@ class WorkerPool:
     def discard(self, process: WorkerProcess) -> None:
         """End a process."""
         worker = process.worker
-        if worker is not None and worker.where.node == self._node:
+        # Not where it has ended already: its number may be another process' by now
+        if worker is not None and process.how is None and worker.where.node == self._node:
             # A stopped process is gone at once; Ray would ask it to go, and wait for seconds
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(worker.where.pid, signal.SIGKILL)
