@@ -180,9 +180,9 @@ async def _chaos(
     rng = random.Random(seed)
     found: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
     for fault in schedule:
-        await _until(lambda: spares_are_ready(server, NUM_RANKS, NUM_SPARES))
-        await _all_stream(clients, time.monotonic())
         await asyncio.sleep(rng.uniform(0.0, 1.0))
+        await _all_stream(clients, time.monotonic())
+        await _until(lambda: spares_are_ready(server, NUM_RANKS, NUM_SPARES))
         found[fault.name].append(await _commit(server, fault, clients))
     for client in clients:
         client.stopped = True
