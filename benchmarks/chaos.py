@@ -9,6 +9,7 @@ seed. 105 faults take half an hour or more; ``--quick`` has one of each of four 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import random
 import statistics
@@ -131,7 +132,7 @@ def measure(options: Options) -> Measurement:
     """Run the schedule, and look at what is left."""
     rng = random.Random(options.seed)
     faults = [fault for fault in FAULTS if not options.quick or fault.name in QUICK]
-    schedule = faults * (1 if options.quick else NUM_FAULTS // len(faults))
+    schedule = faults * (1 if options.quick else max(1, options.given.num_faults // len(faults)))
     rng.shuffle(schedule)
     questions = _questions(rng)
     config = {"served-model-name": NAME, "expert-parallel-size": NUM_RANKS, "num-spares": NUM_SPARES}
@@ -152,6 +153,10 @@ def measure(options: Options) -> Measurement:
         "float32",
         1,
     )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-faults", type=int, default=NUM_FAULTS, help="how many, all kinds alike (105)")
 
 
 def _questions(rng: random.Random) -> list[Question]:
@@ -322,4 +327,4 @@ def _targets(
 
 
 if __name__ == "__main__":
-    sys.exit(run("chaos", measure))
+    sys.exit(run("chaos", measure, add_options=_add_options))

@@ -14,6 +14,8 @@ import psutil
 from .server_process import ServerProcess
 
 _OBSERVE_S = 0.3
+_LOOKS = 5
+"""A look at a process tree finds nothing when a process ends in the middle of it."""
 _IDLE_SHARE = 0.05
 """A spare that waits for its rank uses less of a core; one that starts far more."""
 
@@ -31,8 +33,12 @@ class Fault:
 
 
 def workers(server: ServerProcess) -> list[psutil.Process]:
-    """Return the processes that are ranks or spares."""
-    return [process for role, process in server.family() if role == "rank"]
+    """Return the processes that are ranks or spares; there are some unless the gang is being built anew."""
+    for _ in range(_LOOKS):
+        if found := [process for role, process in server.family() if role == "rank"]:
+            return found
+        time.sleep(_OBSERVE_S)
+    return []
 
 
 def by_work(server: ServerProcess) -> list[tuple[float, psutil.Process]]:

@@ -55,6 +55,8 @@ def join(store: StoreAddress, rank: int, num_ranks: int, *, node: str, timeout_s
     leave()
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface_of(node)
     timeout = timedelta(seconds=timeout_s)
+    # A store that was given up refuses at once; torch's client would try again for longer than the timeout
+    socket.create_connection((store.host, store.port), timeout_s).close()
     client = dist.TCPStore(store.host, store.port, is_master=False, timeout=timeout)
     dist.init_process_group(backend, store=client, rank=rank, world_size=num_ranks, timeout=timeout)
 

@@ -159,7 +159,7 @@ class RemoteRanks:
                 replaced[rank] = replace(loss, was_spare=self._fill(rank, deadline_s))
             self._collect(losses, self._take_loaded, lambda: deadline_s)
             error = "ranks are lost again" if self._lost else self._regroup()
-            if error is None:
+            if error is None and not self._lost:
                 self.infos[:] = [self._info(rank) for rank in range(self._num_ranks)]
                 self._refill_spares()
                 return list(replaced.values())
@@ -213,6 +213,8 @@ class RemoteRanks:
         self._store, address = open_store(self._host)
         for rank in range(self._num_ranks):
             self._send(rank, Regroup(self._epoch, address))
+            if self._lost:  # nobody need wait for it
+                return "ranks are lost again"
 
         def take(_: Member, answer: Any) -> Any:
             return answer if isinstance(answer, Regrouped) and answer.epoch == self._epoch else None
