@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from penstock.cluster.api.metrics import PREFIX, engine_samples, parse_samples, render
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.events import EventLog
 from penstock.cluster.engine.layer_totals import COUNTS
 from penstock.cluster.engine.output import LENGTH, STOP, EngineStats
 from penstock.cluster.engine.scheduler import Scheduler
@@ -116,7 +117,7 @@ def test_counts_have_a_series_for_each_rank_and_for_each_layer() -> None:
         plans = [RankPlan(0, 0, 3, budget=budget) for _ in ranks]
         counters.add_step(StepPlan(0, 0, plans), StepResult(ranks, 0.1), 0)
     counters.add_step(StepPlan(0, 0, [RankPlan(0, 0, 3)] * 2), StepResult(ranks[1:] * 2, 0.1), 0)
-    stats = counters.snapshot(Scheduler([], 1, 1), {})
+    stats = counters.snapshot(Scheduler([], 1, 1), {}, EventLog().totals())
     samples = engine_samples({"one": stats})
     found = {
         place: {

@@ -295,7 +295,7 @@ def _answers(server: Server) -> bool:
     return response.status_code == 200
 
 
-def _stream(server: Server, killed: str | None = None, max_tokens: int = 2000) -> list[str]:
+def _long_stream(server: Server, killed: str | None = None, max_tokens: int = 2000) -> list[str]:
     """Return the lines of a long stream; kill the process ``killed`` while it runs."""
     body = {"model": MODEL, "prompt": "import", "max_tokens": max_tokens, "stream": True, "ignore_eos": True, "seed": 3}
     lines = []
@@ -317,17 +317,17 @@ def _text(lines: list[str]) -> str:
 
 
 def test_requests_of_an_ingress_that_dies_are_aborted(server):
-    assert _stream(server, "Ingress")[-1] == "cut off"
+    assert _long_stream(server, "Ingress")[-1] == "cut off"
     _wait("another ingress", lambda: _answers(server), 90)
     _wait("blocks freed", lambda: _samples(server)["penstock:kv_cache_usage_perc"] == 0)
     assert _samples(server)['penstock:request_success_total{finished_reason="abort"}'] >= 1
 
 
 def test_a_worker_that_dies_is_replaced_and_no_stream_notices(server):
-    undisturbed = _text(_stream(server, max_tokens=200))
+    undisturbed = _text(_long_stream(server, max_tokens=200))
     processes = {process.pid for process in _processes(server, "ray::Worker")}
     assert len(processes) == 2
-    assert _text(_stream(server, "Worker.run", max_tokens=200)) == undisturbed
+    assert _text(_long_stream(server, "Worker.run", max_tokens=200)) == undisturbed
     others = {process.pid for process in _processes(server, "ray::Worker")}
     assert len(processes & others) == 1, "the other worker keeps its weights"
     assert [event["kind"] for event in HttpClient(server.url).events()] == ["fault", "recovery"]
@@ -335,9 +335,9 @@ def test_a_worker_that_dies_is_replaced_and_no_stream_notices(server):
 
 @pytest.mark.parametrize(("name", "keeps_workers"), [("ray::Coordinator", True), ("ServeReplica:default:Gang", False)])
 def test_streams_outlive_their_coordinator_and_their_gang(server, name, keeps_workers):
-    undisturbed = _text(_stream(server, max_tokens=200))
+    undisturbed = _text(_long_stream(server, max_tokens=200))
     workers = {process.pid for process in _processes(server, "ray::Worker")}
-    assert _text(_stream(server, name, max_tokens=200)) == undisturbed
+    assert _text(_long_stream(server, name, max_tokens=200)) == undisturbed
     assert ({process.pid for process in _processes(server, "ray::Worker")} == workers) == keeps_workers
     found = HttpClient(server.url).events()
     assert found[-1]["what"] == "resubmission"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from functools import cache
 
@@ -107,6 +108,20 @@ def test_beside_prompts_drafts_are_priced_by_what_they_add(num_right: int) -> No
     assert controller.draft_lens(Batch(alone), [proposal]) == [0], "a plain step of one row was never measured"
     beside = controller.draft_lens(Batch(alone, prompt_rows=[48]), [proposal])
     assert beside == [num_right]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_machine_on_which_anything_takes_any_time_is_decided_for_all_the_same(seed: int) -> None:
+    rng, controller, evidence = random.Random(seed), shadow(), Evidence("scripted", 3)
+    for _ in range(200):
+        views = [RequestView(key, 0, 64, 7) for key in range(rng.randint(1, 4))]
+        batch = Batch(views, prompt_rows=[rng.choice([0, 0, 0, 9, 40])])
+        lengths = controller.draft_lens(batch, [Proposal([1] * rng.randint(0, 7), evidence) for _ in views])
+        rows = [len(views) + sum(lengths) + sum(batch.prompt_rows)]
+        outcomes = [RequestOutcome(view.key, length, 0, 1) for view, length in zip(views, lengths, strict=True)]
+        step_s = 10 ** rng.uniform(-4, 1)
+        controller.observe(StepObservation(step_s, outcomes, rows, batch.has_prefill, [rng.uniform(1, 16)], [0.0]))
+        controller.learn([ShadowTrial(view.key, evidence, 0, rng.randint(0, 3), 4) for view in views])
 
 
 @pytest.mark.parametrize(

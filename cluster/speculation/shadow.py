@@ -28,6 +28,8 @@ LOSS_GRANT_STEPS = 2.0
 """Plain steps' worth of time that they may lose from the start."""
 MAX_ALLOWANCE_STEPS = 8.0
 """Plain steps' worth of past gains that may be lost again."""
+_LEAST_SHARE = 0.1
+"""Of a plain step's time, that drafts beside prompts take at least."""
 _ENOUGH = 4
 """Measured steps of a size after which its cost counts as known."""
 _REFRESH = 0.3
@@ -261,8 +263,9 @@ class ShadowController:
         prompts_s = self._cost.step_s(sum(rows), max(rows)) - plain_s
 
         def beside(price: StepPrice) -> StepPrice:
-            return lambda num_rows, max_rows, num_budgeted: (
-                price(num_rows + num_prompt, max_rows + fullest, num_budgeted) - prompts_s
+            # Sizes are measured apart, so a larger one may seem to take less than the prompts alone
+            return lambda num_rows, max_rows, num_budgeted: max(
+                price(num_rows + num_prompt, max_rows + fullest, num_budgeted) - prompts_s, _LEAST_SHARE * plain_s
             )
 
         self._level, best = self._best(step, [beside(self._cost.price(level)) for level in self._priced])
