@@ -27,7 +27,7 @@ from .tiny_engine import PROMPTS, Published, config_of, drain, generate
 
 pytestmark = pytest.mark.distributed
 SAMPLING = SamplingParams(temperature=1.0, seed=5, max_tokens=60, ignore_eos=True, frequency_penalty=0.3)
-STEP_TIMEOUT_S = 2.0
+STEP_TIMEOUT_S = 4.0
 FAULT_STEP = 12
 
 
@@ -92,10 +92,10 @@ def ranks(checkpoint: Callable[[str], Path]) -> Iterator[Ranks]:
     assert all(process.poll() is not None for process in ranks.processes)
 
 
-def serve(ranks: Ranks, fault: Callable[[], object]) -> tuple[list[list[int]], Engine]:
-    """Serve `PROMPTS` and commit ``fault`` in the middle; return the tokens."""
+def serve(ranks: Ranks, fault: Callable[[], object], **options: object) -> tuple[list[list[int]], Engine]:
+    """Serve `PROMPTS` and commit ``fault`` in the middle; return the tokens. ``options``: of the engine alone."""
     num_before = len(ranks.events.events())
-    engine, published = Engine(ranks._config, ranks, events=ranks.events), Published()
+    engine, published = Engine(replace(ranks._config, **options), ranks, events=ranks.events), Published()
     for index, prompt in enumerate(PROMPTS):
         engine.add_request(str(index), prompt, SAMPLING)
     for _ in range(FAULT_STEP):
@@ -132,6 +132,20 @@ def test_a_spare_takes_the_place_of_a_lost_rank(ranks: Ranks, expected: list[lis
         assert STEP_TIMEOUT_S <= fault.duration_s < STEP_TIMEOUT_S + 1.5
     assert fault.time_s <= recovery.time_s
     assert recovery.duration_s < time.monotonic() - started
+
+
+def test_a_budget_under_recovery_loses_and_repeats_no_token(ranks: Ranks) -> None:
+    """Other tokens may come than without the fault, since replayed KV is exact; each comes once all the same."""
+    ranks.wait_for_spares()
+    victim = ranks.process_of(1)
+    tokens, engine = serve(
+        ranks, lambda: os.kill(victim.pid, signal.SIGKILL), expert_budget="experts=3,scope=request", draft_len=4
+    )
+    # `Published` has seen to it that offsets leave no gap
+    assert [len(output) for output in tokens] == [SAMPLING.max_tokens] * len(PROMPTS)
+    assert {event.kind for event in events_of(ranks)} == {FAULT, RECOVERY}
+    assert engine.stats().budgeted_rows > 0
+    assert engine.scheduler.num_replays > 0
 
 
 def test_requests_of_the_other_ranks_keep_their_kv(ranks: Ranks, expected: list[list[int]]) -> None:
