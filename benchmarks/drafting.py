@@ -1,7 +1,8 @@
 """What drafting and control cost per step, beside the model: thread CPU time on held-out texts of the demo.
 
-Drafters: index the token that came and propose seven more, at 8,192 tokens of context. Controllers: `max_draft_lens`,
-`draft_lens` and `observe` of one step, while serving a mix of texts in batches.
+Drafters: index the token that came and propose seven more, at 8,192 tokens of context. Controllers, while serving a mix
+of texts in batches: `max_draft_lens`, `draft_lens` and `observe` of one step, which ranks wait for; and `learn`, which
+is called while they run the next.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ NUM_STEPS = 2000
 DRAFT_LEN = 7
 REQUIRED_US = 50.0
 DRAFTERS = ("ngram", "suffix", "prediction")
-_CALLS = ("max_draft_lens", "draft_lens", "observe")
+_WAITED_FOR = ("max_draft_lens", "draft_lens", "observe")
+_MEANWHILE = ("learn",)
 
 
 def text(num_tokens: int, seed: int) -> list[int]:
@@ -62,11 +64,11 @@ class Timed:
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
         self.wants_trials = controller.wants_trials
-        self.calls_us: dict[str, list[float]] = {name: [] for name in _CALLS}
+        self.calls_us: dict[str, list[float]] = {name: [] for name in (*_WAITED_FOR, *_MEANWHILE)}
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._controller, name)
-        return self._timed(name, call) if name in _CALLS else call
+        return self._timed(name, call) if name in self.calls_us else call
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
@@ -77,19 +79,20 @@ class Timed:
 
         return timed
 
-    def steps_us(self) -> list[float]:
-        """Return microseconds of all calls of each step."""
-        return [sum(calls) for calls in zip(*self.calls_us.values(), strict=True)]
+    def steps_us(self, names: Sequence[str]) -> list[float]:
+        """Return microseconds of the calls named, of each step."""
+        calls = [self.calls_us[name] for name in names]
+        return [sum(step) for step in zip(*calls, strict=True)]
 
 
-def control_us(bench: Bench, policy: str, batch: int, jobs: Sequence[Job]) -> list[float]:
-    """Return microseconds that a policy's controller took in each step of serving ``jobs``."""
+def controlled(bench: Bench, policy: str, batch: int, jobs: Sequence[Job]) -> Timed:
+    """Return a policy's controller, timed while it served ``jobs``."""
     ranks = bench.ranks(1, jobs)
     engine = make_engine(policy, bench.config, ranks, ranks.clock)
     timed = Timed(engine.controller)
     engine.controller = timed
     serve(engine, jobs, batch)
-    return timed.steps_us()
+    return timed
 
 
 def measure(options: Options) -> Measurement:
@@ -109,7 +112,9 @@ def measure(options: Options) -> Measurement:
             cell = Cell(MIX, 128, batch, 1)
             jobs = bench.jobs(cell)
             bench.prepare(jobs)
-            rows.append(_row(policy, batch, control_us(bench, policy, batch, jobs)))
+            timed = controlled(bench, policy, batch, jobs)
+            rows.append(_row(policy, batch, timed.steps_us(_WAITED_FOR)))
+            rows.append(_row(f"{policy}, learning", batch, timed.steps_us(_MEANWHILE)))
     return Measurement(rows, targets, "none", 1)
 
 
