@@ -217,7 +217,8 @@ async def test_256_clients_on_a_queue_of_64(tokenizer: ChatTokenizer) -> None:
             metrics = (await http.get("/metrics")).text
         stats = (await backend.stats())["0"]
     refused = [answer for answer in answers if answer.status_code == 429]
-    assert 256 - 2 * 8 - 64 >= len(refused) > 0, "what has a place or may wait is taken"
+    # Pools that are too small for all places may have more of them waiting when the last clients come
+    assert 256 - 64 >= len(refused) > 0, "what may wait is taken"
     for answer in refused:
         assert answer.json()["error"]["code"] == "queue_full"
         assert 1 <= int(answer.headers["retry-after"]) <= 60
