@@ -144,6 +144,14 @@ def test_outputs_are_delivered_while_the_next_step_runs(make_engine: Callable[..
         ranks[0].log.append("delivered")
         reader.deliver(outputs)
 
+    learn = engine.learn
+
+    def learn_aloud() -> None:
+        learned_at.append(len(ranks[0].log))
+        learn()
+
+    learned_at: list[int] = []
+    engine.learn = learn_aloud  # type: ignore[method-assign]
     thread = EngineThread(engine, deliver, overlap=True)
     ranks[0].meanwhile = thread.meanwhile
     try:
@@ -155,6 +163,8 @@ def test_outputs_are_delivered_while_the_next_step_runs(make_engine: Callable[..
     assert reader.tokens["a"] == expected
     log = ranks[0].log
     assert log.count("delivered") == 6
+    running = [place for place in learned_at if log[:place].count("planned") > log[:place].count("ran")]
+    assert len(running) == 6, "once in each step, while the ranks run it"
     if not failed:
         # the first token goes at once, so the second step has nothing to deliver; the last has no step to wait for
         first, later = ["planned", "ran", "delivered", "planned", "ran"], ["planned", "delivered", "ran"]

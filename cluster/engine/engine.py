@@ -117,9 +117,8 @@ class Engine:
         """Queue a request and return its sampling with the seed that was drawn if it had none.
 
         ``client``: whose it is, for fair admission. ``arrival_s``: when it came, by the engine's clock, if not now.
-        ``output_token_ids``: what another engine has generated of it; its outputs begin after these. Raises
-        ``ValueError`` naming the field; then
-        nothing has changed.
+        ``output_token_ids``: what another engine has generated of it; its outputs begin after these.
+        Raises ``ValueError`` naming the field; then nothing has changed.
         """
         if request_id in self._requests:
             raise ValueError(f"request_id: {request_id!r} is in use")

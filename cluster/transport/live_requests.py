@@ -58,11 +58,6 @@ class Destination:
         """What it has, by its name there."""
         self._changed = asyncio.Event()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it is sent requests."""
-        return self in self._requests.open
-
     def attached(self, client: RequestClient) -> int:
         """Send what waits through ``client``; return how many of the requests another one had before."""
         self.client = client
