@@ -3,16 +3,21 @@
 The router's code still scores, gathers, normalises and scales, so one seam serves softmax, sigmoid, biased and scaled
 routers alike. Group-limited routers call ``topk`` for their groups first; those calls have another shape or another k
 and pass through.
+
+There are two ways to see what a router calls. A ``TorchFunctionMode`` sees every call of torch, wherever it is made,
+and costs as much as a budget's own work in a layer. The router's code over names of ours (`overlay.py`) sees what its
+forward calls by name, and costs little. Where an audit finds that it sees the same, it takes the mode's place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .overlay import rebound
 from .routing import Routing
 
 _TOPK = {torch.topk, torch.Tensor.topk}
@@ -25,7 +30,6 @@ _AFFINITIES = {
     torch.nn.functional.sigmoid,
 }
 """What makes affinities of a router's logits."""
-_WATCHED = _TOPK | _AFFINITIES
 
 
 class Selection(Protocol):
@@ -36,55 +40,136 @@ class Selection(Protocol):
         ...
 
 
-class _TopKMode(TorchFunctionMode):
-    def __init__(self, num_experts: int, top_k: int, selection: Selection | None) -> None:
-        super().__init__()
-        self.num_experts, self.top_k, self.selection = num_experts, top_k, selection
+class _Calls:
+    """What one run of a router has called so far, and what its selection makes of it."""
+
+    __slots__ = ("affinities", "hits", "in_groups", "num_experts", "routing", "selection", "top_k")
+
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        self.num_experts, self.top_k = num_experts, top_k
+        self.begin(None)
+
+    def begin(self, selection: Selection | None) -> None:
+        """Forget an earlier run; ``selection`` chooses in the next one."""
+        self.selection = selection
         self.affinities: torch.Tensor | None = None
+        self.routing: Routing | None = None
         self.hits = 0
         self.in_groups = False
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func not in _WATCHED:
-            return result
-        if func in _AFFINITIES:
-            if result.dim() == 2 and result.shape[-1] == self.num_experts:
-                self.affinities = result
-            return result
+    def scored(self, result: torch.Tensor) -> None:
+        """Take note of a softmax or sigmoid."""
+        if result.dim() == 2 and result.shape[-1] == self.num_experts:
+            self.affinities = result
+
+    def chosen(self, result: Any, args: Any, kwargs: Any) -> Any:
+        """Return what a call of ``topk`` is to return, in place of its own ``result``."""
         scores = args[0] if args else kwargs["input"]
         k = args[1] if len(args) > 1 else kwargs["k"]
         if scores.dim() != 2 or scores.shape[-1] != self.num_experts or k != self.top_k:
             self.in_groups = True
             return result
         self.hits += 1
-        if self.selection is None:
-            return result
         values, ids = result
         if self.affinities is None:  # it selects logits, and weighs those it selected
-            return self.selection(Routing(scores, scores.softmax(-1), values, ids, in_groups=False))
-        return self.selection(Routing(scores, self.affinities, values, ids, self.in_groups))
+            routing = Routing(scores, scores.softmax(-1), values, ids, in_groups=False)
+        else:
+            routing = Routing(scores, self.affinities, values, ids, self.in_groups)
+        if self.selection is None:
+            self.routing = routing
+            return result
+        return self.selection(routing)
+
+    def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` of torch as a router is to find it."""
+        if function in _TOPK:
+            return lambda *args, **kwargs: self.chosen(function(*args, **kwargs), args, kwargs)
+
+        def affinities(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            self.scored(result)
+            return result
+
+        return affinities
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, calls: _Calls) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _TOPK:
+            return self.calls.chosen(result, args, kwargs)
+        if func in _AFFINITIES:
+            self.calls.scored(result)
+        return result
 
 
 class RouterSeam:
-    """Stands around one router module's forward; free of cost while no selection is installed and not auditing."""
+    """Stands around one router module's forward; free of cost while no selection is installed and not auditing.
+
+    An audited call raises ``ValueError`` for a router that does not call ``topk`` over its experts exactly once, and
+    finds out whether overlaid names see all of it.
+    """
 
     def __init__(self, router: torch.nn.Module, num_experts: int, top_k: int) -> None:
         self.num_experts, self.top_k = num_experts, top_k
         self.selection: Selection | None = None
         self.audit = False
+        self._calls = _Calls(num_experts, top_k)
         self._forward: Callable[..., Any] = router.forward
+        self._overlaid: Callable[..., Any] | None = None
         router.forward = self._call
 
+    @property
+    def is_overlaid(self) -> bool:
+        """Whether an audit found that the router can be steered by the names that its forward calls."""
+        return self._overlaid is not None
+
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if self.selection is None and not self.audit:
+        if self.audit:
+            result = self._under_mode(None, *args, **kwargs)
+            self._overlaid = self._audited(result, *args, **kwargs)
+        if self.selection is None:
             return self._forward(*args, **kwargs)
-        with _TopKMode(self.num_experts, self.top_k, self.selection) as mode:
-            result = self._forward(*args, **kwargs)
-        if mode.hits != 1:
-            raise ValueError(
-                f"model: its router calls topk over {self.num_experts} experts {mode.hits} times, expected once; "
-                "its expert selection cannot be steered"
-            )
+        if self._overlaid is None:
+            return self._under_mode(self.selection, *args, **kwargs)
+        self._calls.begin(self.selection)
+        result = self._overlaid(*args, **kwargs)
+        self._check_hits()
         return result
+
+    def _under_mode(self, selection: Selection | None, *args: Any, **kwargs: Any) -> Any:
+        self._calls.begin(selection)
+        with _Mode(self._calls):
+            result = self._forward(*args, **kwargs)
+        self._check_hits()
+        return result
+
+    def _check_hits(self) -> None:
+        if self._calls.hits != 1:
+            raise ValueError(
+                f"model: its router calls topk over {self.num_experts} experts {self._calls.hits} times, expected "
+                "once; its expert selection cannot be steered"
+            )
+
+    def _audited(self, expected: Any, *args: Any, **kwargs: Any) -> Callable[..., Any] | None:
+        """Return the router's forward over names of ours; None unless it sees and returns what it did in the mode."""
+        seen = self._calls.routing
+        overlaid = rebound(self._forward, {function: self._calls.watched(function) for function in _TOPK | _AFFINITIES})
+        if overlaid is None:
+            return None
+        self._calls.begin(None)
+        result = overlaid(*args, **kwargs)
+        found, self._calls.routing = self._calls.routing, None
+        if found is None or seen is None or self._calls.hits != 1 or found.in_groups != seen.in_groups:
+            return None
+        pairs = [(getattr(found, name), getattr(seen, name)) for name in ("scores", "affinities", "values", "ids")]
+        return overlaid if _same(pairs) and _same(zip(result, expected, strict=True)) else None
+
+
+def _same(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    return all(torch.equal(one, other) for one, other in pairs)

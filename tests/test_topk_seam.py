@@ -13,6 +13,8 @@ from penstock.workers.architectures import SUPPORTED, UNSTEERABLE
 from penstock.workers.loader import _moe_modules
 
 MODEL_TYPES = ["qwen3_moe", "deepseek_v3", "deepseek_v2", "mixtral", "olmoe"]
+BY_NAME = {"qwen3_moe", "mixtral", "olmoe"}
+"""Those of them whose forwards name all that is watched; DeepSeek's calls a method of its scores."""
 Router = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
@@ -25,16 +27,28 @@ def router_of(directory: Path) -> tuple[torch.nn.Module, int]:
     return routers[-1], model.config.num_experts_per_tok
 
 
+def audit(seam: RouterSeam, router: torch.nn.Module, rows: torch.Tensor) -> None:
+    seam.audit = True
+    router(rows)
+    seam.audit = False
+
+
 def hidden(rows: int = 40) -> torch.Tensor:
     return torch.randn(rows, 32, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("audited", [False, True], ids=["unaudited", "audited"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_the_identity_selection_reproduces_the_router(checkpoint: Callable[[str], Path], model_type: str) -> None:
+def test_the_identity_selection_reproduces_the_router(
+    checkpoint: Callable[[str], Path], model_type: str, audited: bool
+) -> None:
     router, top_k = router_of(checkpoint(model_type))
     with torch.inference_mode():
         expected = router(hidden())
         seam = RouterSeam(router, 8, top_k)
+        if audited:
+            audit(seam, router, hidden(1))
+        assert seam.is_overlaid == (audited and model_type in BY_NAME)
         asked = []
 
         def identity(routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,6 +118,15 @@ def test_in_every_architecture_the_selection_reaches_the_experts(
         for seam in seams:
             seam.selection = own
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        for seam in seams:
+            seam.audit = True
+        model(ids[:, :1])
+        for seam in seams:
+            seam.audit = False
+        unaudited, routings = routings[: len(experts)], []
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        for before, after in zip(unaudited, routings, strict=True):
+            torch.testing.assert_close(vars_of(after), vars_of(before), rtol=1e-5, atol=1e-5)
         chosen = torch.tensor([6, 1, 3][:top_k])
         for seam in seams:
             seam.selection = lambda routing: (routing.scores[:, chosen], chosen.expand(len(routing.scores), top_k))
@@ -118,6 +141,57 @@ def test_in_every_architecture_the_selection_reaches_the_experts(
         assert selected.tolist() == [chosen.tolist()] * 11
     assert torch.isfinite(steered).all()
     assert not torch.allclose(steered, expected)
+
+
+def vars_of(routing: Routing) -> list[torch.Tensor | bool]:
+    return [routing.scores, routing.affinities, routing.values, routing.ids, routing.in_groups]
+
+
+class _Named(torch.nn.Module):
+    """A router of this module's own names."""
+
+    def forward(self, scores: torch.Tensor) -> Any:
+        return torch.topk(torch.nn.functional.softmax(scores, dim=-1), 2)
+
+
+class _Half(torch.nn.Module):
+    """A router that names its top-k, and calls its softmax otherwise."""
+
+    def forward(self, scores: torch.Tensor) -> Any:
+        return torch.topk(scores.softmax(dim=-1), 2)
+
+
+class _Helped(torch.nn.Module):
+    """A router that leaves its top-k to a helper."""
+
+    def forward(self, scores: torch.Tensor) -> Any:
+        return _best(scores)
+
+
+def _best(scores: torch.Tensor) -> Any:
+    return torch.topk(scores, 2)
+
+
+@pytest.mark.parametrize(("kind", "by_name"), [(_Named, True), (_Half, False), (_Helped, False)])
+def test_a_router_is_steered_by_name_only_where_that_sees_all(kind: type[torch.nn.Module], by_name: bool) -> None:
+    routings: list[Routing] = []
+
+    def last(routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        routings.append(routing)
+        return routing.scores[:, 6:], torch.tensor([[6, 7]]).expand(5, 2)
+
+    router = kind()
+    seam = RouterSeam(router, 8, 2)
+    scores = torch.rand(5, 8)
+    for audited in (False, True):
+        if audited:
+            audit(seam, router, torch.rand(1, 8))
+        seam.selection = last
+        assert router(scores)[1].tolist() == [[6, 7]] * 5
+        seam.selection = None
+    assert seam.is_overlaid == by_name
+    torch.testing.assert_close(vars_of(routings[1]), vars_of(routings[0]), rtol=0, atol=0)
+    assert torch.equal(router(scores)[1], _best(scores)[1])
 
 
 class _Odd(torch.nn.Module):
