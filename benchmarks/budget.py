@@ -4,7 +4,8 @@ The demo model in float32, n-gram drafts of seven tokens, its own tasks. Exact m
 answers (95 % intervals); agreement and perplexity are of the next tokens of its own answers, code and chat included,
 led along them step by step with real drafts. Savings are exact counts: distinct experts per layer of a request's steps
 after its prompt, and of those that verify drafts alone. Every request has a list of its own (as when it is served
-alone), unless the scope says otherwise; then ``batch`` requests share one rank, and the step's experts count.
+alone), unless the scope says otherwise; then ``batch`` requests share one rank, and the step's experts count. With a
+list for each owner, experts are contiguous on ``ranks`` ranks, whose busiest one is counted too.
 `benchmarks/budget_time` has the time, `benchmarks/budget_traffic` the bytes between ranks.
 """
 
@@ -27,7 +28,9 @@ from ..cluster.config import EngineConfig
 from ..cluster.engine.ranks import LocalRanks, make_runner
 from ..demo import prompts
 from ..demo.records import Family, generate
+from ..router.budgeted_choice import LayerRanks
 from ..router.expert_budget import ExpertBudget
+from ..router.placement import contiguous
 from ..workers.runner import ModelRunner
 from .counted_ranks import CountedRanks, Counts
 from .decode import DEMO
@@ -64,6 +67,9 @@ OWN_LISTS = (
     "coverage=0.9",
 )
 SHARED_LISTS = ("experts=12,scope=source",)
+OF_OWNERS = f"{RECOMMENDED},scope=request_owner"
+"""The same where the experts are on several ranks."""
+NUM_OWNERS = 2
 QUICK_LISTS = (PAPER, RECOMMENDED, "coverage=0.9")
 MAX_LOSS = 0.01
 MAX_PERPLEXITY = 1.02
@@ -105,7 +111,7 @@ class Bench:
         self.tokenizer = ChatTokenizer(str(model))
         self.tasks = [self._task(family, SEED_OFFSET + seed, num_pairs) for family in TASKS]
         self._texts = self._make_texts(num_texts)
-        self._plain_scores = self._scores(None)
+        self._plain_scores = self._scores(None, 1)
 
     def _task(self, family: Family, seed: int, num_pairs: int) -> Task:
         records = list(islice(generate(family, "held_out", seed), num_pairs))
@@ -123,18 +129,25 @@ class Bench:
         answers = greedy_answers(with_drafts(self.config, 0, None), LocalRanks(self.runner), questions, MAX_TOKENS)
         return [Text(prompt, output) for prompt, output in zip(questions, answers.token_ids, strict=True)]
 
-    def _scores(self, budget: ExpertBudget | None) -> TextScores:
+    def _scores(self, budget: ExpertBudget | None, num_ranks: int) -> TextScores:
         config = with_drafts(self.config, DRAFT_LEN, budget)
-        return score_texts(config, LocalRanks(self.runner), self._texts)
+        return score_texts(config, self._ranks(num_ranks), self._texts)
 
-    def fidelity(self, budget: ExpertBudget) -> tuple[float, float]:
+    def _ranks(self, num_ranks: int) -> CountedRanks:
+        """Return the rank; it takes its experts to be on ``num_ranks`` of them, contiguous."""
+        model = self.runner.info.model
+        placement = contiguous(model.num_moe_layers, model.num_experts, num_ranks)
+        owners = [placement.owner_table(layer, 0)[:-1] for layer in range(model.num_moe_layers)]
+        return CountedRanks(self.runner, [LayerRanks(owner, num_ranks, 0) for owner in owners])
+
+    def fidelity(self, budget: ExpertBudget, num_ranks: int = 1) -> tuple[float, float]:
         """Return (next-token agreement, perplexity ratio) on the model's own answers."""
-        scores = self._scores(budget)
+        scores = self._scores(budget, num_ranks)
         return next_token_agreement(self._plain_scores, scores)[0], perplexity_ratio(self._plain_scores, scores)
 
-    def answer(self, task: Task, budget: ExpertBudget | None, batch: int = BATCH) -> Run:
-        """Answer a task's questions, ``batch`` at a time."""
-        ranks = CountedRanks(self.runner)
+    def answer(self, task: Task, budget: ExpertBudget | None, batch: int = BATCH, num_ranks: int = 1) -> Run:
+        """Answer a task's questions, ``batch`` at a time, as if experts were on ``num_ranks`` ranks."""
+        ranks = self._ranks(num_ranks)
         config = replace(with_drafts(self.config, DRAFT_LEN, budget), max_num_seqs=batch)
         answers = greedy_answers(config, ranks, task.prompts, MAX_TOKENS)
         texts = [self.tokenizer.decode(ids) for ids in answers.token_ids]
@@ -150,20 +163,21 @@ def measure(options: Options) -> Measurement:
         QUICK_TEXTS if options.quick else NUM_TEXTS,
     )
     rows: list[Row] = []
-    settings = [(text, 1) for text in (QUICK_LISTS if options.quick else OWN_LISTS)]
-    settings += [(text, SHARING) for text in (() if options.quick else SHARED_LISTS)]
+    settings = [(text, 1, 1) for text in (QUICK_LISTS if options.quick else OWN_LISTS)]
+    settings += [(OF_OWNERS, 1, NUM_OWNERS)]
+    settings += [(text, SHARING, 1) for text in (() if options.quick else SHARED_LISTS)]
     plain = {
-        (task.family, batch): bench.answer(task, None, BATCH if batch == 1 else batch)
+        (task.family, batch, num_ranks): bench.answer(task, None, BATCH if batch == 1 else batch, num_ranks)
         for task in bench.tasks
-        for batch in sorted({batch for _, batch in settings})
+        for batch, num_ranks in sorted({(batch, num_ranks) for _, batch, num_ranks in settings})
     }
-    for text, batch in settings:
+    for text, batch, num_ranks in settings:
         budget = ExpertBudget.parse(text if "scope=" in text else f"{text},scope=request")
-        agreement, perplexity = bench.fidelity(budget) if batch == 1 else (None, None)
+        agreement, perplexity = bench.fidelity(budget, num_ranks) if batch == 1 else (None, None)
         for task in bench.tasks:
-            found = bench.answer(task, budget, BATCH if batch == 1 else batch)
-            row = _row(text, batch, task, plain[task.family, batch], found)
-            rows.append(row | {"agreement": agreement, "perplexity_ratio": perplexity})
+            found = bench.answer(task, budget, BATCH if batch == 1 else batch, num_ranks)
+            row = _row(text, batch, task, plain[task.family, batch, num_ranks], found)
+            rows.append(row | {"ranks": num_ranks, "agreement": agreement, "perplexity_ratio": perplexity})
             print(rows[-1], file=sys.stderr)
     return Measurement(rows, targets(rows), "float32", 1)
 
@@ -201,12 +215,14 @@ def _savings(plain: Counts, found: Counts, *, shared: bool) -> Row:
         "verified_experts": left,
         "plain_verified_experts": verified,
         "verified_saved": 1 - left / verified,
+        "busiest_saved": 1 - found.busiest_experts_per_layer / plain.busiest_experts_per_layer,
     }
 
 
 def targets(rows: Sequence[Row]) -> list[Target]:
-    """Compare the recommended budget with what a budget must do."""
+    """Compare the recommended budgets with what a budget must do."""
     mine = [row for row in rows if (row["budget"], row["batch"]) == (RECOMMENDED, 1)]
+    owners = [row for row in rows if row["budget"] == OF_OWNERS]
     return [
         Target("base exact match, worst task", min(_column(mine, "plain_exact_match")), 0.4),
         Target(
@@ -221,6 +237,15 @@ def targets(rows: Sequence[Row]) -> list[Target]:
         Target(
             f"{RECOMMENDED}: distinct experts saved, verifications, worst task",
             min(_column(mine, "verified_saved")),
+            REQUIRED_SAVING,
+        ),
+        Target(
+            f"{OF_OWNERS}: exact match lost, worst task", max(_column(owners, "points_lost")), at_most=100 * MAX_LOSS
+        ),
+        Target(f"{OF_OWNERS}: perplexity ratio", max(_column(owners, "perplexity_ratio")), at_most=MAX_PERPLEXITY),
+        Target(
+            f"{OF_OWNERS}: distinct experts saved, all steps, worst task",
+            min(_column(owners, "saved")),
             REQUIRED_SAVING,
         ),
     ]

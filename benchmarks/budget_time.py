@@ -33,7 +33,7 @@ from ..router.expert_budget import SCOPES, ExpertBudget
 from ..workers.plan import RankPlan, StepPlan
 from ..workers.runner import ModelRunner
 from ..workers.sampling_params import SamplingParams
-from .budget import RECOMMENDED, SEED_OFFSET
+from .budget import OF_OWNERS, RECOMMENDED, SEED_OFFSET
 from .decode import DEMO
 from .harness import Measurement, Options, Row, Target, quantile, run
 from .inflated import inflated_runner
@@ -42,7 +42,8 @@ from .priced_ranks import PricedRanks
 from .recorded_ranks import Job
 from .step_times import StepTimes, plan_of
 
-BUDGET = f"{RECOMMENDED},scope=request"
+BUDGETS = {1: f"{RECOMMENDED},scope=request", 2: OF_OWNERS}
+"""By number of ranks."""
 TASKS: tuple[Family, ...] = ("math", "extraction")
 POLICIES = ("off", "fixed 3", "fixed 7", "cascade", "shadow")
 TOKENS = {"math": 48, "extraction": 64, "code": 8, "chat": 24}
@@ -103,7 +104,7 @@ def _small(num_ranks: int) -> EngineConfig:
 def _priced(work: dict[str, list[Job]]) -> list[Row]:
     rows: list[Row] = []
     times = StepTimes.load()
-    for num_ranks in (1, 2):
+    for num_ranks in BUDGETS:
         config = _small(num_ranks)
         ranks: Ranks = LocalRanks(make_runner(config, 0)) if num_ranks == 1 else ProcessRanks(config)
         try:
@@ -111,7 +112,7 @@ def _priced(work: dict[str, list[Job]]) -> list[Row]:
                 runs = {
                     (policy, budget): _serve_priced(config, ranks, times, wanted, policy, budget)
                     for policy in POLICIES
-                    for budget in (None, BUDGET, AUTO_BUDGET)
+                    for budget in (None, BUDGETS[num_ranks], AUTO_BUDGET)
                     if (policy != "off" or budget is None) and (policy == "shadow" or budget != AUTO_BUDGET)
                 }
                 rows += [_priced_row(family, num_ranks, *setting, runs) for setting in runs]
@@ -151,11 +152,11 @@ def _priced_row(
 def _cpu(config: EngineConfig, runner: ModelRunner, family: str, wanted: Sequence[Job], seed: int) -> Row:
     engines = {
         budget: make_engine("fixed 7", replace(config, expert_budget=budget), LocalRanks(runner), time.thread_time)
-        for budget in (None, BUDGET)
+        for budget in (None, BUDGETS[1])
     }
     ratios = []
     for job in wanted:
-        plain, budgeted = serve(engines[None], [job], 1), serve(engines[BUDGET], [job], 1)
+        plain, budgeted = serve(engines[None], [job], 1), serve(engines[BUDGETS[1]], [job], 1)
         ratios.append(budgeted.tokens_per_s / plain.tokens_per_s)
     rng = random.Random(seed)
     means = [statistics.fmean(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES)]
@@ -164,7 +165,7 @@ def _cpu(config: EngineConfig, runner: ModelRunner, family: str, wanted: Sequenc
         "family": family,
         "ranks": 1,
         "policy": "fixed 7",
-        "budget": BUDGET,
+        "budget": BUDGETS[1],
         "over_no_budget": statistics.fmean(ratios),
         "low_95": quantile(means, 0.025),
         "high_95": quantile(means, 0.975),
@@ -236,7 +237,8 @@ def targets(rows: Sequence[Row]) -> list[Target]:
     fixed = [
         float(row["over_no_budget"])  # type: ignore[arg-type]
         for row in rows
-        if (row["part"], row.get("policy"), row.get("budget")) == ("priced", "fixed 7", BUDGET)
+        if (row["part"], row.get("policy")) == ("priced", "fixed 7")
+        and row["budget"] in BUDGETS.values()
         and row["family"] in TASKS
     ]
     cpu = [float(row["over_no_budget"]) for row in rows if row["part"] == "cpu"]  # type: ignore[arg-type]

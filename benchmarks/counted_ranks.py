@@ -40,6 +40,8 @@ class StepCounts:
     num_tokens: int
     experts: list[int]
     """Per layer, the distinct experts of its rows."""
+    busiest_experts: int
+    """Those of each layer's busiest rank, summed over layers."""
     visits: int
     """Other ranks visited, summed over its rows and all layers."""
 
@@ -61,6 +63,11 @@ class Counts:
     def experts_per_layer(self) -> float:
         """Mean distinct experts of a layer and step."""
         return sum(sum(step.experts) / len(step.experts) for step in self.steps) / len(self.steps)
+
+    @property
+    def busiest_experts_per_layer(self) -> float:
+        """Mean distinct experts that the busiest rank of a layer and step computes."""
+        return sum(step.busiest_experts / len(step.experts) for step in self.steps) / len(self.steps)
 
     @property
     def shared_experts_per_layer(self) -> float:
@@ -121,7 +128,12 @@ class CountedRanks(LocalRanks):
                 own = ids[:, start:stop].flatten(1)
                 seen = torch.zeros(len(own), self._num_experts + 1, dtype=torch.bool).scatter_(1, own, value=True)
                 experts = seen[:, : self._num_experts].sum(dim=1).tolist()
-                self.counts.steps.append(StepCounts(stop - start, len(tokens), experts, int(visits[start:stop].sum())))
+                busiest = sum(
+                    int(layer.owner[own].bincount().max())
+                    for layer, own in zip(self._layers, seen[:, : self._num_experts], strict=True)
+                )
+                sent = int(visits[start:stop].sum())
+                self.counts.steps.append(StepCounts(stop - start, len(tokens), experts, busiest, sent))
             start = stop
 
     def _visits(self, ids: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ class PricedRanks:
         result = self._ranks.step(plan)
         model = self.infos[0].model
         rows = [max(1, sum(len(request.token_ids) for request in rank.requests)) for rank in plan.ranks]
-        experts = [sum(rank.counts.experts) / model.num_moe_layers for rank in result.ranks]
+        experts = [rank.counts.experts for rank in result.ranks]
         self.now_s += self._times.step_s(rows, experts, model.num_experts_per_tok)
         return result
 

@@ -228,8 +228,7 @@ class RecordedRanks:
             for rank, owned in enumerate(self._owned):
                 busy[rank][layer] = (wanted & owned).bit_count()
         num_rows = [sum(len(records) for records in own) for own in rows]
-        experts = [sum(counts) / layers for counts in busy]
-        step_s = self._times.step_s(num_rows, experts, self._computer.info.num_experts_per_tok)
+        step_s = self._times.step_s(num_rows, busy, self._computer.info.num_experts_per_tok)
         self.now_s += step_s
         self.steps.append((num_rows, busy))
         results = [self._result(rank_plan, rank, rows[rank], busy[rank]) for rank, rank_plan in enumerate(plan.ranks)]

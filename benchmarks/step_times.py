@@ -57,15 +57,15 @@ class StepTimes:
         share = min(max((num_rows - low) / (high - low), 0.0), 1.0) if high > low else 0.0
         return (1 - share) * self._at(low, experts) + share * self._at(high, experts)
 
-    def step_s(self, rows: Sequence[int], experts: Sequence[float], top_k: int) -> float:
+    def step_s(self, rows: Sequence[int], experts: Sequence[Sequence[int]], top_k: int) -> float:
         """Return the time of a step of all ranks in lock-step.
 
-        ``rows``: that each rank runs; ``experts``: distinct ones each computes, mean over layers. Every phase of a
-        layer ends when its slowest rank does, so the fullest rank's rows and the busiest rank's experts count. A rank
-        computes others' rows too, so it may read more experts than its own rows could choose: it is then priced as
-        if it had rows enough. The network costs nothing here.
+        ``rows``: that each rank runs; ``experts``: distinct ones each computes in each layer. Every phase of a layer
+        ends when its slowest rank does, so the fullest rank's rows and the experts of each layer's busiest rank count.
+        A rank computes others' rows too, so it may read more experts than its own rows could choose: it is then priced
+        as if it had rows enough. The network costs nothing here.
         """
-        most = max(experts)
+        most = statistics.fmean(map(max, zip(*experts, strict=True)))
         return self.seconds(max(max(rows), round(most / top_k)), most)
 
     def _at(self, num_rows: int, experts: float) -> float:

@@ -113,7 +113,7 @@ def _shortlist(
     if budget.coverage is not None:
         return covering(importance, loaded, budget.coverage, top_k)
     assert budget.experts is not None, "a budget without a number covers a share"
-    if budget.scope == "owner":
+    if budget.is_per_owner:
         return most_important_of_owners(importance, loaded, budget.experts, ranks.owner, ranks.num_ranks)
     return most_important(importance, loaded, budget.experts)
 

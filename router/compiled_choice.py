@@ -90,7 +90,7 @@ def _rules(budget: ExpertBudget) -> Budget:
     elif budget.coverage is not None:
         kept = "covering"
     else:
-        kept = "most_important_of_owners" if budget.scope == "owner" else "most_important"
+        kept = "most_important_of_owners" if budget.is_per_owner else "most_important"
     return Budget(
         score=SCORES.index(budget.score),
         list=LISTS.index(kept),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 SCORES = ("probabilities", "selected", "squared", "survival")
 RESTS = ("substitution", "truncation")
-SCOPES = ("request", "source", "owner", "global")
+SCOPES = ("request", "request_owner", "source", "owner", "global")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,9 @@ class ExpertBudget:
     """What becomes of a row's experts that are not kept: substitution (the row chooses again among those kept; its
     router's own rule weighs them) or truncation (they contribute nothing, the others keep their weights)."""
     scope: str = "source"
-    """Who shares a list of kept experts: the rows of a request, those of a rank (source), those of a rank with a list
-    for each owner (owner: loads stay even), or those of all ranks (global: one small all-reduce a layer)."""
+    """Who shares a list of kept experts: the rows of a request, those of a rank (source), or those of all ranks
+    (global: one small all-reduce a layer). Or a list for each rank that owns experts, so that loads stay even: the rows
+    of a request (request_owner), or those of a rank (owner)."""
     protect_first_row: bool = False
     """Leave a request's first row, whose token is sure to be used, to the model."""
     max_ranks_per_row: int | None = None
@@ -56,8 +57,8 @@ class ExpertBudget:
             raise ValueError(f"expert_budget: max_ranks_per_row {self.max_ranks_per_row} is not at least 1")
         if not 0 <= self.min_rank_share < 1:
             raise ValueError(f"expert_budget: min_rank_share {self.min_rank_share!r} is not in [0, 1)")
-        if self.coverage is not None and self.scope == "owner":
-            raise ValueError("expert_budget: coverage has no scope owner; choose experts, or another scope")
+        if self.coverage is not None and self.is_per_owner:
+            raise ValueError(f"expert_budget: coverage has no scope {self.scope}; choose experts, or another scope")
 
     @classmethod
     def parse(cls, text: str) -> ExpertBudget:
@@ -90,6 +91,16 @@ class ExpertBudget:
     def limits_experts(self) -> bool:
         """Whether it keeps some experts only."""
         return self.experts is not None or self.coverage is not None
+
+    @property
+    def is_per_request(self) -> bool:
+        """Whether the rows of a request have their lists to themselves."""
+        return self.scope in ("request", "request_owner")
+
+    @property
+    def is_per_owner(self) -> bool:
+        """Whether every rank keeps its part of the experts."""
+        return self.scope in ("request_owner", "owner")
 
     @property
     def keeps_some(self) -> bool:

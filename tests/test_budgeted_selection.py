@@ -127,13 +127,14 @@ def test_ties_send_no_row_to_more_ranks_than_allowed() -> None:
     assert int(limit(budget, routing, rows_of([True]), ranks).allowed[0, 1:].sum()) == 2
 
 
-def test_requests_with_lists_of_their_own_do_not_see_each_other() -> None:
+@pytest.mark.parametrize(("scope", "ranks"), [("request", ONE_RANK), ("request_owner", FOUR_RANKS)])
+def test_requests_with_lists_of_their_own_do_not_see_each_other(scope: str, ranks: LayerRanks) -> None:
     routing = softmax_routing()
-    budget = ExpertBudget(experts=3, scope="request")
-    together = limit(budget, routing, rows_of([True] * T, [0, 0, 0, 1, 1, 1]), ONE_RANK)
+    budget = ExpertBudget(experts=3, scope=scope)
+    together = limit(budget, routing, rows_of([True] * T, [0, 0, 0, 1, 1, 1]), ranks)
     for part in (slice(0, 3), slice(3, 6)):
         alone = Routing(*(tensor[part] for tensor in (routing.scores, routing.affinities, routing.values, routing.ids)))
-        expected = limit(budget, alone, rows_of([True] * 3), ONE_RANK)
+        expected = limit(budget, alone, rows_of([True] * 3), ranks)
         assert torch.equal(together.allowed[part], expected.allowed)
         assert torch.equal(together.kept[part], expected.kept)
 
@@ -148,10 +149,11 @@ def test_the_fewest_experts_that_cover_a_share_are_kept(coverage: float) -> None
     assert set(limits.allowed[0].nonzero()[:, 0].tolist()) == set(ranked[: max(number, K)])
 
 
+@pytest.mark.parametrize("scope", ["request_owner", "owner"])
 @pytest.mark.parametrize("num_experts", [4, 5, 6])
-def test_owners_keep_equal_parts(num_experts: int) -> None:
+def test_owners_keep_equal_parts(num_experts: int, scope: str) -> None:
     routing, rows = softmax_routing(12), rows_of([True] * 12)
-    limits = limit(ExpertBudget(experts=num_experts, scope="owner"), routing, rows, FOUR_RANKS)
+    limits = limit(ExpertBudget(experts=num_experts, scope=scope), routing, rows, FOUR_RANKS)
     worth = importance_by_hand("squared", routing, rows, 0)
     each = math.ceil(num_experts * 2 / E)
     expected = {

@@ -101,7 +101,7 @@ def test_time_is_that_of_the_price_list(bench: Bench, jobs: list[Job]) -> None:
     ranks = bench.ranks(1, jobs)
     run = serve(make_engine("off", CONFIG, ranks, ranks.clock), jobs[:1], 1)
     times = StepTimes.load()
-    prices = [times.step_s(rows, [sum(layers[0]) / len(layers[0])], 4) for rows, layers in ranks.steps]
+    prices = [times.step_s(rows, layers, 4) for rows, layers in ranks.steps]
     assert run.time_s == pytest.approx(sum(prices))
     assert len(prices) == run.num_steps == run.num_tokens
 
@@ -122,13 +122,17 @@ ROWS = [
 @pytest.mark.parametrize(
     ("rows", "experts", "ms"),
     [
-        ([1], [4], 10),
-        ([4], [8], 20),
-        ([4], [99], 28),
-        ([2], [4], 32 / 3),
-        ([1, 4], [3, 12], 28),
-        ([1, 1], [8, 4], 40 / 3),
+        ([1], [[4]], 10),
+        ([4], [[8]], 20),
+        ([4], [[99]], 28),
+        ([2], [[4]], 32 / 3),
+        ([1, 4], [[3], [12]], 28),
+        ([1, 1], [[8], [4]], 40 / 3),
+        ([1, 1], [[8, 4], [4, 8]], 40 / 3),
+        ([4], [[6, 10]], 20),
     ],
 )
-def test_prices_are_interpolated_and_the_slowest_rank_counts(rows: list[int], experts: list[float], ms: float) -> None:
+def test_prices_are_interpolated_and_each_layers_slowest_rank_counts(
+    rows: list[int], experts: list[list[int]], ms: float
+) -> None:
     assert 1e3 * StepTimes(ROWS).step_s(rows, experts, 4) == pytest.approx(ms)  # type: ignore[arg-type]
