@@ -43,8 +43,7 @@ def plan_of(step_id: int) -> StepPlan:
         )
         for key in range(NUM_REQUESTS)
     ]
-    bucket = NUM_REQUESTS * (DRAFT_LEN + 1)
-    return StepPlan(0, step_id, [RankPlan(0, step_id, bucket, requests=requests) for _ in range(NUM_RANKS)])
+    return StepPlan(0, step_id, [RankPlan(0, step_id, requests=requests) for _ in range(NUM_RANKS)])
 
 
 class EchoActor:

@@ -123,7 +123,7 @@ def plan_of(num_rows: int, step_id: int) -> RankPlan:
             )
         )
         first_block += num_blocks
-    return RankPlan(0, step_id, num_rows, requests=requests)
+    return RankPlan(0, step_id, requests=requests)
 
 
 def measure(options: Options) -> Measurement:

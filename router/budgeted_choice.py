@@ -63,7 +63,7 @@ def limit(
             both = torch.stack([importance, loaded.float()])
             reduce(both)
             importance, loaded = both[0], both[1] > 0
-        allowed = _shortlist(budget, importance, loaded, routing.ids.shape[1], ranks)[rows.groups]
+        allowed = _shortlist(budget, importance, loaded, routing.ids.shape[1], ranks, rows.num_experts)[rows.groups]
     else:
         allowed = torch.ones_like(routing.affinities, dtype=torch.bool)
     if budget.limits_ranks and ranks.num_ranks > 1:
@@ -108,14 +108,20 @@ def choose(
 
 
 def _shortlist(
-    budget: ExpertBudget, importance: torch.Tensor, loaded: torch.Tensor, top_k: int, ranks: LayerRanks
+    budget: ExpertBudget,
+    importance: torch.Tensor,
+    loaded: torch.Tensor,
+    top_k: int,
+    ranks: LayerRanks,
+    num_experts: torch.Tensor | None,
 ) -> torch.Tensor:
     if budget.coverage is not None:
         return covering(importance, loaded, budget.coverage, top_k)
     assert budget.experts is not None, "a budget without a number covers a share"
+    number = budget.experts if num_experts is None else num_experts
     if budget.is_per_owner:
-        return most_important_of_owners(importance, loaded, budget.experts, ranks.owner, ranks.num_ranks)
-    return most_important(importance, loaded, budget.experts)
+        return most_important_of_owners(importance, loaded, number, ranks.owner, ranks.num_ranks)
+    return most_important(importance, loaded, number)
 
 
 def _on_visited_ranks(budget: ExpertBudget, routing: Routing, allowed: torch.Tensor, ranks: LayerRanks) -> torch.Tensor:

@@ -79,8 +79,8 @@ class CompiledChoice:
 
 
 def compiled_choice(budget: ExpertBudget, rows: BudgetedRows, reduce: Reduce | None = None) -> CompiledChoice | None:
-    """Return it for rows on a CPU; None for others, and without a compiler."""
-    library = kernel() if rows.groups.is_cpu else None
+    """Return it for rows on a CPU whose budget the host knows; None for others, and without a compiler."""
+    library = kernel() if rows.groups.is_cpu and rows.num_experts is None else None
     return None if library is None else CompiledChoice(library, budget, rows, reduce)
 
 

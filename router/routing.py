@@ -47,6 +47,8 @@ class BudgetedRows:
     num_groups: int
     reach: torch.Tensor
     """[T] f32 in [0, 1]: probability that the row's token is used."""
+    num_experts: torch.Tensor | None = None
+    """[1] int64: how many experts the budget keeps, where a graph reads it on the device; None: its own number."""
     all_budgeted: bool = False
     """Whether the host knows that every row is, so that nothing needs to be done for others."""
 

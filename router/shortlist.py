@@ -3,6 +3,7 @@
 Of experts that are worth the same the one with the lowest id comes first.
 
 Shapes: G groups, E experts. ``importance`` [G, E] f32, none negative; ``loaded`` [G, E] bool. All return [G, E] bool.
+Numbers of experts may be on the device, [1] int64, where a graph is to read them.
 """
 
 from __future__ import annotations
@@ -12,13 +13,21 @@ import torch
 from .order import best_first
 
 
-def most_important(importance: torch.Tensor, loaded: torch.Tensor, num_experts: int) -> torch.Tensor:
+def most_important(importance: torch.Tensor, loaded: torch.Tensor, num_experts: int | torch.Tensor) -> torch.Tensor:
     """Keep the ``num_experts`` that are worth most, and what is loaded anyway: batch-mates take nobody's place."""
-    return loaded.scatter(1, best_first(importance)[:, :num_experts], value=True)
+    order = best_first(importance)
+    if isinstance(num_experts, torch.Tensor):
+        is_kept = (torch.arange(order.shape[1], device=order.device) < num_experts).expand_as(order)
+        return torch.zeros_like(loaded).scatter(1, order, is_kept) | loaded
+    return loaded.scatter(1, order[:, :num_experts], value=True)
 
 
 def most_important_of_owners(
-    importance: torch.Tensor, loaded: torch.Tensor, num_experts: int, owner: torch.Tensor, num_ranks: int
+    importance: torch.Tensor,
+    loaded: torch.Tensor,
+    num_experts: int | torch.Tensor,
+    owner: torch.Tensor,
+    num_ranks: int,
 ) -> torch.Tensor:
     """Keep on every rank its part of ``num_experts``, rounded up, and what is loaded anyway.
 

@@ -143,9 +143,7 @@ class Simulation:
         assert len(plan.ranks) == len(self.ranks)
         rows = [sum(len(part.token_ids) for part in rank.requests) for rank in plan.ranks]
         assert max(rows) <= self.max_rows
-        assert {(r.generation, r.step_id, r.row_bucket) for r in plan.ranks} == {
-            (self.generation, self.step_id, max(1, *rows))
-        }
+        assert {(r.generation, r.step_id, r.bucket) for r in plan.ranks} == {(self.generation, self.step_id, None)}
         for rank, part in enumerate(plan.ranks):
             assert len(self.scheduler.running[rank]) <= self.max_num_seqs
             decoding = [self.live[p.request_id].is_decoding for p in part.requests]

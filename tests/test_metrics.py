@@ -114,9 +114,9 @@ def test_counts_have_a_series_for_each_rank_and_for_each_layer() -> None:
     budget = ExpertBudget(experts=5)
     counters = Counters(2, 2)
     for _ in range(3):
-        plans = [RankPlan(0, 0, 3, budget=budget) for _ in ranks]
+        plans = [RankPlan(0, 0, budget=budget) for _ in ranks]
         counters.add_step(StepPlan(0, 0, plans), StepResult(ranks, 0.1), 0)
-    counters.add_step(StepPlan(0, 0, [RankPlan(0, 0, 3)] * 2), StepResult(ranks[1:] * 2, 0.1), 0)
+    counters.add_step(StepPlan(0, 0, [RankPlan(0, 0)] * 2), StepResult(ranks[1:] * 2, 0.1), 0)
     stats = counters.snapshot(Scheduler([], 1, 1), {}, EventLog().totals())
     samples = engine_samples({"one": stats})
     found = {
@@ -144,7 +144,7 @@ def test_counts_have_a_series_for_each_rank_and_for_each_layer() -> None:
         assert sum(place["wire_bytes"]) == stats.wire_bytes
         assert (sum(place["budgeted_rows"]), sum(place["weight_kept"])) == (stats.budgeted_rows, stats.kept_weight)
     assert samples[f'{PREFIX}expert_budget_steps_total{{budget="experts=5"}}'] == 3
-    counters.add_step(StepPlan(0, 0, [RankPlan(0, 0, 3)] * 2), StepResult(ranks, 0.1), 0)
+    counters.add_step(StepPlan(0, 0, [RankPlan(0, 0)] * 2), StepResult(ranks, 0.1), 0)
     assert stats.by_rank["rows"] == [18, 24], "a snapshot stays as it is"
 
 

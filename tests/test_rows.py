@@ -20,7 +20,7 @@ GREEDY = TokenSampling()
 
 
 def plan_of(*requests: RequestPlan) -> RankPlan:
-    return RankPlan(0, 0, max(1, sum(len(r.token_ids) for r in requests)), requests=list(requests))
+    return RankPlan(0, 0, requests=list(requests))
 
 
 @st.composite
@@ -161,7 +161,7 @@ def step(
     runner: ModelRunner, step_id: int, committed: int, tokens: list[int], parents: list[int], first: int
 ) -> list[int]:
     request = RequestPlan(0, committed, 0, blocks(committed + len(tokens)), tokens, parents, first, GREEDY)
-    return runner.step(RankPlan(0, step_id, len(tokens), requests=[request])).token_ids[0]
+    return runner.step(RankPlan(0, step_id, requests=[request])).token_ids[0]
 
 
 def chain(n: int) -> list[int]:
@@ -182,7 +182,7 @@ def test_a_tree_decides_at_every_node_as_the_plain_sequence_does(
     tokens = [greedy[0], other[1], greedy[1], 3, other[2], greedy[2], 7, greedy[3], other[4]]
     parents = [-1, 0, 0, 1, 2, 2, 4, 5, 7]
     request = RequestPlan(0, len(PROMPT), 0, blocks(len(PROMPT) + len(tokens)), tokens, parents, 0, GREEDY)
-    plan = RankPlan(0, 1, len(tokens), requests=[request])
+    plan = RankPlan(0, 1, requests=[request])
     with torch.inference_mode():
         runner._apply_tables(plan)
         logits = runner._forward(pack(plan, runner.cache.tables, BLOCK, runner.cache.scratch_slot))
@@ -230,6 +230,6 @@ def test_batch_mates_of_every_width_do_not_matter(
         )
         for key, prompt in enumerate(prompts)
     ]
-    result = runner.step(RankPlan(0, 0, sum(map(len, prompts)), requests=requests))
+    result = runner.step(RankPlan(0, 0, requests=requests))
     assert result.token_ids == [reference(directory, prompt, 1, ignore_eos=True) for prompt in prompts]
     assert result.counts.rows == [sum(map(len, prompts))] * 2

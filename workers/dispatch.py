@@ -32,8 +32,8 @@ class Received:
     """[R] pairs sent to each rank."""
     received_counts: list[int]
     """[R] rows received from each rank."""
-    rows_sent: int
-    """Pairs sent to other ranks."""
+    rows_sent: int | torch.Tensor
+    """Pairs sent to other ranks; [] on the device where the host is not to know."""
     wire_bytes: int
     """All bytes this rank sends to others for this dispatch and its combine."""
 
@@ -63,7 +63,7 @@ class LocalDispatcher:
 
     def dispatch(self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
         """Return the rows themselves."""
-        return Received(hidden, expert_ids, weights, torch.empty(0, dtype=torch.int64), [0], [0], 0, 0)
+        return Received(hidden, expert_ids, weights, expert_ids.new_empty(0), [0], [0], 0, 0)
 
     def combine(self, partial: torch.Tensor, received: Received, num_rows: int) -> torch.Tensor:
         """Return the sums themselves."""

@@ -25,6 +25,7 @@ class ExpertParallel:
         self.num_experts = num_experts
         self.dispatcher = dispatcher
         self.valid: torch.Tensor | None = None
+        self.num_valid = 0
         self.selections: Sequence[BudgetedSelection] = ()
         self.num_layers = len(expert_modules)
         for layer, module in enumerate(expert_modules):
@@ -33,12 +34,15 @@ class ExpertParallel:
         self.shards = [ExpertShard(module) for module in expert_modules]
         self.begin(None)
 
-    def begin(self, valid: torch.Tensor | None, selections: Sequence[BudgetedSelection] = ()) -> None:
+    def begin(
+        self, valid: torch.Tensor | None, selections: Sequence[BudgetedSelection] = (), num_valid: int = 0
+    ) -> None:
         """Start a step.
 
-        ``valid`` [T] is False on padding rows; None when there are none. ``selections``: of each layer, under a budget.
+        ``valid`` [T] is False on padding rows; None when there are none. ``num_valid``: the others, if there are any.
+        ``selections``: of each layer, under a budget.
         """
-        self.valid, self.selections = valid, selections
+        self.valid, self.selections, self.num_valid = valid, selections, num_valid
         zeros = [0] * self.num_layers
         self.counts = LayerCounts(list(zeros), list(zeros), list(zeros), list(zeros), list(zeros))
 
@@ -53,7 +57,7 @@ class ExpertParallel:
             expert_ids = torch.where(self.valid[:, None], expert_ids, self.num_experts)
         received = self.dispatcher.dispatch(layer, hidden, expert_ids, weights)
         partial, num_active = self.shards[layer].run(received.hidden, received.expert_ids, received.weights)
-        counts.rows[layer] = hidden.shape[0] if self.valid is None else int(self.valid.sum())
+        counts.rows[layer] = hidden.shape[0] if self.valid is None else self.num_valid
         counts.experts[layer] = num_active
         counts.rows_sent[layer] = received.rows_sent
         counts.payload_bytes[layer] = received.rows_sent * self.dispatcher.payload_bytes_per_row

@@ -43,3 +43,5 @@ class RankInfo:
     num_kv_blocks: int
     kv_block_bytes: int
     load_s: float
+    replays_graphs: bool = False
+    """Whether steps are to be padded to buckets, so that it can replay them as graphs."""

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from ..router.expert_budget import ExpertBudget
 from .sampling_params import TokenSampling
 
-EAGER = "eager"
-
 
 @dataclass(frozen=True, slots=True)
 class TextUpdate:
@@ -62,15 +60,29 @@ class RequestPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sizes that a step is padded to: requests, rows of each, and context slots of each, whole blocks."""
+
+    num_requests: int
+    num_rows: int
+    num_slots: int
+
+    @property
+    def total_rows(self) -> int:
+        """All rows of a rank."""
+        return self.num_requests * self.num_rows
+
+
+@dataclass(frozen=True, slots=True)
 class RankPlan:
     """What one rank does in one step. All ranks get the same header, so they run the same collectives."""
 
     generation: int
     """Raised whenever steps are discarded; a rank drops its block tables and texts when it changes."""
     step_id: int
-    row_bucket: int
-    """Most rows any rank runs in this step; at least 1: an idle rank runs one padding row."""
-    mode: str = EAGER
+    bucket: Bucket | None = None
+    """What all ranks pad the step to, where they replay graphs; None for rows as they are. An idle rank runs one
+    padding row."""
     requests: list[RequestPlan] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     """Requests whose block tables and texts may be forgotten."""

@@ -110,7 +110,7 @@ def _is_chain(parents: Sequence[int]) -> bool:
     return all(parent == row - 1 for row, parent in enumerate(parents))
 
 
-def _own_visibility(parents: Sequence[int]) -> np.ndarray:
+def own_visibility(parents: Sequence[int]) -> np.ndarray:
     """Return [N, N] bool: the rows of the request that each row sees, itself and its ancestors."""
     n = len(parents)
     if _is_chain(parents):
@@ -202,7 +202,7 @@ def _group(
         key_positions[i, :committed] = np.arange(committed)
         key_positions[i, committed : committed + num_rows] = positions[i]
         visible[i, :num_rows, :committed] = True
-        visible[i, :num_rows, committed : committed + num_rows] = _own_visibility(request.parents)
+        visible[i, :num_rows, committed : committed + num_rows] = own_visibility(request.parents)
         # A padded query sees one slot: softmax over nothing is NaN
         visible[i, num_rows:, 0] = True
         slot_table[i, : len(slots[i])] = slots[i]

@@ -21,7 +21,8 @@ from ..router.topk import RouterSeam
 from . import attention
 from .adjustments import Texts, adjust
 from .architectures import UNSTEERABLE
-from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
+from .computed_step import ComputedStep
+from .dispatch import AllToAllDispatcher, CollectiveLog, Dispatcher, LocalDispatcher
 from .expert_parallel import ExpertParallel
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
@@ -30,11 +31,15 @@ from .logprobs import target_logprobs, token_logprobs
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
-from .plan import Logprobs, RankPlan, RankResult, RequestPlan
+from .plan import Bucket, Logprobs, RankPlan, RankResult, RequestPlan
 from .rows import PackedRows, pack
 from .sampler import accept, sample
 from .sampling_params import TokenSampling
+from .static_dispatch import StaticAllToAll
+from .static_rows import StaticRows
+from .static_step import StaticStep, StepShape
 from .step_budget import StepBudget
+from .step_graphs import StepGraphs
 
 
 class ModelRunner:
@@ -85,6 +90,9 @@ class ModelRunner:
         if self.device.type == "cpu" and self.activation_dtype == torch.float32:
             fuse_norms(self.model, kernel() if packed else None)
         self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
+        self.static_dispatcher: Dispatcher = self.experts.dispatcher
+        """What steps that are padded to a bucket dispatch over."""
+        self.graphs = StepGraphs(self._static_step, self.device)
         steerable = config.model_type not in UNSTEERABLE
         self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
         owners = [self.placement.owner_table(layer, rank) for layer in range(self.placement.num_layers)]
@@ -140,23 +148,21 @@ class ModelRunner:
         """Dispatch over ``group`` (the default group when None) from the next step on."""
         assert self.num_ranks > 1, "one rank needs no process group"
         hidden_bytes = self.hidden_size * self.activation_dtype.itemsize
-        self.experts.dispatcher = AllToAllDispatcher(
-            self.placement, self.rank, group, self.log, self.device, hidden_bytes, self.top_k
-        )
+        shared = self.placement, self.rank, group, self.log, self.device, hidden_bytes, self.top_k
+        self.experts.dispatcher, self.static_dispatcher = AllToAllDispatcher(*shared), StaticAllToAll(*shared)
+        self.graphs.clear()
 
     @torch.inference_mode()
     def step(self, plan: RankPlan) -> RankResult:
         """Run one step; the result is only true once every rank has answered it."""
         started = time.thread_time()
         self._apply_tables(plan)
-        rows = pack(plan, self.cache.tables, self.cache.block_size, self.cache.scratch_slot)
-        self.log.reset()
-        budget = StepBudget(plan, rows.valid, self.layers, self.experts.dispatcher.sum_scores)
-        logits = self._forward(rows, budget.selections)
-        num_sampled = len(rows.sampled_rows)
-        samplings = [request.sampling for request in plan.requests for _ in range(request.num_sampled_rows)]
-        positions = (rows.positions[rows.sampled_rows] + 1).tolist()
-        sampled = sample(adjust(logits[:num_sampled], plan.requests, positions, self.texts), samplings, positions)
+        computed = self._launched(plan) if plan.bucket is None else self._replayed(plan, plan.bucket)
+        num_sampled, logits, sampled = len(computed.positions), computed.logits, computed.tokens
+        if sampled is None:
+            samplings = [request.sampling for request in plan.requests for _ in range(request.num_sampled_rows)]
+            adjusted = adjust(logits[:num_sampled], plan.requests, computed.positions, self.texts)
+            sampled = sample(adjusted, samplings, computed.positions)
         token_ids, start = [], 0
         logprobs: dict[int, Logprobs] = {}
         for request in plan.requests:
@@ -170,20 +176,43 @@ class ModelRunner:
                     logits[start:stop][emitted.to(self.device)], tokens, request.sampling.logprobs
                 )
             start = stop
-        kept_weights = budget.finish(self.experts.counts)
         return RankResult(
             generation=plan.generation,
             step_id=plan.step_id,
             rank=self.rank,
             token_ids=token_ids,
-            counts=self.experts.counts,
-            num_collectives=self.log.num_collectives,
-            collectives_crc=self.log.crc,
+            counts=computed.counts,
+            num_collectives=computed.num_collectives,
+            collectives_crc=computed.collectives_crc,
             logprobs=logprobs,
             prompt_logprobs=target_logprobs(plan.requests, logits[num_sampled:]),
-            kept_weights=kept_weights,
+            kept_weights=computed.kept_weights,
             thread_time_s=time.thread_time() - started,
         )
+
+    def _launched(self, plan: RankPlan) -> ComputedStep:
+        """Compute the plan's rows as they are, operation by operation."""
+        rows = pack(plan, self.cache.tables, self.cache.block_size, self.cache.scratch_slot)
+        self.log.reset()
+        budget = StepBudget(plan, rows.valid, self.layers, self.experts.dispatcher.sum_scores)
+        logits = self._forward(rows, budget.selections)
+        counts = self.experts.counts
+        positions = (rows.positions[rows.sampled_rows] + 1).tolist()
+        kept = budget.finish(counts)
+        return ComputedStep(None, logits, positions, counts, kept, self.log.num_collectives, self.log.crc)
+
+    def _replayed(self, plan: RankPlan, bucket: Bucket) -> ComputedStep:
+        """Compute the plan's rows padded to ``bucket``, as a graph where the device has any."""
+        launched, self.experts.dispatcher = self.experts.dispatcher, self.static_dispatcher
+        try:
+            answer, logits = self.graphs.step(StepShape.of(bucket, plan.budget), plan, self.cache.tables)
+        finally:
+            self.experts.dispatcher = launched
+        return answer.computed(plan, logits, self.static_dispatcher.payload_bytes_per_row)
+
+    def _static_step(self, shape: StepShape) -> StaticStep:
+        rows = StaticRows(shape.bucket, self.cache.block_size, self.cache.scratch_slot, self.device)
+        return StaticStep(shape, rows, self._forward, self.experts, self.layers, self.log)
 
     def _apply_tables(self, plan: RankPlan) -> None:
         self.texts.update(plan, new_generation=plan.generation != self.generation)
@@ -220,7 +249,7 @@ class ModelRunner:
         """Run one padding row by itself: learns KV shapes, and that every router passes the seam once."""
         for router in self.routers:
             router.audit = True
-        plan = RankPlan(generation=-1, step_id=-1, row_bucket=1)
+        plan = RankPlan(generation=-1, step_id=-1)
         try:
             self._forward(pack(plan, {}, self.cache.block_size, 0))
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
@@ -263,7 +292,7 @@ class ModelRunner:
             )
             for rank in range(self.num_ranks)
         ]
-        plan = RankPlan(generation=-1, step_id=-1, row_bucket=max_rows * self.num_ranks, requests=requests)
+        plan = RankPlan(generation=-1, step_id=-1, requests=requests)
         blocks = np.arange(-(-max_rows // self.cache.block_size))
         rows = pack(plan, dict.fromkeys(range(self.num_ranks), blocks), self.cache.block_size, 0)
         self._forward(replace(rows, valid=torch.zeros(len(rows.token_ids), dtype=torch.bool)))

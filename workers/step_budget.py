@@ -65,17 +65,22 @@ class StepBudget:
         limits = [selection.limits for selection in self.selections]
         assert None not in limits, "every layer has run"
         kept = torch.stack([found.kept for found in limits if found is not None]).tolist()  # [L][T]: one transfer
-        weights: dict[int, KeptWeight] = {}
-        start = 0
-        counts.budgeted_rows[:], counts.weight_kept[:] = [0] * len(kept), [0.0] * len(kept)
-        for request in self._plan.requests:
-            stop = start + len(request.token_ids)
-            first = stop if request.first_budgeted_row is None else start + request.first_budgeted_row
-            if first < stop:
-                totals = [sum(layer[first:stop]) for layer in kept]
-                weights[request.request_id] = KeptWeight(stop - first, sum(totals) / (len(kept) * (stop - first)))
-                for layer, total in enumerate(totals):
-                    counts.budgeted_rows[layer] += stop - first
-                    counts.weight_kept[layer] += total
-            start = stop
-        return weights
+        return kept_weights(self._plan, kept, counts)
+
+
+def kept_weights(plan: RankPlan, kept: Sequence[Sequence[float]], counts: LayerCounts) -> dict[int, KeptWeight]:
+    """Add to ``counts`` what a budget ``kept`` [L][T] of the plan's rows, in packed order; return it by request."""
+    weights: dict[int, KeptWeight] = {}
+    start = 0
+    counts.budgeted_rows[:], counts.weight_kept[:] = [0] * len(kept), [0.0] * len(kept)
+    for request in plan.requests:
+        stop = start + len(request.token_ids)
+        first = stop if request.first_budgeted_row is None else start + request.first_budgeted_row
+        if first < stop:
+            totals = [sum(layer[first:stop]) for layer in kept]
+            weights[request.request_id] = KeptWeight(stop - first, sum(totals) / (len(kept) * (stop - first)))
+            for layer, total in enumerate(totals):
+                counts.budgeted_rows[layer] += stop - first
+                counts.weight_kept[layer] += total
+        start = stop
+    return weights

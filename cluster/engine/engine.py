@@ -85,7 +85,8 @@ class Engine:
         self.clock = clock
         self.events = EventLog() if events is None else events
         pools = [BlockPool(info.num_kv_blocks, config.block_size) for info in ranks.infos]
-        self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens)
+        pads_to = self.model.max_model_len if all(info.replays_graphs for info in ranks.infos) else 0
+        self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens, pads_to)
         self._requests: dict[str, Request] = {}
         self._by_key: dict[int, Request] = {}
         self._next_key = 0

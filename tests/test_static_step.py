@@ -1,0 +1,325 @@
+"""Steps padded to buckets: what a GPU replays as a graph, here run one operation after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from penstock.cluster.engine.engine import Engine
+from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
+from penstock.cluster.transport.process_ranks import ProcessRanks
+from penstock.router.budgeted_choice import LayerRanks
+from penstock.router.expert_budget import ExpertBudget
+from penstock.workers import runner as runners
+from penstock.workers.bucket import MAX_ROWS, bucket_of
+from penstock.workers.plan import Bucket, LayerCounts, RankPlan, RequestPlan
+from penstock.workers.runner import ModelRunner
+from penstock.workers.sampling_params import SamplingParams, TokenSampling
+from penstock.workers.static_rows import StaticRows
+from penstock.workers.static_step import StaticStep, StepShape
+
+from .tiny_engine import DRAFT_LENS, GREEDY, PROMPTS, FailingRanks, config_of, controller_of, generate
+
+BLOCK = 4
+SEEDED = TokenSampling(temperature=0.8, seed=(7 << 40) + 11, choice=2)
+DRAWN = SamplingParams(temperature=1.0, seed=5, max_tokens=20, ignore_eos=True)
+TREE = [-1, 0, 0, 1, 2]
+CONTEXT = {0: 21, 1: 8, 2: 30}
+"""Committed tokens of each request."""
+
+
+def runner_of(directory: Path) -> ModelRunner:
+    return ModelRunner(model=str(directory), block_size=BLOCK, max_model_len=64, kv_cache_bytes=1 << 20)
+
+
+def chain(num_rows: int) -> list[int]:
+    return list(range(-1, num_rows - 1))
+
+
+def request(key: int, parents: list[int], sampling: TokenSampling, **options: Any) -> RequestPlan:
+    tokens = [(11 * key + 5 * row + 3) % 90 for row in range(len(parents))]
+    return RequestPlan(key, CONTEXT[key], 12, [], tokens, parents, 0, sampling, **options)
+
+
+def blocks(key: int) -> list[int]:
+    """Twelve of sixteen, out of order."""
+    return [16 * key + (5 * place + 3) % 16 for place in range(12)]
+
+
+def prompts() -> RankPlan:
+    """Contexts of three requests."""
+    tokens = [[(13 * key + 7 * place + 2) % 90 for place in range(length)] for key, length in CONTEXT.items()]
+    requests = [
+        RequestPlan(key, 0, 0, blocks(key), text, chain(len(text)), len(text), TokenSampling())
+        for key, text in enumerate(tokens)
+    ]
+    return RankPlan(0, 0, requests=requests)
+
+
+STEPS = {
+    "plain": [request(0, [-1], TokenSampling()), request(1, [-1], SEEDED), request(2, [-1], TokenSampling())],
+    "one": [request(2, chain(4), SEEDED)],
+    "mixed": [request(0, chain(4), SEEDED), request(1, [-1], TokenSampling()), request(2, TREE, SEEDED)],
+    "filtered": [request(0, chain(3), replace(SEEDED, top_k=3)), request(1, chain(2), SEEDED)],
+}
+
+
+def padded(plan: RankPlan, runner: ModelRunner) -> RankPlan:
+    bucket = bucket_of([plan.requests], BLOCK, runner.max_model_len)
+    assert bucket is not None
+    return replace(plan, bucket=bucket)
+
+
+@pytest.fixture(scope="module")
+def runner_for(checkpoint: Callable[[str], Path]) -> Callable[[str], ModelRunner]:
+    made: dict[str, ModelRunner] = {}
+
+    def make(model_type: str) -> ModelRunner:
+        if model_type not in made:
+            made[model_type] = runner_of(checkpoint(model_type))
+        return made[model_type]
+
+    return make
+
+
+@pytest.mark.parametrize("budget", [None, "experts=4,scope=request", "experts=5,scope=source", "coverage=0.7"])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_a_padded_step_is_the_step(
+    runner_for: Callable[[str], ModelRunner], model_type: str, step: str, budget: str | None
+) -> None:
+    runner = runner_for(model_type)
+    runner.step(prompts())
+    parsed = None if budget is None else ExpertBudget.parse(budget)
+    first = None if budget is None else 0
+    requests = [replace(part, first_budgeted_row=first if len(part.token_ids) > 1 else None) for part in STEPS[step]]
+    acts = any(part.first_budgeted_row is not None for part in requests)
+    plan = RankPlan(0, 1, requests=requests, budget=parsed if acts else None)
+    padding = padded(plan, runner)
+    with torch.inference_mode():
+        launched, replayed = runner._launched(plan), runner._replayed(padding, padding.bucket)
+    torch.testing.assert_close(replayed.logits, launched.logits, rtol=1e-4, atol=1e-5)
+    assert replayed.positions == launched.positions
+    counts, expected = (exact_counts(found.counts) for found in (replayed, launched))
+    assert counts == expected
+    assert replayed.counts.weight_kept == pytest.approx(launched.counts.weight_kept, rel=1e-5)
+    assert replayed.kept_weights.keys() == launched.kept_weights.keys()
+    assert (replayed.tokens is None) == (step == "filtered")
+    # Last, since they move an accepted path's KV
+    assert runner.step(padding).token_ids == runner.step(plan).token_ids
+
+
+def exact_counts(counts: LayerCounts) -> list[list[int]]:
+    return [counts.rows, counts.experts, counts.rows_sent, counts.payload_bytes, counts.budgeted_rows]
+
+
+def test_a_number_of_experts_is_an_input_of_the_same_operations(runner_for: Callable[[str], ModelRunner]) -> None:
+    runner = runner_for("qwen3_moe")
+    runner.step(prompts())
+    runner.graphs.clear()
+    requests = [replace(part, first_budgeted_row=0) for part in STEPS["mixed"]]
+    read = {}
+    for number in (8, 2, 5, 2, 8):
+        plan = RankPlan(0, 1, requests=requests, budget=ExpertBudget(experts=number))
+        bucket = padded(plan, runner).bucket
+        with torch.inference_mode():
+            experts = runner._replayed(plan, bucket).counts.experts
+            assert experts == runner._launched(plan).counts.experts
+        assert read.setdefault(number, experts) == experts
+    assert len(runner.graphs._steps) == 1
+    assert sum(read[2]) < sum(read[5]) < sum(read[8])
+
+
+# --- nothing for the host to wait for --------------------------------------------------------------------------------
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Records operations; none may read or make a tensor on another device than the one that stands for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.device.type == "meta" for tensor in tensors), f"{func} is not on the device"
+        self.operations.append((str(func), [tuple(tensor.shape) for tensor in tensors]))
+        return result
+
+
+@pytest.fixture
+def blind_runner(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> ModelRunner:
+    """A runner whose tensors have shapes and no numbers: whoever asks for one gets an error, as a captured graph does.
+
+    Experts are those of a device: a kernel that counts there, here by its shapes.
+    """
+    monkeypatch.setattr(runners, "fuse_norms", lambda *given: None)  # a CPU's
+    runner = runner_of(checkpoint(request.param))
+    for module in runner.model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                tensors[name] = None if tensor is None else tensor.to("meta")  # type: ignore[assignment]
+    runner.cache._pools = {
+        layer: (keys.to("meta"), values.to("meta")) for layer, (keys, values) in runner.cache._pools.items()
+    }
+    runner.device = torch.device("meta")
+    runner.layers = [LayerRanks(layer.owner.to("meta"), layer.num_ranks, layer.home) for layer in runner.layers]
+    for shard in runner.experts.shards:
+        monkeypatch.setattr(shard, "run", lambda hidden, ids, weights: (hidden + weights.sum(1, True), ids.sum()))
+    return runner
+
+
+@pytest.mark.parametrize("budget", [None, "experts=4,scope=request", "coverage=0.7"])
+@pytest.mark.parametrize("blind_runner", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"], indirect=True)
+def test_the_host_learns_nothing_of_a_step_while_it_runs(blind_runner: ModelRunner, budget: str | None) -> None:
+    shape = StepShape.of(Bucket(4, 2, 32), None if budget is None else ExpertBudget.parse(budget))
+    rows = StaticRows(shape.bucket, BLOCK, blind_runner.cache.scratch_slot, torch.device("meta"))
+    step = StaticStep(shape, rows, blind_runner._forward, blind_runner.experts, blind_runner.layers, blind_runner.log)
+    with torch.inference_mode(), OnTheDevice() as seen:
+        step.run()
+    assert seen.operations
+    assert [part.shape for part in step._results] == [
+        (8 + 2 * blind_runner.info.model.num_moe_layers,),
+        (0 if budget is None else blind_runner.info.model.num_moe_layers, 8),
+    ]
+
+
+@pytest.mark.parametrize("blind_runner", ["qwen3_moe"], indirect=True)
+def test_a_step_that_asks_the_device_is_found(blind_runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = StepShape.of(Bucket(4, 2, 32), None)
+    rows = StaticRows(shape.bucket, BLOCK, blind_runner.cache.scratch_slot, torch.device("meta"))
+    step = StaticStep(shape, rows, blind_runner._forward, blind_runner.experts, blind_runner.layers, blind_runner.log)
+    for asks in (
+        lambda ids: int(ids.sum()),
+        lambda ids: ids.tolist(),
+        lambda ids: ids.cpu(),
+        lambda ids: ids.nonzero(),
+    ):
+        shard = blind_runner.experts.shards[0]
+        monkeypatch.setattr(shard, "run", lambda hidden, ids, weights, asks=asks: (hidden, asks(ids)))
+        with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), torch.inference_mode(), OnTheDevice():
+            step.run()
+
+
+# --- in an engine ----------------------------------------------------------------------------------------------------
+
+
+class Padded:
+    """Ranks that ask for padded steps."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.infos = [replace(info, replays_graphs=True) for info in ranks.infos]
+        self.step, self.recover, self.close = ranks.step, ranks.recover, ranks.close
+
+
+def outputs_of(
+    config: Any, ranks: Ranks, draft_len: int | str, params: SamplingParams
+) -> tuple[list[Any], FailingRanks]:
+    watched = FailingRanks(ranks, lambda call: False)
+    return generate(Engine(config, watched, controller=controller_of(draft_len)), PROMPTS, params), watched
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("draft_len", DRAFT_LENS)
+def test_an_engine_publishes_the_same_tokens(
+    checkpoint: Callable[[str], Path], draft_len: int | str, params: Any
+) -> None:
+    config = config_of(checkpoint("qwen3_moe"))
+    ranks = LocalRanks(make_runner(config, 0))
+    expected, plain = outputs_of(config, ranks, draft_len, params)
+    found, watched = outputs_of(config, Padded(ranks), draft_len, params)
+    assert found == expected
+    assert not any(rank.bucket for plan in plain.plans for rank in plan.ranks)
+    assert sum(rank.bucket is not None for plan in watched.plans for rank in plan.ranks) > 10
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("budget", [None, "experts=4,scope=global"])
+def test_ranks_exchange_room_for_all_rows(checkpoint: Callable[[str], Path], budget: str | None) -> None:
+    config = replace(config_of(checkpoint("qwen3_moe"), 2), expert_budget=budget)
+    ranks = ProcessRanks(config)
+    try:
+        expected, plain = outputs_of(config, ranks, 3, GREEDY)
+        found, watched = outputs_of(config, Padded(ranks), 3, GREEDY)
+    finally:
+        ranks.close()
+    assert found == expected
+    pairs = [
+        (padded_rank, rank)
+        for padded_step, step in zip(watched.results, plain.results, strict=True)
+        for padded_rank, rank in zip(padded_step.ranks, step.ranks, strict=True)
+    ]
+    assert [exact_counts(found.counts) for found, _ in pairs] == [exact_counts(wanted.counts) for _, wanted in pairs]
+    assert sum(sum(found.counts.rows_sent) for found, _ in pairs) > 0
+    # Room for all rows, and one collective a layer less
+    some = [pair for pair in pairs if pair[0].num_collectives != pair[1].num_collectives]
+    assert len(some) > 10
+    assert all(found.num_collectives < wanted.num_collectives for found, wanted in some)
+
+
+# --- buckets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([STEPS["plain"]], Bucket(4, 1, 64)),
+        ([STEPS["one"], []], Bucket(1, 4, 64)),
+        ([STEPS["mixed"], STEPS["one"]], Bucket(4, 8, 64)),
+        ([[]], Bucket(1, 1, 64)),
+        ([prompts().requests], None),
+        ([[request(0, chain(8), SEEDED)] * 9], None),
+        ([[request(0, chain(2), SEEDED, targets=[4])]], None),
+    ],
+)
+def test_the_smallest_bucket_that_holds_all_ranks(ranks: list[list[RequestPlan]], expected: Bucket | None) -> None:
+    assert bucket_of(ranks, BLOCK, 64) == expected
+
+
+def test_contexts_grow_by_doubling() -> None:
+    sizes = [bucket_of([[replace(request(0, [-1], SEEDED), committed_len=length)]], 16, 3000) for length in range(3000)]
+    slots = [bucket.num_slots for bucket in sizes if bucket is not None]
+    assert len(slots) == 3000
+    assert sorted(set(slots)) == [256, 512, 1024, 2048, 3008]
+    assert all(length + 1 <= size <= max(256, 2 * length) for length, size in enumerate(slots))
+    assert max(_full(num_rows).total_rows for num_rows in (1, 2, 4, 8)) == MAX_ROWS
+
+
+def _full(num_rows: int) -> Bucket:
+    most = MAX_ROWS // num_rows
+    bucket = bucket_of([[request(0, chain(num_rows), SEEDED)] * most], BLOCK, 64)
+    assert bucket is not None
+    return bucket
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_replayed_graph_keeps_to_a_changing_budget(checkpoint: Callable[[str], Path]) -> None:
+    runner = ModelRunner(
+        model=str(checkpoint("qwen3_moe")), device="cuda", block_size=BLOCK, max_model_len=64, kv_cache_bytes=1 << 20
+    )
+    assert runner.info.replays_graphs
+    runner.step(prompts())
+    requests = [replace(part, first_budgeted_row=0) for part in STEPS["mixed"]]
+    for number in (8, 2, 5, 2, 8):
+        plan = RankPlan(0, 1, requests=requests, budget=ExpertBudget(experts=number))
+        bucket = padded(plan, runner).bucket
+        with torch.inference_mode():
+            replayed, launched = runner._replayed(plan, bucket), runner._launched(plan)
+        torch.testing.assert_close(replayed.logits, launched.logits, rtol=1e-3, atol=1e-3)
+        assert replayed.counts.experts == launched.counts.experts
+        assert replayed.tokens is not None
+    assert len(runner.graphs._graphs) == 1

@@ -1,0 +1,28 @@
+"""What a rank's model made of a step, whichever way it ran: before drafts are accepted and the answer is sent.
+
+Shapes: S sampled rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .plan import KeptWeight, LayerCounts
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedStep:
+    """One rank's step."""
+
+    tokens: list[int] | None
+    """[S] the tokens chosen; None where the requests ask for more than temperature does."""
+    logits: torch.Tensor
+    """[S + scored rows, V] of the sampled rows in the plan's order, then of those whose targets are scored."""
+    positions: list[int]
+    """[S] absolute positions of the tokens chosen."""
+    counts: LayerCounts
+    kept_weights: dict[int, KeptWeight]
+    num_collectives: int
+    collectives_crc: int

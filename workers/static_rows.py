@@ -1,0 +1,154 @@
+"""The rows of a step as tensors whose shapes depend on a bucket alone, laid out on the device.
+
+A captured graph replays the same operations on the same addresses. So what changes from step to step is written into
+one buffer, and everything else (positions, KV slots, masks) is computed from it on the device, in the graph. Requests
+are padded to the bucket's, and their rows and contexts too: padding rows are not valid, so that they reach no expert
+and count nowhere, and write their KV to a scratch slot.
+
+Shapes: R requests of the bucket, N rows of each, T = R x N rows of the step, S context slots of each request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from ..router.routing import BudgetedRows
+from .plan import Bucket, RankPlan
+from .rows import AttentionGroup, PackedRows, depths, own_visibility
+
+_REAL = ("temperatures", "reach")
+
+
+class StaticRows:
+    """One bucket's inputs on ``device``: `fill` writes a step into them, `layout` derives the rest.
+
+    ``fill`` makes one copy to the device and waits for nothing; ``layout`` is what a graph captures.
+    """
+
+    def __init__(self, bucket: Bucket, block_size: int, scratch_slot: int, device: torch.device) -> None:
+        self.bucket, self._block_size, self._scratch_slot = bucket, block_size, scratch_slot
+        r, n = bucket.num_requests, bucket.num_rows
+        shapes: dict[str, tuple[int, ...]] = {
+            "token_ids": (r, n),
+            "depths": (r, n),
+            "parents": (r, n),
+            "own": (r, n, n),
+            "num_rows": (r,),
+            "committed": (r,),
+            "first_sampled": (r,),
+            "first_budgeted": (r,),
+            "tables": (r, bucket.num_slots // block_size),
+            "seeds": (r, 2),
+            "choices": (r,),
+            "temperatures": (r,),
+            "reach": (r, n),
+            "experts": (1,),
+        }
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        self._host = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros_like(self._host, device=device)
+        self._written: dict[str, np.ndarray] = {}
+        self.inputs: dict[str, torch.Tensor] = {}
+        """What a step is, by name, as `fill` wrote it; addresses never change."""
+        start = 0
+        for name, shape in shapes.items():
+            part = slice(start, start := start + sizes[name])
+            written, read = self._host[part].numpy().reshape(shape), self._device[part].view(shape)
+            is_real = name in _REAL
+            self._written[name] = written.view(np.float64) if is_real else written
+            self.inputs[name] = read.view(torch.float64) if is_real else read
+
+    def fill(self, plan: RankPlan, tables: Mapping[int, np.ndarray]) -> None:
+        """Write ``plan`` into the inputs; ``tables`` holds each request's KV blocks.
+
+        The step that was written before must have ended. The plan's requests fit the bucket.
+        """
+        assert len(plan.requests) <= self.bucket.num_requests, "the plan names a bucket that holds it"
+        self._host.zero_()
+        to = self._written
+        to["own"][:] = np.eye(self.bucket.num_rows, dtype=np.int64)  # padding sees itself: softmax over nothing is NaN
+        to["depths"][:] = 1
+        to["first_budgeted"][:] = self.bucket.num_rows
+        for r, request in enumerate(plan.requests):
+            n, table = len(request.token_ids), tables[request.request_id]
+            to["token_ids"][r, :n] = request.token_ids
+            to["depths"][r, :n] = depths(request.parents)
+            to["parents"][r, :n] = request.parents
+            to["own"][r, :n, :n] = own_visibility(request.parents)
+            to["num_rows"][r], to["committed"][r] = n, request.committed_len
+            to["first_sampled"][r] = request.first_sampled_row
+            num_blocks = -(-(request.committed_len + n) // self._block_size)
+            to["tables"][r, :num_blocks] = table[:num_blocks]
+            sampling = request.sampling
+            to["seeds"][r] = sampling.seed & 0xFFFFFFFF, sampling.seed >> 32
+            to["choices"][r], to["temperatures"][r] = sampling.choice, sampling.temperature
+            if request.first_budgeted_row is not None:
+                first = to["first_budgeted"][r] = request.first_budgeted_row
+                to["reach"][r, :first], to["reach"][r, first:n] = 1.0, request.reach or 1.0
+        if plan.budget is not None and plan.budget.experts is not None:
+            to["experts"][0] = plan.budget.experts
+        self._device.copy_(self._host, non_blocking=True)
+
+    def layout(self) -> PackedRows:
+        """Return the step's rows, computed on the device from `inputs`; request r has rows r x N to r x N + N - 1."""
+        bucket, inputs = self.bucket, self.inputs
+        r, n, s = bucket.num_requests, bucket.num_rows, bucket.num_slots
+        device = self._device.device
+        committed, own_rows = inputs["committed"][:, None], torch.arange(n, device=device)
+        valid = own_rows < inputs["num_rows"][:, None]  # [R, N]
+        positions = (committed + inputs["depths"] - 1).clamp_min(0)
+        write_slots = torch.where(valid, self._slots(committed + own_rows), self._scratch_slot)
+        slots = torch.arange(s, device=device).expand(r, s)
+        row_there = (slots - committed).clamp(0, n - 1)  # [R, S] row whose KV a slot holds, if it is not committed
+        is_committed, is_row = slots < committed, (slots >= committed) & (slots < committed + n)
+        sees_row = inputs["own"].gather(2, row_there[:, None].expand(r, n, s)).bool()
+        visible = is_committed[:, None] | (is_row[:, None] & sees_row)  # [R, N, S]
+        rows = torch.arange(r * n, device=device)
+        none = rows[:0]
+        group = AttentionGroup(
+            rows=rows.view(r, n),
+            scatter=none,
+            packed_rows=none,
+            num_slots=r * s,
+            query_positions=positions,
+            key_positions=torch.where(is_committed, slots, positions.gather(1, row_there)),
+            visible=visible[:, None],
+            is_whole=True,
+            sees_all=False,
+        )
+        return PackedRows(
+            token_ids=inputs["token_ids"].flatten(),
+            positions=positions.flatten(),
+            valid=valid.flatten(),
+            write_slots=write_slots.flatten(),
+            gather_slots=self._slots(slots).flatten(),
+            gather_span=None,
+            groups=[group],
+            sampled_rows=rows,
+            scored_rows=none,
+        )
+
+    def budgeted_rows(self, valid: torch.Tensor, *, per_request: bool) -> BudgetedRows:
+        """Return which rows keep to a budget; ``valid`` [T] is the layout's."""
+        bucket, inputs = self.bucket, self.inputs
+        requests = torch.arange(bucket.num_requests, device=valid.device)
+        own_rows = torch.arange(bucket.num_rows, device=valid.device)
+        groups = requests if per_request else torch.zeros_like(requests)
+        return BudgetedRows(
+            budgeted=(own_rows >= inputs["first_budgeted"][:, None]).flatten() & valid,
+            valid=valid,
+            groups=groups.repeat_interleave(bucket.num_rows, output_size=bucket.total_rows),
+            num_groups=bucket.num_requests if per_request else 1,
+            reach=inputs["reach"].float().flatten(),
+            num_experts=inputs["experts"],
+        )
+
+    def _slots(self, places: torch.Tensor) -> torch.Tensor:
+        """Return the KV slots [R, P] of ``places`` [R, P] in the requests' texts."""
+        last = self.inputs["tables"].shape[1] - 1
+        blocks = self.inputs["tables"].gather(1, (places // self._block_size).clamp_max(last))
+        return blocks * self._block_size + places % self._block_size

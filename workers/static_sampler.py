@@ -1,0 +1,55 @@
+"""Tokens of a step chosen on the device, with nothing for the host to wait for.
+
+The rule is `sampler`'s: argmax over ids v of (log p_i(v) + Gumbel(seed, choice, i, v)), greedy without noise, ties to
+the lowest id. Filters, bias and penalties are the host's business: a step that has any is sampled by `sampler`.
+
+Shapes: T rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..kernels.philox import gumbel_quads
+from .plan import RequestPlan
+from .sampler import GREEDY_BELOW
+
+
+def samples_plainly(requests: Sequence[RequestPlan]) -> bool:
+    """Return whether no row of these requests asks for more than its token, chosen by temperature alone."""
+    samplings = [request.sampling for request in requests]
+    return all(
+        sampling.adjustments is None
+        and sampling.logprobs is None
+        and (
+            sampling.temperature < GREEDY_BELOW or (sampling.top_k <= 0 and sampling.top_p >= 1 and not sampling.min_p)
+        )
+        for sampling in samplings
+    ) and not any(request.targets for request in requests)
+
+
+def choose_tokens(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    choices: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Return each row's token [T].
+
+    ``logits`` [T, V]; ``temperatures`` [T], below 1e-5 for greedy; ``seeds`` [T, 2]: low and high 32 bits; ``choices``
+    [T]; ``positions`` [T] of the tokens that are chosen.
+    """
+    num_rows, vocab_size = logits.shape
+    is_greedy = temperatures < GREEDY_BELOW
+    scores = logits.float() / torch.where(is_greedy, 1.0, temperatures).float()[:, None]
+    num_quads = -(-vocab_size // 4)
+    quads = torch.arange(num_quads, device=logits.device).repeat(num_rows)
+    keys = [key.repeat_interleave(num_quads, dim=0, output_size=len(quads)) for key in (seeds, choices, positions)]
+    noise = gumbel_quads(*keys, quads).view(num_rows, -1)[:, :vocab_size]
+    scores = torch.where(is_greedy[:, None], scores, scores + noise)
+    is_best = scores == scores.amax(dim=-1, keepdim=True)
+    ids = torch.arange(vocab_size, device=logits.device)
+    return torch.where(is_best, ids, vocab_size).amin(dim=-1)

@@ -1,0 +1,177 @@
+"""One bucket's step as a fixed sequence of operations on the device: what a CUDA graph captures and replays.
+
+Between the copy of its inputs and the event behind its answer the host does nothing: no shape, address or choice of
+operation depends on what the step is. Without a graph the same operations are launched one by one.
+
+Shapes: R requests of the bucket, N rows of each, T = R x N rows, L MoE layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ..router.budgeted_choice import LayerRanks
+from ..router.budgeted_selection import BudgetedSelection
+from ..router.expert_budget import ExpertBudget
+from .computed_step import ComputedStep
+from .dispatch import CollectiveLog
+from .expert_parallel import ExpertParallel
+from .plan import Bucket, LayerCounts, RankPlan
+from .rows import PackedRows, depths
+from .static_rows import StaticRows
+from .static_sampler import choose_tokens, samples_plainly
+from .step_budget import kept_weights
+
+Forward = Callable[[PackedRows, Sequence[BudgetedSelection]], torch.Tensor]
+"""From rows, and the selections of all layers under a budget, to logits [T, V]."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a sequence of operations is made for; steps of one shape share it."""
+
+    bucket: Bucket
+    budget: ExpertBudget | None
+    """Without its number of experts, which is an input."""
+
+    @classmethod
+    def of(cls, bucket: Bucket, budget: ExpertBudget | None) -> StepShape:
+        """Return the shape of a step."""
+        return cls(bucket, budget if budget is None or budget.experts is None else replace(budget, experts=1))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the host reads of a step that has ended."""
+
+    tokens: np.ndarray
+    """[R, N] the token that each row chooses, by temperature alone."""
+    experts: list[int]
+    """Per layer, as in `LayerCounts`."""
+    rows_sent: list[int]
+    wire_bytes: list[int]
+    kept: np.ndarray
+    """[L, R, N] share of the weight that a budget left to each row."""
+    num_collectives: int
+    collectives_crc: int
+
+    def computed(self, plan: RankPlan, logits: torch.Tensor, payload_bytes_per_row: int) -> ComputedStep:
+        """Return what became of the rows of ``plan``, without the padding; ``logits`` [T, V]."""
+        num_rows = [len(request.token_ids) for request in plan.requests]
+        sampled = [
+            (place, row)
+            for place, r in enumerate(plan.requests)
+            for row in range(r.first_sampled_row, len(r.token_ids))
+        ]
+        depth = [depths(request.parents) for request in plan.requests]
+        rows = [place * self.tokens.shape[1] + row for place, row in sampled]
+        counts = LayerCounts(
+            rows=[sum(num_rows)] * len(self.experts),
+            experts=self.experts,
+            rows_sent=self.rows_sent,
+            payload_bytes=[number * payload_bytes_per_row for number in self.rows_sent],
+            wire_bytes=list(self.wire_bytes),
+        )
+        kept = [self.kept[:, place, :number] for place, number in enumerate(num_rows)]
+        return ComputedStep(
+            tokens=[int(self.tokens[where]) for where in sampled] if samples_plainly(plan.requests) else None,
+            logits=logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)],
+            positions=[plan.requests[place].committed_len + depth[place][row] for place, row in sampled],
+            counts=counts,
+            kept_weights=kept_weights(plan, np.concatenate(kept, axis=1).tolist(), counts) if kept else {},
+            num_collectives=self.num_collectives,
+            collectives_crc=self.collectives_crc,
+        )
+
+
+class StaticStep:
+    """The step of one shape. `fill`, `run` and `answer` are one step."""
+
+    def __init__(
+        self,
+        shape: StepShape,
+        rows: StaticRows,
+        forward: Forward,
+        experts: ExpertParallel,
+        layers: Sequence[LayerRanks],
+        log: CollectiveLog,
+    ) -> None:
+        self.shape, self.rows = shape, rows
+        self._forward, self._experts, self._layers, self._log = forward, experts, layers, log
+        self.logits: torch.Tensor | None = None
+        """[T, V] of the latest run."""
+        self._results: Sequence[torch.Tensor] = ()
+        """[T + 2 L] int64: tokens, experts, rows sent; [L, T] f32: weight kept."""
+        self._copies: Sequence[torch.Tensor] = ()
+        """The same on the host."""
+        self._known: tuple[list[int], int, int] = ([], 0, 0)
+        """Wire bytes per layer, number and checksum of collectives: the same whenever it runs."""
+
+    def fill(self, plan: RankPlan, tables: Mapping[int, np.ndarray]) -> None:
+        """Write a step of this shape; the one before has been answered."""
+        self.rows.fill(plan, tables)
+
+    def run(self) -> None:
+        """Compute the step that `rows` hold; what a graph captures."""
+        self._log.reset()
+        layout = self.rows.layout()
+        assert layout.valid is not None
+        selections = self._selections(layout.valid)
+        self.logits = self._forward(layout, selections)
+        inputs, num_rows = self.rows.inputs, self.shape.bucket.num_rows
+        keys = [
+            inputs[name].repeat_interleave(num_rows, dim=0, output_size=self.shape.bucket.total_rows)
+            for name in ("temperatures", "seeds", "choices")
+        ]
+        tokens = choose_tokens(self.logits, *keys, layout.positions + 1)
+        counts = self._experts.counts
+        self._known = counts.wire_bytes, self._log.num_collectives, self._log.crc
+        numbers = [_on(tokens.device, number) for number in [*counts.experts, *counts.rows_sent]]
+        kept = [selection.limits.kept for selection in selections if selection.limits is not None]
+        self._results = (
+            torch.cat([tokens, torch.stack(numbers)]),
+            torch.stack(kept) if kept else tokens.new_zeros(0, len(tokens), dtype=torch.float32),
+        )
+
+    def _selections(self, valid: torch.Tensor) -> list[BudgetedSelection]:
+        budget = self.shape.budget
+        if budget is None:
+            return []
+        rows = self.rows.budgeted_rows(valid, per_request=budget.is_per_request)
+        reduce = self._experts.dispatcher.sum_scores
+        return [BudgetedSelection(budget, rows, layer, reduce) for layer in self._layers]
+
+    def answer(self) -> Answer:
+        """Return what the latest run found; waits for the device."""
+        assert self._results, "it has run"
+        if not self._copies:
+            self._copies = [torch.empty_like(part, device="cpu", pin_memory=part.is_cuda) for part in self._results]
+        for copy, part in zip(self._copies, self._results, strict=True):
+            copy.copy_(part, non_blocking=True)
+        if self._results[0].is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            event.synchronize()
+        bucket = self.shape.bucket
+        numbers, kept = (copy.numpy() for copy in self._copies)
+        tokens, counts = np.split(numbers, [bucket.total_rows])
+        experts, rows_sent = np.split(counts, 2)
+        return Answer(
+            tokens.reshape(bucket.num_requests, bucket.num_rows),
+            experts.tolist(),
+            rows_sent.tolist(),
+            self._known[0],
+            kept.reshape(-1, bucket.num_requests, bucket.num_rows),
+            *self._known[1:],
+        )
+
+
+def _on(device: torch.device, number: int | torch.Tensor) -> torch.Tensor:
+    """Return ``number`` as [] int64; a graph cannot capture a copy from the host."""
+    if isinstance(number, torch.Tensor):
+        return number.long()
+    return torch.full((), number, dtype=torch.int64, device=device)

@@ -1,0 +1,69 @@
+"""Steps replayed as CUDA graphs: one graph for each shape, captured when the first step of that shape comes.
+
+All ranks are told the same shapes, so all capture in the same step, and run the same collectives while they do. Graphs
+hold the process group that they were captured with: another one takes new graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from .plan import RankPlan
+from .static_step import Answer, StaticStep, StepShape
+
+_WARM_UPS = 2
+"""Runs before a capture: libraries and compilers allocate and choose in their first ones."""
+
+
+class StepGraphs:
+    """The graphs of one rank. ``make`` builds the step of a shape.
+
+    On a CPU there is nothing to capture, and the same operations run one by one.
+    """
+
+    def __init__(self, make: Callable[[StepShape], StaticStep], device: torch.device) -> None:
+        self._make, self._device = make, device
+        self._steps: dict[StepShape, StaticStep] = {}
+        self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self._pool: tuple[int, int] | None = None
+
+    def clear(self) -> None:
+        """Forget all graphs; the next step of each shape is captured anew."""
+        self._steps.clear()
+        self._graphs.clear()
+        self._pool = None
+
+    def step(self, shape: StepShape, plan: RankPlan, tables: Mapping[int, np.ndarray]) -> tuple[Answer, torch.Tensor]:
+        """Run ``plan``; return its answer and the logits [T, V], which the next step of this shape overwrites."""
+        step = self._steps.get(shape)
+        if step is None:
+            step = self._steps[shape] = self._make(shape)
+        step.fill(plan, tables)
+        if self._device.type != "cuda":
+            step.run()
+        elif shape in self._graphs:
+            self._graphs[shape].replay()
+        else:
+            self._graphs[shape] = self._capture(step)
+            self._graphs[shape].replay()
+        answer = step.answer()
+        assert step.logits is not None
+        return answer, step.logits
+
+    def _capture(self, step: StaticStep) -> torch.cuda.CUDAGraph:
+        """Return the graph of ``step``. It runs a few times first, which a step survives: it writes the same again."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                step.run()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            step.run()
+        return graph
