@@ -114,7 +114,9 @@ def _shortlist(
         return covering(importance, loaded, budget.coverage, top_k)
     assert budget.experts is not None, "a budget without a number covers a share"
     if budget.is_per_owner:
-        return most_important_of_owners(importance, loaded, budget.experts, ranks.owner, ranks.num_ranks)
+        return most_important_of_owners(
+            importance, loaded, budget.experts, ranks.owner, ranks.num_ranks, budget.max_experts_per_rank
+        )
     return most_important(importance, loaded, budget.experts)
 
 
