@@ -33,7 +33,7 @@ from ..router.expert_budget import SCOPES, ExpertBudget
 from ..workers.plan import RankPlan, StepPlan
 from ..workers.runner import ModelRunner
 from ..workers.sampling_params import SamplingParams
-from .budget import OF_OWNERS, RECOMMENDED, SEED_OFFSET
+from .budget import EVEN, RECOMMENDED, SEED_OFFSET
 from .decode import DEMO
 from .harness import Measurement, Options, Row, Target, quantile, run
 from .inflated import inflated_runner
@@ -42,7 +42,7 @@ from .priced_ranks import PricedRanks
 from .recorded_ranks import Job
 from .step_times import StepTimes, plan_of
 
-BUDGETS = {1: f"{RECOMMENDED},scope=request", 2: OF_OWNERS}
+BUDGETS = {1: f"{RECOMMENDED},scope=request", 2: f"{EVEN},scope=request"}
 """By number of ranks."""
 TASKS: tuple[Family, ...] = ("math", "extraction")
 POLICIES = ("off", "fixed 3", "fixed 7", "cascade", "shadow")

@@ -90,6 +90,8 @@ class EngineConfig:
     """Bytes of the KV pool, per rank; when absent 256 MiB on a CPU, on a GPU what `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float = _bounded(0.9, low=0.01, high=1.0)
     """Share of each GPU's memory for weights, activations and KV together; without effect beside `kv_cache_bytes`."""
+    enforce_eager: bool = False
+    """Launch a GPU's operations one by one, instead of replaying small steps as CUDA graphs; no effect on a CPU."""
     speculation: str = _bounded("auto", of=("auto", "off", "fixed", "cascade", "shadow"))
     """How draft lengths are chosen: off, fixed (`draft_len` always), cascade (utility measured per request by trials)
     or shadow (expected gain against expected time, every step); auto is fixed where `draft_len` is given, else shadow.

@@ -70,7 +70,7 @@ TraceEngineFlags = _flags(
     EngineConfig,
     only=(
         *("tokenizer", "revision", "dtype", "device", "num_threads", "max_model_len", "max_num_seqs"),
-        *("max_num_batched_tokens", "block_size", "kv_cache_bytes", "gpu_memory_utilization"),
+        *("max_num_batched_tokens", "block_size", "kv_cache_bytes", "gpu_memory_utilization", "enforce_eager"),
     ),
     group="Engine",
 )

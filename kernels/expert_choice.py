@@ -26,7 +26,7 @@ LISTS = ("all", "covering", "most_important", "most_important_of_owners")
 
 
 class Budget(ctypes.Structure):
-    """The rules: ``score`` and ``list`` are places in `SCORES` and `LISTS`."""
+    """The rules: ``score`` and ``list`` are places in `SCORES` and `LISTS`; ``max_of_rank`` 0 is each rank's part."""
 
     _fields_ = (
         ("score", _INT),
@@ -36,6 +36,7 @@ class Budget(ctypes.Structure):
         ("limits_ranks", _INT),
         ("min_rank_share", _FLOAT),
         ("experts", _COUNT),
+        ("max_of_rank", _COUNT),
         ("max_ranks", _COUNT),
     )
 

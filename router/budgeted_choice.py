@@ -120,7 +120,9 @@ def _shortlist(
     assert budget.experts is not None, "a budget without a number covers a share"
     number = budget.experts if num_experts is None else num_experts
     if budget.is_per_owner:
-        return most_important_of_owners(importance, loaded, number, ranks.owner, ranks.num_ranks)
+        return most_important_of_owners(
+            importance, loaded, number, ranks.owner, ranks.num_ranks, budget.max_experts_per_rank
+        )
     return most_important(importance, loaded, number)
 
 

@@ -99,6 +99,7 @@ def _rules(budget: ExpertBudget) -> Budget:
         limits_ranks=budget.limits_ranks,
         min_rank_share=budget.min_rank_share,
         experts=budget.experts or 0,
+        max_of_rank=budget.max_experts_per_rank or 0,
         max_ranks=_EVERY_RANK if budget.max_ranks_per_row is None else budget.max_ranks_per_row,
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 SCORES = ("probabilities", "selected", "squared", "survival")
 RESTS = ("substitution", "truncation")
-SCOPES = ("request", "request_owner", "source", "owner", "global")
+SCOPES = ("request", "source", "owner", "global")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +33,10 @@ class ExpertBudget:
     """What becomes of a row's experts that are not kept: substitution (the row chooses again among those kept; its
     router's own rule weighs them) or truncation (they contribute nothing, the others keep their weights)."""
     scope: str = "source"
-    """Who shares a list of kept experts: the rows of a request, those of a rank (source), or those of all ranks
-    (global: one small all-reduce a layer). Or a list for each rank that owns experts, so that loads stay even: the rows
-    of a request (request_owner), or those of a rank (owner)."""
+    """Who shares a list of kept experts: the rows of a request, those of a rank (source), those of a rank with a list
+    for each owner (owner: loads stay even), or those of all ranks (global: one small all-reduce a layer)."""
+    max_experts_per_rank: int | None = None
+    """Most of the ``experts`` kept on any one rank, at least 1: a step waits for the rank that reads most."""
     protect_first_row: bool = False
     """Leave a request's first row, whose token is sure to be used, to the model."""
     max_ranks_per_row: int | None = None
@@ -57,8 +58,15 @@ class ExpertBudget:
             raise ValueError(f"expert_budget: max_ranks_per_row {self.max_ranks_per_row} is not at least 1")
         if not 0 <= self.min_rank_share < 1:
             raise ValueError(f"expert_budget: min_rank_share {self.min_rank_share!r} is not in [0, 1)")
-        if self.coverage is not None and self.is_per_owner:
-            raise ValueError(f"expert_budget: coverage has no scope {self.scope}; choose experts, or another scope")
+        if self.coverage is not None and self.scope == "owner":
+            raise ValueError("expert_budget: coverage has no scope owner; choose experts, or another scope")
+        if self.max_experts_per_rank is not None:
+            if self.max_experts_per_rank < 1:
+                raise ValueError(f"expert_budget: max_experts_per_rank {self.max_experts_per_rank} is not at least 1")
+            if self.experts is None or self.scope == "owner":
+                raise ValueError(
+                    "expert_budget: max_experts_per_rank limits experts, at another scope than owner, which has it even"
+                )
 
     @classmethod
     def parse(cls, text: str) -> ExpertBudget:
@@ -93,14 +101,9 @@ class ExpertBudget:
         return self.experts is not None or self.coverage is not None
 
     @property
-    def is_per_request(self) -> bool:
-        """Whether the rows of a request have their lists to themselves."""
-        return self.scope in ("request", "request_owner")
-
-    @property
     def is_per_owner(self) -> bool:
-        """Whether every rank keeps its part of the experts."""
-        return self.scope in ("request_owner", "owner")
+        """Whether what is kept depends on which rank holds an expert."""
+        return self.scope == "owner" or self.max_experts_per_rank is not None
 
     @property
     def keeps_some(self) -> bool:
@@ -110,7 +113,7 @@ class ExpertBudget:
     @property
     def allows_top_k(self) -> bool:
         """Whether every row gets as many experts as it would use without it, of those that it allows."""
-        return self.rest == "substitution" and not self.limits_ranks
+        return self.rest == "substitution" and not self.limits_ranks and self.max_experts_per_rank is None
 
     @property
     def limits_ranks(self) -> bool:
@@ -133,6 +136,7 @@ class ExpertBudget:
     def is_void(self, num_experts: int, num_ranks: int) -> bool:
         """Whether it can change nothing."""
         all_experts = not self.limits_experts or self.experts == num_experts or self.coverage == 1
+        all_experts &= self.max_experts_per_rank is None or self.max_experts_per_rank >= num_experts
         all_ranks = not self.min_rank_share and (self.max_ranks_per_row or num_ranks) >= num_ranks - 1
         return all_experts and (all_ranks or num_ranks == 1)
 
@@ -143,6 +147,7 @@ _READERS: dict[str, Callable[[str], object]] = {
     "score": str,
     "rest": str,
     "scope": str,
+    "max_experts_per_rank": int,
     "protect_first_row": {"true": True, "false": False}.__getitem__,
     "max_ranks_per_row": int,
     "min_rank_share": float,

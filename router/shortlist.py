@@ -28,18 +28,24 @@ def most_important_of_owners(
     num_experts: int | torch.Tensor,
     owner: torch.Tensor,
     num_ranks: int,
+    most_of_rank: int | None = None,
 ) -> torch.Tensor:
-    """Keep on every rank its part of ``num_experts``, rounded up, and what is loaded anyway.
+    """Keep the ``num_experts`` that are worth most with at most ``most_of_rank`` on a rank, and what is loaded anyway.
 
-    No rank then computes much more than others. ``owner`` [E]: the rank of each expert.
+    Without ``most_of_rank`` every rank keeps its part of ``num_experts``, rounded up. No rank then computes much more
+    than others. ``owner`` [E]: the rank of each expert.
     """
-    held = owner.new_zeros(num_ranks).index_add_(0, owner, torch.ones_like(owner))
-    limits = -(-num_experts * held // owner.shape[0])
     order = best_first(importance)
     owners = owner[order]  # [G, E] best first
     is_of = owners[:, :, None] == torch.arange(num_ranks, device=owner.device)
     place = is_of.cumsum(dim=1).gather(2, owners[:, :, None])[:, :, 0]  # 1 for the best of its owner
-    return torch.zeros_like(loaded).scatter(1, order, place <= limits[owners]) | loaded
+    if most_of_rank is None:
+        held = owner.new_zeros(num_ranks).index_add_(0, owner, torch.ones_like(owner))
+        fits = place <= (-(-num_experts * held // owner.shape[0]))[owners]
+    else:
+        fits = place <= most_of_rank
+        fits &= fits.cumsum(dim=1) <= num_experts
+    return torch.zeros_like(loaded).scatter(1, order, fits) | loaded
 
 
 def covering(importance: torch.Tensor, loaded: torch.Tensor, coverage: float, min_experts: int) -> torch.Tensor:

@@ -64,14 +64,14 @@ SHARED = replace(FINE, budget="experts=6")
 UNTRIED = replace(FINE, budget="experts=7,scope=request", kept_weight=None)
 SILENT = replace(FINE, budget="coverage=0.7,scope=request", num_tokens=0)
 OWNERS = replace(FINE, budget="experts=6,scope=owner", conditions=replace(CONDITIONS, num_ranks=2))
-OWNERS_OF_ONE = replace(OWNERS, budget="experts=5,scope=request_owner")
+EVEN = replace(OWNERS, budget="experts=5,scope=request,max_experts_per_rank=3")
 
 
 @pytest.fixture
 def model(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     shutil.copytree(checkpoint("qwen3_moe"), directory)
-    budgets = [FINE, WORSE, UNSURE, SHARED, UNTRIED, SILENT, OWNERS, OWNERS_OF_ONE]
+    budgets = [FINE, WORSE, UNSURE, SHARED, UNTRIED, SILENT, OWNERS, EVEN]
     found = BudgetProfile(model="model", fingerprint=model_fingerprint(directory), budgets=budgets)
     write_profile(found, directory / FILE_NAME)
     return directory
@@ -160,11 +160,9 @@ def test_a_calibrated_budget_is_served(model: Path, tmp_path: Path) -> None:
     assert check_budget_profile(config_of(model, budget_profile=str(tmp_path / "elsewhere.json"))).entries == (FINE,)
 
 
-def test_a_list_of_a_request_for_each_owner_serves_any_number_of_requests(model: Path) -> None:
-    config = config_of(model, expert_budget="experts=5,scope=request_owner", expert_parallel_size=2, max_num_seqs=64)
-    assert check_budget_profile(config).entries == (OWNERS_OF_ONE,)
-    alone = replace(config, expert_budget="experts=5,scope=owner", max_num_seqs=1)
-    assert check_budget_profile(alone).entries == (OWNERS_OF_ONE,), "its rank's only request"
+def test_a_requests_even_list_serves_any_number_of_requests(model: Path) -> None:
+    config = config_of(model, expert_budget=EVEN.budget, expert_parallel_size=2, max_num_seqs=64)
+    assert check_budget_profile(config).entries == (EVEN,)
 
 
 @pytest.mark.parametrize("budget", [None, "experts=8", "coverage=1", "max_ranks_per_row=1"])
@@ -217,7 +215,7 @@ def test_what_can_change_nothing_needs_no_profile(model: Path, budget: str | Non
         ),
         ({"expert_budget": "experts=6,scope=owner,score=selected"}, "expert_budget: .* is not in"),
         ({"expert_budget": "experts=6,scope=owner"}, "expert_parallel_size: 1 is not 2, the number of ranks"),
-        ({"expert_budget": "experts=5,scope=request_owner"}, "expert_parallel_size: 1 is not 2, the number of ranks"),
+        ({"expert_budget": EVEN.budget}, "expert_parallel_size: 1 is not 2, the number of ranks"),
     ],
 )
 def test_others_are_refused_with_what_to_do(model: Path, options: dict[str, Any], message: str) -> None:

@@ -119,11 +119,7 @@ def budgets(top_k: int) -> list[ExpertBudget]:
     """Every score, rest and scope, with every list and every limit on ranks that fits."""
     found = []
     for kept, limits, score, rest, scope in itertools.product(LISTS, RANK_LIMITS, SCORES, RESTS, SCOPES):
-        if (
-            ("coverage" in kept and scope in ("request_owner", "owner"))
-            or not (kept or limits)
-            or (not kept and score != "squared")
-        ):
+        if ("coverage" in kept and scope == "owner") or not (kept or limits) or (not kept and score != "squared"):
             continue
         number = {"experts": top_k + kept["experts"]} if "experts" in kept else kept
         found.append(ExpertBudget(**number, **limits, score=score, rest=rest, scope=scope))

@@ -42,12 +42,14 @@ def test_spaces_and_order_do_not_matter() -> None:
         ("coverage=nan", r"coverage nan is not in \(0, 1\]"),
         ("experts=8,score=best", "score 'best' is not one of probabilities, selected, squared, survival"),
         ("experts=8,rest=drop", "rest 'drop' is not one of substitution, truncation"),
-        ("experts=8,scope=node", "scope 'node' is not one of request, request_owner, source, owner, global"),
+        ("experts=8,scope=node", "scope 'node' is not one of request, source, owner, global"),
         ("max_ranks_per_row=0", "max_ranks_per_row 0 is not at least 1"),
         ("min_rank_share=1", r"min_rank_share 1.0 is not in \[0, 1\)"),
         ("experts=8,min_rank_share=-0.1", r"min_rank_share -0.1 is not in \[0, 1\)"),
         ("coverage=0.9,scope=owner", "coverage has no scope owner"),
-        ("coverage=0.9,scope=request_owner", "coverage has no scope request_owner"),
+        ("experts=8,max_experts_per_rank=0", "max_experts_per_rank 0 is not at least 1"),
+        ("coverage=0.9,max_experts_per_rank=4", "max_experts_per_rank limits experts"),
+        ("experts=8,scope=owner,max_experts_per_rank=4", "max_experts_per_rank limits experts, at another scope"),
     ],
 )
 def test_bad_input_names_the_field_and_the_range(text: str, message: str) -> None:

@@ -34,6 +34,11 @@ class ExpertParallel:
         self.shards = [ExpertShard(module) for module in expert_modules]
         self.begin(None)
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether no layer's experts ask the device for anything, so that a graph can capture a step."""
+        return all(shard.is_capturable for shard in self.shards)
+
     def begin(
         self, valid: torch.Tensor | None, selections: Sequence[BudgetedSelection] = (), num_valid: int = 0
     ) -> None:

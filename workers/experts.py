@@ -54,6 +54,11 @@ class ExpertShard:
             for name in names:
                 setattr(module, name, None)
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether `run` leaves the host out, its count being on the device."""
+        return False
+
     def run(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Return each row's weighted sum over its experts held here [N, H], and how many distinct experts ran.
 

@@ -45,7 +45,7 @@ from .step_graphs import StepGraphs
 class ModelRunner:
     """Loads a shard on construction; ``step`` is called from one thread, on all ranks in lock-step.
 
-    ``placement``: which ranks hold which experts, equal runs of them when None. Raises ``ValueError`` naming the field
+    ``placement``: which ranks hold which experts, equal runs of them when None. ``enforce_eager``: replay no graphs. Raises ``ValueError`` naming the field
     for a model that cannot be served or a pool too small for ``max_model_len``.
     """
 
@@ -63,6 +63,7 @@ class ModelRunner:
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
         max_num_batched_tokens: int = 512,
+        enforce_eager: bool = False,
         placement: Placement | None = None,
     ) -> None:
         started = time.perf_counter()
@@ -142,6 +143,7 @@ class ModelRunner:
             num_kv_blocks=self.cache.num_blocks,
             kv_block_bytes=self.cache.block_bytes,
             load_s=time.perf_counter() - started,
+            replays_graphs=self.experts.is_capturable and not enforce_eager,
         )
 
     def connect(self, group: dist.ProcessGroup | None) -> None:

@@ -21,7 +21,7 @@ def budgeted_rows(plan: RankPlan, valid: torch.Tensor | None, device: torch.devi
     budgeted: list[bool] = []
     groups: list[int] = []
     reach: list[float] = []
-    per_request = plan.budget is not None and plan.budget.is_per_request
+    per_request = plan.budget is not None and plan.budget.scope == "request"
     for number, request in enumerate(plan.requests):
         num_rows = len(request.token_ids)
         first = num_rows if request.first_budgeted_row is None else request.first_budgeted_row

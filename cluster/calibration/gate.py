@@ -159,10 +159,6 @@ def _profile(config: EngineConfig, directory: Path, what: str, command: str) -> 
     return profile
 
 
-_ALONE = {"source": "request", "owner": "request_owner"}
-"""Scopes that a rank's requests share a list in, and those that are the same for one request."""
-
-
 def _worst_fitting(profile: BudgetProfile, config: EngineConfig, budget: ExpertBudget) -> CalibratedBudget | str | None:
     """Return of the measurements that the server keeps to the one that lost most; a problem if there is none of these.
 
@@ -178,8 +174,8 @@ def _worst_fitting(profile: BudgetProfile, config: EngineConfig, budget: ExpertB
 
 def _entries(profile: BudgetProfile, config: EngineConfig, budget: ExpertBudget) -> Sequence[CalibratedBudget]:
     wanted = [budget]
-    if budget.scope in _ALONE and config.max_num_seqs == 1:  # a rank's only request has its list to itself
-        wanted.append(replace(budget, scope=_ALONE[budget.scope]))
+    if budget.scope == "source" and config.max_num_seqs == 1:  # a rank's only request has its list to itself
+        wanted.append(replace(budget, scope="request"))
     return [entry for entry in profile.budgets if entry.parsed in wanted]
 
 
@@ -206,7 +202,7 @@ def _problem(entry: CalibratedBudget, config: EngineConfig, budget: ExpertBudget
         )
     if ranks_matter and measured.placement_sha256 != placement_sha256(config):
         return f"placement: {config.placement} is not what {budget} was calibrated with"
-    has_shared_list = budget.limits_experts and not budget.is_per_request and entry.parsed == budget
+    has_shared_list = budget.limits_experts and budget.scope != "request" and entry.parsed == budget
     if has_shared_list and config.max_num_seqs > measured.max_num_seqs:
         return (
             f"max_num_seqs: {config.max_num_seqs} requests may share a list of experts, but {budget} was "

@@ -69,6 +69,7 @@ def make_runner(config: EngineConfig, rank: int, placement: Placement | None = N
         kv_cache_bytes=config.kv_cache_bytes,
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        enforce_eager=config.enforce_eager,
         placement=placement,
     )
 
