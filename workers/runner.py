@@ -45,8 +45,8 @@ from .step_graphs import StepGraphs
 class ModelRunner:
     """Loads a shard on construction; ``step`` is called from one thread, on all ranks in lock-step.
 
-    ``placement``: which ranks hold which experts, equal runs of them when None. ``enforce_eager``: replay no graphs. Raises ``ValueError`` naming the field
-    for a model that cannot be served or a pool too small for ``max_model_len``.
+    ``placement``: which ranks hold which experts, equal runs of them when None. ``enforce_eager``: replay no graphs.
+    Raises ``ValueError`` naming the field for a model that cannot be served or a pool too small for ``max_model_len``.
     """
 
     def __init__(

@@ -123,11 +123,11 @@ class StaticStep:
         selections = self._selections(layout.valid)
         self.logits = self._forward(layout, selections)
         inputs, num_rows = self.rows.inputs, self.shape.bucket.num_rows
-        keys = [
+        temperatures, seeds, choices = (
             inputs[name].repeat_interleave(num_rows, dim=0, output_size=self.shape.bucket.total_rows)
             for name in ("temperatures", "seeds", "choices")
-        ]
-        tokens = choose_tokens(self.logits, *keys, layout.positions + 1)
+        )
+        tokens = choose_tokens(self.logits, temperatures, seeds, choices, layout.positions + 1)
         counts = self._experts.counts
         self._known = counts.wire_bytes, self._log.num_collectives, self._log.crc
         numbers = [_on(tokens.device, number) for number in [*counts.experts, *counts.rows_sent]]
@@ -141,7 +141,7 @@ class StaticStep:
         budget = self.shape.budget
         if budget is None:
             return []
-        rows = self.rows.budgeted_rows(valid, per_request=budget.is_per_request)
+        rows = self.rows.budgeted_rows(valid, per_request=budget.scope == "request")
         reduce = self._experts.dispatcher.sum_scores
         return [BudgetedSelection(budget, rows, layer, reduce) for layer in self._layers]
 

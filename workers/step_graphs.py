@@ -7,6 +7,7 @@ hold the process group that they were captured with: another one takes new graph
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class StepGraphs:
         self._make, self._device = make, device
         self._steps: dict[StepShape, StaticStep] = {}
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def clear(self) -> None:
         """Forget all graphs; the next step of each shape is captured anew."""
