@@ -104,31 +104,53 @@ def _group_pairs(
 ):
     program = tl.program_id(0)
     if program < tl.num_programs(0) - 1:
-        pairs = program * PAIRS + tl.arange(0, PAIRS)
-        mine = tl.minimum(tl.load(expert_ids + pairs, mask=pairs < num_pairs, other=num_experts), num_experts)
-        places = tl.zeros([PAIRS], dtype=tl.int32)
-        for first in range(0, num_pairs, OTHERS):
-            others = first + tl.arange(0, OTHERS)
-            ids = tl.load(expert_ids + others, mask=others < num_pairs, other=num_experts)
-            ids = tl.minimum(ids, num_experts)[None, :]
-            is_before = (ids < mine[:, None]) | ((ids == mine[:, None]) & (others[None, :] < pairs[:, None]))
-            places += tl.sum((is_before & (others < num_pairs)[None, :]).to(tl.int32), axis=1)
-        tl.store(order + places, pairs, mask=pairs < num_pairs)
+        _place_pairs(expert_ids, order, program * PAIRS + tl.arange(0, PAIRS), num_pairs, num_experts, OTHERS)
     else:
-        sizes = tl.zeros([BINS], dtype=tl.int32)
-        for first in range(0, num_pairs, OTHERS):
-            others = first + tl.arange(0, OTHERS)
-            ids = tl.load(expert_ids + others, mask=others < num_pairs, other=num_experts)
-            sizes += tl.histogram(tl.minimum(ids, num_experts).to(tl.int32), BINS)
-        experts = tl.arange(0, BINS)
-        sizes = tl.where(experts < num_experts, sizes, 0)
-        tiles = (sizes + BLOCK_ROWS - 1) // BLOCK_ROWS
-        starts = tl.cumsum(sizes, axis=0) - sizes
-        places = tl.cumsum(tiles, axis=0) - tiles
-        for cut in range(0, tl.max(tiles, axis=0)):
-            is_tile = cut < tiles
-            tl.store(tile_expert + places + cut, experts, mask=is_tile)
-            tl.store(tile_start + places + cut, starts + cut * BLOCK_ROWS, mask=is_tile)
-            tl.store(tile_size + places + cut, tl.minimum(sizes - cut * BLOCK_ROWS, BLOCK_ROWS), mask=is_tile)
-        tl.store(counts, tl.sum(tiles, axis=0))
-        tl.store(counts + 1, tl.sum((sizes > 0).to(tl.int32), axis=0))
+        _cut_tiles(
+            expert_ids, tile_expert, tile_start, tile_size, counts, num_pairs, num_experts, BLOCK_ROWS, OTHERS, BINS
+        )
+
+
+@triton.jit
+def _place_pairs(expert_ids, order, pairs, num_pairs, num_experts, OTHERS: tl.constexpr):
+    mine = tl.minimum(tl.load(expert_ids + pairs, mask=pairs < num_pairs, other=num_experts), num_experts)
+    places = tl.zeros_like(pairs)
+    for first in range(0, num_pairs, OTHERS):
+        others = first + tl.arange(0, OTHERS)
+        ids = tl.load(expert_ids + others, mask=others < num_pairs, other=num_experts)
+        ids = tl.minimum(ids, num_experts)[None, :]
+        is_before = (ids < mine[:, None]) | ((ids == mine[:, None]) & (others[None, :] < pairs[:, None]))
+        places += tl.sum((is_before & (others < num_pairs)[None, :]).to(tl.int32), axis=1)
+    tl.store(order + places, pairs, mask=pairs < num_pairs)
+
+
+@triton.jit
+def _cut_tiles(
+    expert_ids,
+    tile_expert,
+    tile_start,
+    tile_size,
+    counts,
+    num_pairs,
+    num_experts,
+    BLOCK_ROWS: tl.constexpr,
+    OTHERS: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    sizes = tl.zeros([BINS], dtype=tl.int32)
+    for first in range(0, num_pairs, OTHERS):
+        others = first + tl.arange(0, OTHERS)
+        ids = tl.load(expert_ids + others, mask=others < num_pairs, other=num_experts)
+        sizes += tl.histogram(tl.minimum(ids, num_experts).to(tl.int32), BINS)
+    experts = tl.arange(0, BINS)
+    sizes = tl.where(experts < num_experts, sizes, 0)
+    tiles = (sizes + BLOCK_ROWS - 1) // BLOCK_ROWS
+    starts = tl.cumsum(sizes, axis=0) - sizes
+    places = tl.cumsum(tiles, axis=0) - tiles
+    for cut in range(0, tl.max(tiles, axis=0)):
+        is_tile = cut < tiles
+        tl.store(tile_expert + places + cut, experts, mask=is_tile)
+        tl.store(tile_start + places + cut, starts + cut * BLOCK_ROWS, mask=is_tile)
+        tl.store(tile_size + places + cut, tl.minimum(sizes - cut * BLOCK_ROWS, BLOCK_ROWS), mask=is_tile)
+    tl.store(counts, tl.sum(tiles, axis=0))
+    tl.store(counts + 1, tl.sum((sizes > 0).to(tl.int32), axis=0))

@@ -32,6 +32,10 @@ class Tiles:
     num_warps: int = 4
     num_stages: int = 4
 
+    def stages(self, num_rows: int) -> int:
+        """Return how many steps are under way for ``num_rows``: those take room too, and two programs must have it."""
+        return min(self.num_stages, 3) if num_rows > 32 else self.num_stages
+
 
 @dataclass(frozen=True, slots=True)
 class LayerTiles:
@@ -62,8 +66,9 @@ def layer_tiles(
         top_k * -(-hidden_size // 64) * splits < _ENOUGH_PROGRAMS and inner_size >= 8 * splits * down_step
     ):
         splits *= 2
-    stages = 3 if weight_bytes == 4 else 4
-    return LayerTiles(Tiles(64, up_step, 1, 4, stages), Tiles(64, down_step, splits, 4, stages))
+    # f32 is multiplied by common instructions, whose sums fill the registers of four warps
+    warps, stages = (8, 3) if weight_bytes == 4 else (4, 4 if weight_bytes == 2 else 6)
+    return LayerTiles(Tiles(64, up_step, 1, warps, stages), Tiles(64, down_step, splits, warps, stages))
 
 
 def block_rows(num_rows: int) -> int:

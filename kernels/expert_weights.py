@@ -28,7 +28,8 @@ class ExpertWeights:
     values: torch.Tensor
     """[E, O, I] in any strides; for mxfp4 uint8 [E, O, I / 2], the lower half of a byte first."""
     scales: torch.Tensor | None
-    """fp8: f32 [E, ceil(O / B), ceil(I / C)]; mxfp4: uint8 [E, O, G], powers of two whose exponent is off by 127."""
+    """fp8: f32 [E, ceil(O / B), ceil(I / C)]; mxfp4: uint8 [E, O, G], powers of two whose exponent is off by 127,
+    of scales in [2^-63, 2^63]."""
     biases: torch.Tensor | None
     """[E, O]"""
     format: int = PLAIN
@@ -115,6 +116,38 @@ def _product(tile, rows, sums):
 
 
 @triton.jit
+def _float8(bits):
+    """Return the f32 of float8_e4m3fn ``bits``: as the highest of a f32 they are the number over 2^120."""
+    return ((bits & 0x7F) << 20 | (bits & 0x80) << 24).to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
+def _float4(bits):
+    """Return the f32 of float4_e2m1 in the lowest ``bits``, over 2^126: exponent and mantissa as the highest of a f32."""
+    return ((bits & 7) << 22 | (bits & 8) << 28).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _fp4_tile(values, exponents, outputs, is_output, first, GROUPS: tl.constexpr, STEP: tl.constexpr):
+    """Return a tile of weights [N, S] in f32, over 2^63: what four bits lack in exponent is then within f32's range."""
+    groups = first // 32 + tl.arange(0, STEP // 32)
+    is_group = is_output[:, None] & (groups < GROUPS)[None, :]
+    places = outputs[:, None] * GROUPS + groups[None, :]
+    factors = (tl.load(exponents + places, mask=is_group, other=0).to(tl.int32) + 63) << 23
+    factors = factors.to(tl.float32, bitcast=True)[:, :, None]
+    parts = values + (places * 16)[:, :, None] + tl.arange(0, 16)[None, None, :]
+    pairs = tl.load(parts, mask=is_group[:, :, None], other=0, eviction_policy="evict_first").to(tl.int32)
+    both = tl.join(_float4(pairs) * factors, _float4(pairs >> 4) * factors)
+    return tl.reshape(both, [outputs.shape[0], STEP])
+
+
+@triton.jit
+def whole(sums, FORMAT: tl.constexpr):
+    """Return ``sums`` of all steps, in full."""
+    return sums * 9.223372036854775808e18 if FORMAT == 2 else sums
+
+
+@triton.jit
 def add_product(
     sums,
     rows,
@@ -131,37 +164,23 @@ def add_product(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """Add to ``sums`` [N, M] f32 the product of a tile of weights [N, S] and ``rows`` [S, M].
+    """Return ``sums`` [N, M] f32, which `whole` completes, and the product of a tile of weights [N, S] and ``rows`` [S, M].
 
-    ``values`` and ``scales`` point to one expert's; the tile holds ``outputs`` [N] and S inputs from ``first`` on. Rows
-    are zero where the weights have no more inputs, and what is read there is finite.
+    ``values`` and ``scales`` point to one expert's; the tile holds ``outputs`` [N] and S inputs from ``first`` on, zeros
+    where the weights have no more.
     """
     if FORMAT == 2:
-        groups = first // 32 + tl.arange(0, STEP // 32)
-        is_group = is_output[:, None] & (groups < NUM_INPUTS // 32)[None, :]
-        places = outputs[:, None] * (NUM_INPUTS // 32) + groups[None, :]
-        exponents = tl.load(scales + places, mask=is_group, other=0).to(tl.int32)
-        parts = values + (places * 16)[:, :, None] + tl.arange(0, 16)[None, None, :]
-        pairs = tl.load(parts, mask=is_group[:, :, None], other=0, eviction_policy="evict_first").to(tl.int32)
-        factors = (exponents << 23).to(tl.float32, bitcast=True)[:, :, None]
-        # As the highest bits of a f32, exponent and mantissa of four bits are the number over 2^126
-        low = ((pairs & 7) << 22 | (pairs & 8) << 28).to(tl.float32, bitcast=True) * 8.507059173023462e37 * factors
-        high = ((pairs & 0x70) << 18 | (pairs & 0x80) << 24).to(tl.float32, bitcast=True) * 8.507059173023462e37 * factors
-        tile = tl.reshape(tl.join(low, high), [outputs.shape[0], STEP])
-        return _product(tile, rows, sums)
-    inputs = first + tl.arange(0, STEP)
-    places = outputs[:, None] * stride_output + inputs[None, :] * stride_input
-    is_weight = is_output[:, None] & (inputs < NUM_INPUTS)[None, :]
-    stored = tl.load(values + places, mask=is_weight, other=0, eviction_policy="evict_first")
-    if FORMAT == 0:
-        return _product(stored, rows, sums)
-    bits = stored.to(tl.int32)
-    # As the highest bits of a f32, exponent and mantissa of eight bits are the number over 2^120
-    tile = ((bits & 0x7F) << 20 | (bits & 0x80) << 24).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    column = first // BLOCK_INPUTS
-    factors = tl.load(
-        scales + outputs // BLOCK_OUTPUTS * ((NUM_INPUTS + BLOCK_INPUTS - 1) // BLOCK_INPUTS) + column,
-        mask=is_output,
-        other=0.0,
-    )
-    return sums + _product(tile, rows, tl.zeros_like(sums)) * factors[:, None]
+        sums = _product(_fp4_tile(values, scales, outputs, is_output, first, NUM_INPUTS // 32, STEP), rows, sums)
+    else:
+        inputs = first + tl.arange(0, STEP)
+        places = outputs[:, None] * stride_output + inputs[None, :] * stride_input
+        is_weight = is_output[:, None] & (inputs < NUM_INPUTS)[None, :]
+        stored = tl.load(values + places, mask=is_weight, other=0, eviction_policy="evict_first")
+        if FORMAT == 1:
+            columns: tl.constexpr = (NUM_INPUTS + BLOCK_INPUTS - 1) // BLOCK_INPUTS
+            places = outputs // BLOCK_OUTPUTS * columns + first // BLOCK_INPUTS
+            factors = tl.load(scales + places, mask=is_output, other=0.0)
+            sums += _product(_float8(stored.to(tl.int32)), rows, tl.zeros_like(sums)) * factors[:, None]
+        else:
+            sums = _product(stored, rows, sums)
+    return sums

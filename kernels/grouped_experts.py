@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .expert_groups import ExpertGroups, group_by_expert, most_tiles
 from .expert_tiles import LayerTiles, Tiles, block_rows, layer_tiles
-from .expert_weights import FP8, ExpertWeights, add_product
+from .expert_weights import FP8, ExpertWeights, add_product, whole
 
 _COMBINED = 512
 """Hidden numbers that a program sums."""
@@ -179,7 +179,7 @@ def _project(
         STEP=tiles.inputs,
         SPLITS=tiles.splits,
         num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        num_stages=tiles.stages(groups.block_rows),
     )
 
 
@@ -248,6 +248,7 @@ def _product(
             sums, tile_of_rows, values, scales, outputs, is_output, first, stride_output, stride_input,
             NUM_INPUTS, STEP, FORMAT, BLOCK_OUTPUTS, BLOCK_INPUTS,
         )  # fmt: skip
+    sums = whole(sums, FORMAT)
     if biases is not None:
         bias = tl.load(biases + expert * NUM_OUTPUTS + outputs, mask=is_output, other=0.0).to(tl.float32)
         sums += tl.where(split == 0, bias, 0.0)[:, None]
