@@ -82,9 +82,12 @@ def group_by_expert_reference(expert_ids: torch.Tensor, num_experts: int, block_
 
 
 def _empty(expert_ids: torch.Tensor, num_experts: int, block_rows: int) -> ExpertGroups:
-    sizes = [expert_ids.numel(), *[most_tiles(expert_ids.numel(), num_experts, block_rows)] * 3, 2]
-    parts = [torch.empty(size, dtype=torch.int32, device=expert_ids.device) for size in sizes]
-    return ExpertGroups(*parts, block_rows)
+    num_tiles = most_tiles(expert_ids.numel(), num_experts, block_rows)
+    order, *tiles, counts = (
+        torch.empty(size, dtype=torch.int32, device=expert_ids.device)
+        for size in (expert_ids.numel(), num_tiles, num_tiles, num_tiles, 2)
+    )
+    return ExpertGroups(order, tiles[0], tiles[1], tiles[2], counts, block_rows)
 
 
 @triton.jit
@@ -147,7 +150,7 @@ def _cut_tiles(
     tiles = (sizes + BLOCK_ROWS - 1) // BLOCK_ROWS
     starts = tl.cumsum(sizes, axis=0) - sizes
     places = tl.cumsum(tiles, axis=0) - tiles
-    for cut in range(0, tl.max(tiles, axis=0)):
+    for cut in range(tl.max(tiles, axis=0)):
         is_tile = cut < tiles
         tl.store(tile_expert + places + cut, experts, mask=is_tile)
         tl.store(tile_start + places + cut, starts + cut * BLOCK_ROWS, mask=is_tile)

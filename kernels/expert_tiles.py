@@ -62,9 +62,7 @@ def layer_tiles(
     if scale_inputs is not None:
         up_step, down_step = min(up_step, scale_inputs), min(down_step, scale_inputs)
     splits = 1
-    while (
-        top_k * -(-hidden_size // 64) * splits < _ENOUGH_PROGRAMS and inner_size >= 8 * splits * down_step
-    ):
+    while top_k * -(-hidden_size // 64) * splits < _ENOUGH_PROGRAMS and inner_size >= 8 * splits * down_step:
         splits *= 2
     # f32 is multiplied by common instructions, whose sums fill the registers of four warps
     warps, stages = (8, 3) if weight_bytes == 4 else (4, 4 if weight_bytes == 2 else 6)

@@ -3,8 +3,8 @@
 Whatever the format, a product reads the stored bytes and nothing else: numbers are widened in registers, between the
 load and the multiplication.
 
-Shapes: E experts, O outputs, I inputs, B x C numbers of a block, G groups of 32 inputs, N outputs of a tile, M rows of a
-tile, S inputs of a step.
+Shapes: E experts, O outputs, I inputs, B x C numbers of a block, G groups of 32 inputs, N outputs and M rows of a tile,
+S inputs of a step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ExpertWeights:
     """[E, O, I] in any strides; for mxfp4 uint8 [E, O, I / 2], the lower half of a byte first."""
     scales: torch.Tensor | None
     """fp8: f32 [E, ceil(O / B), ceil(I / C)]; mxfp4: uint8 [E, O, G], powers of two whose exponent is off by 127,
-    of scales in [2^-63, 2^63]."""
+    of scales in [2^-61, 2^63]."""
     biases: torch.Tensor | None
     """[E, O]"""
     format: int = PLAIN
@@ -63,7 +63,9 @@ class ExpertWeights:
         if blocks.dtype != torch.uint8 or blocks.dim() != 4 or blocks.shape[3] != 16:
             raise ValueError(f"blocks: expected uint8 [E, O, G, 16], got {blocks.dtype} {list(blocks.shape)}")
         if scales.dtype != torch.uint8 or scales.shape != blocks.shape[:3]:
-            raise ValueError(f"scales: expected uint8 {list(blocks.shape[:3])}, got {scales.dtype} {list(scales.shape)}")
+            raise ValueError(
+                f"scales: expected uint8 {list(blocks.shape[:3])}, got {scales.dtype} {list(scales.shape)}"
+            )
         return cls(blocks.flatten(2).contiguous(), scales.contiguous(), biases, MXFP4)
 
     @property
@@ -123,7 +125,7 @@ def _float8(bits):
 
 @triton.jit
 def _float4(bits):
-    """Return the f32 of float4_e2m1 in the lowest ``bits``, over 2^126: exponent and mantissa as the highest of a f32."""
+    """Return the float4_e2m1 in the lowest ``bits``, over 2^126: its exponent and mantissa as the highest of a f32."""
     return ((bits & 7) << 22 | (bits & 8) << 28).to(tl.float32, bitcast=True)
 
 
@@ -164,10 +166,10 @@ def add_product(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """Return ``sums`` [N, M] f32, which `whole` completes, and the product of a tile of weights [N, S] and ``rows`` [S, M].
+    """Return ``sums`` [N, M] f32, which `whole` completes, plus the product of weights [N, S] and ``rows`` [S, M].
 
-    ``values`` and ``scales`` point to one expert's; the tile holds ``outputs`` [N] and S inputs from ``first`` on, zeros
-    where the weights have no more.
+    ``values`` and ``scales`` point to one expert's; the weights are those of ``outputs`` [N] and S inputs from
+    ``first`` on, zeros where there are no more.
     """
     if FORMAT == 2:
         sums = _product(_fp4_tile(values, scales, outputs, is_output, first, NUM_INPUTS // 32, STEP), rows, sums)

@@ -238,10 +238,10 @@ def _product(
     source = pair // TOP_K if GATE else place
     sources = rows + source.to(tl.int64)[None, :] * NUM_INPUTS
     sums = tl.zeros([TILE, ROWS], dtype=tl.float32)
-    STEPS: tl.constexpr = (NUM_INPUTS + STEP * SPLITS - 1) // (STEP * SPLITS)
+    steps: tl.constexpr = (NUM_INPUTS + STEP * SPLITS - 1) // (STEP * SPLITS)
     split = tl.program_id(2)
-    for step in range(STEPS):
-        first = (split * STEPS + step) * STEP
+    for step in range(steps):
+        first = (split * steps + step) * STEP
         inputs = first + tl.arange(0, STEP)[:, None]
         tile_of_rows = tl.load(sources + inputs, mask=is_row[None, :] & (inputs < NUM_INPUTS), other=0.0)
         sums = add_product(

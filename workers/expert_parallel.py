@@ -39,8 +39,19 @@ class ExpertParallel:
         ``valid`` [T] is False on padding rows; None when there are none. ``selections``: of each layer, under a budget.
         """
         self.valid, self.selections = valid, selections
+        self._num_valid = None if valid is None else int(valid.sum())
+        self._active: dict[int, torch.Tensor] = {}
+        """Counts of distinct experts that are still on the device, by layer."""
         zeros = [0] * self.num_layers
         self.counts = LayerCounts(list(zeros), list(zeros), list(zeros), list(zeros), list(zeros))
+
+    def finish(self) -> LayerCounts:
+        """Return the step's counts, once all layers have run: waits once for a device that still has some."""
+        if self._active:
+            for layer, num_active in zip(self._active, torch.stack([*self._active.values()]).tolist(), strict=True):
+                self.counts.experts[layer] = num_active
+            self._active = {}
+        return self.counts
 
     def forward(
         self, module: torch.nn.Module, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
@@ -53,8 +64,11 @@ class ExpertParallel:
             expert_ids = torch.where(self.valid[:, None], expert_ids, self.num_experts)
         received = self.dispatcher.dispatch(layer, hidden, expert_ids, weights)
         partial, num_active = self.shards[layer].run(received.hidden, received.expert_ids, received.weights)
-        counts.rows[layer] = hidden.shape[0] if self.valid is None else int(self.valid.sum())
-        counts.experts[layer] = num_active
+        counts.rows[layer] = hidden.shape[0] if self._num_valid is None else self._num_valid
+        if isinstance(num_active, int):
+            counts.experts[layer] = num_active
+        else:
+            self._active[layer] = num_active
         counts.rows_sent[layer] = received.rows_sent
         counts.payload_bytes[layer] = received.rows_sent * self.dispatcher.payload_bytes_per_row
         counts.wire_bytes[layer] = received.wire_bytes

@@ -170,13 +170,14 @@ class ModelRunner:
                     logits[start:stop][emitted.to(self.device)], tokens, request.sampling.logprobs
                 )
             start = stop
-        kept_weights = budget.finish(self.experts.counts)
+        counts = self.experts.finish()
+        kept_weights = budget.finish(counts)
         return RankResult(
             generation=plan.generation,
             step_id=plan.step_id,
             rank=self.rank,
             token_ids=token_ids,
-            counts=self.experts.counts,
+            counts=counts,
             num_collectives=self.log.num_collectives,
             collectives_crc=self.log.crc,
             logprobs=logprobs,
