@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 from functools import cache, partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ..kernels.device import has_triton
 
 if TYPE_CHECKING:
     from ..kernels.grouped_experts import Gate
@@ -31,10 +32,7 @@ def gpu_experts(module: Any) -> FusedExperts | None:
 
 def objection(module: Any) -> str:
     """Return why the kernels cannot compute ``module``; nothing if they can."""
-    weight = module.get_parameter("down_proj")
-    if weight.device.type != "cuda":
-        return f"they are on {weight.device.type}"
-    if find_spec("triton") is None:
+    if not has_triton(module.get_parameter("down_proj").device):
         return "Triton is not installed"
     if not module.has_gate or getattr(module, "has_post_expert_norm", False):
         return "they are not two projections around a gate"
