@@ -6,6 +6,7 @@ Shapes: T rows, H hidden, K experts per row, L MoE layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -25,7 +26,6 @@ class ExpertParallel:
         self.num_experts = num_experts
         self.dispatcher = dispatcher
         self.valid: torch.Tensor | None = None
-        self.num_valid = 0
         self.selections: Sequence[BudgetedSelection] = ()
         self.num_layers = len(expert_modules)
         for layer, module in enumerate(expert_modules):
@@ -47,27 +47,49 @@ class ExpertParallel:
         ``valid`` [T] is False on padding rows; None when there are none. ``num_valid``: the others, if there are any.
         ``selections``: of each layer, under a budget.
         """
-        self.valid, self.selections, self.num_valid = valid, selections, num_valid
-        zeros = [0] * self.num_layers
-        self.counts = LayerCounts(list(zeros), list(zeros), list(zeros), list(zeros), list(zeros))
+        self.valid, self.selections, self._num_valid = valid, selections, num_valid
+        self._num_rows = [0] * self.num_layers
+        self.wire_bytes = [0] * self.num_layers
+        """Sent in this step so far, per layer."""
+        self._num_active: list[int | torch.Tensor] = [0] * self.num_layers
+        self._rows_sent: list[int | torch.Tensor] = [0] * self.num_layers
+
+    def counts_on(self, device: torch.device) -> torch.Tensor:
+        """Return [2, L] int64 on ``device``: distinct experts, and rows sent; without a copy from the host."""
+        counts = [_on(device, number) for number in [*self._num_active, *self._rows_sent]]
+        return torch.stack(counts).view(2, -1)
+
+    def finish(self) -> LayerCounts:
+        """Return the step's counts, once all layers have run: waits once for a device that has some of them."""
+        known = [*self._num_active, *self._rows_sent]
+        on_device = next((number.device for number in known if isinstance(number, torch.Tensor)), None)
+        counts: list[Any] = known if on_device is None else self.counts_on(on_device).flatten().tolist()
+        num_active, rows_sent = counts[: self.num_layers], counts[self.num_layers :]
+        payload = [number * self.dispatcher.payload_bytes_per_row for number in rows_sent]
+        return LayerCounts(self._num_rows, num_active, rows_sent, payload, self.wire_bytes)
 
     def forward(
         self, module: torch.nn.Module, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """Dispatch, compute, combine: [T, H] with ``expert_ids`` and ``weights`` [T, K] to [T, H]."""
-        layer, counts = int(module.penstock_layer), self.counts  # type: ignore[arg-type]
+        layer = int(module.penstock_layer)  # type: ignore[arg-type]
         if self.selections:
             expert_ids = self.selections[layer].truncate(expert_ids, weights)
         if self.valid is not None:
             expert_ids = torch.where(self.valid[:, None], expert_ids, self.num_experts)
         received = self.dispatcher.dispatch(layer, hidden, expert_ids, weights)
         partial, num_active = self.shards[layer].run(received.hidden, received.expert_ids, received.weights)
-        counts.rows[layer] = hidden.shape[0] if self.valid is None else self.num_valid
-        counts.experts[layer] = num_active
-        counts.rows_sent[layer] = received.rows_sent
-        counts.payload_bytes[layer] = received.rows_sent * self.dispatcher.payload_bytes_per_row
-        counts.wire_bytes[layer] = received.wire_bytes
+        self._num_rows[layer] = hidden.shape[0] if self.valid is None else self._num_valid
+        self._num_active[layer], self._rows_sent[layer] = num_active, received.rows_sent
+        self.wire_bytes[layer] = received.wire_bytes
         return self.dispatcher.combine(partial, received, hidden.shape[0])
+
+
+def _on(device: torch.device, number: int | torch.Tensor) -> torch.Tensor:
+    """Return ``number`` as [] int64; a graph cannot capture a copy from the host."""
+    if isinstance(number, torch.Tensor):
+        return number.long()
+    return torch.full((), number, dtype=torch.int64, device=device)
 
 
 def experts_forward(

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from ..kernels.fused_moe import fits, fused_moe
+from .gpu_experts import gpu_experts
 from .packed_weights import PackedExperts, each_alone, packs_weights
 
 _GROUP_ELEMENTS = 1 << 18
@@ -25,8 +26,8 @@ the system and faulted in again at every call."""
 Projection = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
 """From rows [N, I], the experts in their order, and how many rows each has, to [N, O]."""
 
-FusedExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, int]]
-"""From rows [N, H], expert ids and weights [N, K] to [N, H] and the number of distinct experts."""
+FusedExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, int | torch.Tensor]]
+"""From rows [N, H], expert ids and weights [N, K] to [N, H] and the number of distinct experts, a tensor on a GPU."""
 
 
 class ExpertShard:
@@ -49,24 +50,31 @@ class ExpertShard:
         self._down = _projection(module, "down_proj", packed=packed)
         self._activate = module._apply_gate if module.has_gate else module.act_fn
         self._finish = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
-        self._fused = _fused(self._up, self._down, self._activate) if self._finish is None else None
+        self._is_on_gpu = weight.device.type == "cuda"
+        if self._is_on_gpu:
+            self._fused = gpu_experts(module)
+        else:
+            self._fused = _fused(self._up, self._down, self._activate) if self._finish is None else None
         if packed:
             for name in names:
                 setattr(module, name, None)
 
     @property
     def is_capturable(self) -> bool:
-        """Whether `run` leaves the host out, its count being on the device."""
-        return False
+        """Whether `run` leaves the host out, so that a graph can capture it."""
+        return self._is_on_gpu and self._fused is not None
 
-    def run(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def run(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, int | torch.Tensor]:
         """Return each row's weighted sum over its experts held here [N, H], and how many distinct experts ran.
 
         ``expert_ids`` [N, K]: local ids, E for "none". ``weights`` [N, K]. Reads each active expert's weights once and
-        no others. Sums go in f32 in the order of K, so a row's result does not depend on the rows beside it.
+        no others. Sums go in f32 in the order of K, so a row's result does not depend on the rows beside it. On a GPU
+        the number is a tensor [], for which the host need not wait.
         """
         if self._fused is not None:
-            output, num_active = self._fused(hidden.float(), expert_ids, weights)
+            output, num_active = self._fused(hidden.to(self._dtype), expert_ids, weights)
             return output.to(hidden.dtype), num_active
         n, k = expert_ids.shape
         # numpy: decoding has few rows, and its calls cost a fraction of torch's

@@ -198,7 +198,7 @@ class ModelRunner:
         self.log.reset()
         budget = StepBudget(plan, rows.valid, self.layers, self.experts.dispatcher.sum_scores)
         logits = self._forward(rows, budget.selections)
-        counts = self.experts.counts
+        counts = self.experts.finish()
         positions = (rows.positions[rows.sampled_rows] + 1).tolist()
         kept = budget.finish(counts)
         return ComputedStep(None, logits, positions, counts, kept, self.log.num_collectives, self.log.crc)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
+from ..kernels.device import has_triton
 from ..kernels.philox import MAX_GUMBEL, gumbel_quads, split_seeds
 from .plan import RequestPlan
 from .sampling_params import TokenSampling
@@ -86,6 +87,10 @@ def _gumbel_argmax(scores: torch.Tensor, samplings: Sequence[TokenSampling], pos
     seeds = split_seeds([s.seed for s in samplings], device)
     choices = torch.tensor([s.choice for s in samplings], device=device)
     places = torch.tensor(positions, device=device)
+    if has_triton(device):
+        from ..kernels.token_choice import choose_tokens
+
+        return choose_tokens(scores, seeds, choices, places).tolist()
     by_quad = pad(scores, (0, -scores.shape[1] % 4), value=-torch.inf).unflatten(1, (-1, 4))  # [N, Q, 4]
     peaks = by_quad.amax(dim=-1)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..kernels.device import has_triton
 from ..kernels.philox import gumbel_quads
 from .plan import RequestPlan
 from .sampler import GREEDY_BELOW
@@ -42,14 +43,23 @@ def choose_tokens(
     ``logits`` [T, V]; ``temperatures`` [T], below 1e-5 for greedy; ``seeds`` [T, 2]: low and high 32 bits; ``choices``
     [T]; ``positions`` [T] of the tokens that are chosen.
     """
-    num_rows, vocab_size = logits.shape
     is_greedy = temperatures < GREEDY_BELOW
     scores = logits.float() / torch.where(is_greedy, 1.0, temperatures).float()[:, None]
-    num_quads = -(-vocab_size // 4)
-    quads = torch.arange(num_quads, device=logits.device).repeat(num_rows)
-    keys = [key.repeat_interleave(num_quads, dim=0, output_size=len(quads)) for key in (seeds, choices, positions)]
-    noise = gumbel_quads(*keys, quads).view(num_rows, -1)[:, :vocab_size]
-    scores = torch.where(is_greedy[:, None], scores, scores + noise)
+    if has_triton(logits.device):
+        from ..kernels import token_choice
+
+        return token_choice.choose_tokens(scores, torch.where(is_greedy[:, None], -1, seeds), choices, positions)
+    scores = torch.where(is_greedy[:, None], scores, scores + _noise(scores.shape[1], seeds, choices, positions))
     is_best = scores == scores.amax(dim=-1, keepdim=True)
-    ids = torch.arange(vocab_size, device=logits.device)
-    return torch.where(is_best, ids, vocab_size).amin(dim=-1)
+    ids = torch.arange(scores.shape[1], device=logits.device)
+    return torch.where(is_best, ids, scores.shape[1]).amin(dim=-1)
+
+
+def _noise(vocab_size: int, seeds: torch.Tensor, choices: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return [T, V] f32."""
+    num_rows, num_quads = len(seeds), -(-vocab_size // 4)
+    quads = torch.arange(num_quads, device=seeds.device).repeat(num_rows)
+    seeds, choices, positions = (
+        key.repeat_interleave(num_quads, dim=0, output_size=len(quads)) for key in (seeds, choices, positions)
+    )
+    return gumbel_quads(seeds, choices, positions, quads).view(num_rows, -1)[:, :vocab_size]

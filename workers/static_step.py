@@ -128,12 +128,10 @@ class StaticStep:
             for name in ("temperatures", "seeds", "choices")
         )
         tokens = choose_tokens(self.logits, temperatures, seeds, choices, layout.positions + 1)
-        counts = self._experts.counts
-        self._known = counts.wire_bytes, self._log.num_collectives, self._log.crc
-        numbers = [_on(tokens.device, number) for number in [*counts.experts, *counts.rows_sent]]
+        self._known = self._experts.wire_bytes, self._log.num_collectives, self._log.crc
         kept = [selection.limits.kept for selection in selections if selection.limits is not None]
         self._results = (
-            torch.cat([tokens, torch.stack(numbers)]),
+            torch.cat([tokens, self._experts.counts_on(tokens.device).flatten()]),
             torch.stack(kept) if kept else tokens.new_zeros(0, len(tokens), dtype=torch.float32),
         )
 
@@ -168,10 +166,3 @@ class StaticStep:
             kept.reshape(-1, bucket.num_requests, bucket.num_rows),
             *self._known[1:],
         )
-
-
-def _on(device: torch.device, number: int | torch.Tensor) -> torch.Tensor:
-    """Return ``number`` as [] int64; a graph cannot capture a copy from the host."""
-    if isinstance(number, torch.Tensor):
-        return number.long()
-    return torch.full((), number, dtype=torch.int64, device=device)

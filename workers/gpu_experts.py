@@ -1,0 +1,86 @@
+"""Which of a model's experts layers run as our kernels on a GPU, and why the others do not.
+
+Shapes: N rows, F expert intermediate.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..kernels.device import has_triton
+
+if TYPE_CHECKING:
+    from ..kernels.grouped_experts import Gate
+    from .experts import FusedExperts
+
+logger = logging.getLogger(__name__)
+
+
+def gpu_experts(module: Any) -> FusedExperts | None:
+    """Return the layer of experts as one operation, or None, and a line in the log, where torch computes it.
+
+    The operation refers to the module's own weights. The number of distinct experts that it returns is on the device.
+    """
+    reason = objection(module)
+    _say(reason)
+    return None if reason else fused(module)
+
+
+def objection(module: Any) -> str:
+    """Return why the kernels cannot compute ``module``; nothing if they can."""
+    if not has_triton(module.get_parameter("down_proj").device):
+        return "Triton is not installed"
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False):
+        return "they are not two projections around a gate"
+    if gate_of(module) is None:
+        return "their gate is none of the kernels'"
+    return ""
+
+
+def fused(module: Any) -> FusedExperts:
+    """Return the kernels over the weights of ``module``, to which nothing objects."""
+    from ..kernels.expert_weights import ExpertWeights
+    from ..kernels.grouped_experts import grouped_experts
+
+    def projection(name: str) -> ExpertWeights:
+        weights = module.get_parameter(name)
+        biases = module.get_parameter(f"{name}_bias") if module.has_bias else None
+        return ExpertWeights.plain(weights.transpose(1, 2) if module.is_transposed else weights, biases)
+
+    gate = gate_of(module)
+    assert gate is not None
+    return partial(grouped_experts, projection("gate_up_proj"), projection("down_proj"), gate)
+
+
+def gate_of(module: Any) -> Gate | None:
+    """Return the kernels' gate that computes what the module's does.
+
+    Experts name their gates in many ways; what it computes tells.
+    """
+    from ..kernels.grouped_experts import Gate
+
+    near = torch.linspace(-9, 7, 48).view(3, -1)
+    inner = torch.cat([near, 100 * near])  # a gate may clamp what is large
+    expected = module._apply_gate(inner)
+    numbers = {
+        name: getattr(module, name) for name in ("alpha", "limit") if isinstance(getattr(module, name, 0), float)
+    }
+    for interleaved in (False, True):
+        for kind in ("silu", "clamped"):
+            gate = Gate(kind, interleaved, **(numbers if kind == "clamped" else {}))
+            if torch.allclose(gate(inner), expected, rtol=1e-6, atol=1e-6):
+                return gate
+    return None
+
+
+@cache
+def _say(reason: str) -> None:
+    """Once for each reason: layers of a model rarely differ."""
+    if reason:
+        logger.warning("experts are computed by torch, one at a time: %s", reason)
+    else:
+        logger.info("experts are computed by Triton kernels, which read those that a step needs")
