@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +43,5 @@ class RankInfo:
     num_kv_blocks: int
     kv_block_bytes: int
     load_s: float
+    bytes_per_expert: list[int] = field(default_factory=list)
+    """Bytes that an expert takes here, and between ranks, per MoE layer."""

@@ -22,6 +22,7 @@ from . import attention
 from .adjustments import Texts, adjust
 from .architectures import UNSTEERABLE
 from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
+from .expert_mover import ExpertMover
 from .expert_parallel import ExpertParallel
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
@@ -31,6 +32,7 @@ from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
 from .plan import Logprobs, RankPlan, RankResult, RequestPlan
+from .rebalance_plan import PlacementVersion, RebalancePlan
 from .rows import PackedRows, pack
 from .sampler import accept, sample
 from .sampling_params import TokenSampling
@@ -40,7 +42,8 @@ from .step_budget import StepBudget
 class ModelRunner:
     """Loads a shard on construction; ``step`` is called from one thread, on all ranks in lock-step.
 
-    ``placement``: which ranks hold which experts, equal runs of them when None. Raises ``ValueError`` naming the field
+    ``placement``: which ranks hold which experts, equal runs of them when None. ``moved_bytes``: most bytes of experts
+    that reach a rank in a step; None where they stay where they are. Raises ``ValueError`` naming the field
     for a model that cannot be served or a pool too small for ``max_model_len``.
     """
 
@@ -59,6 +62,7 @@ class ModelRunner:
         gpu_memory_utilization: float = 0.9,
         max_num_batched_tokens: int = 512,
         placement: Placement | None = None,
+        moved_bytes: int | None = None,
     ) -> None:
         started = time.perf_counter()
         self.rank, self.num_ranks = rank, num_ranks
@@ -72,8 +76,8 @@ class ModelRunner:
         if max_model_len is not None and max_model_len > limit:
             raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
         empty = build(config, self.dtype)
-        self.placement = placement or contiguous(len(empty.expert_modules), num_experts, num_ranks)
-        loaded = load(directory, empty, self.device, self.placement, rank)
+        placement = placement or contiguous(len(empty.expert_modules), num_experts, num_ranks)
+        loaded = load(directory, empty, self.device, placement, rank)
         self.model = loaded.model
         all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
         self.hidden_size = int(text_config.hidden_size)
@@ -84,11 +88,14 @@ class ModelRunner:
         self.activation_dtype = torch.float32 if packed else self.dtype
         if self.device.type == "cpu" and self.activation_dtype == torch.float32:
             fuse_norms(self.model, kernel() if packed else None)
-        self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
+        self.experts = ExpertParallel(
+            loaded.expert_modules, num_experts, LocalDispatcher(), counts_loads=moved_bytes is not None
+        )
+        self.mover = None if moved_bytes is None else ExpertMover(self.experts.shards, placement, rank, moved_bytes)
+        self._placement = placement
         steerable = config.model_type not in UNSTEERABLE
         self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
-        owners = [self.placement.owner_table(layer, rank) for layer in range(self.placement.num_layers)]
-        self.layers = [LayerRanks(owner[:-1].to(self.device), num_ranks, rank) for owner in owners]
+        self.layers = [self._layer_ranks(layer) for layer in range(placement.num_layers)]
         """Where budgets take the experts of each MoE layer to be."""
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
@@ -134,7 +141,28 @@ class ModelRunner:
             num_kv_blocks=self.cache.num_blocks,
             kv_block_bytes=self.cache.block_bytes,
             load_s=time.perf_counter() - started,
+            bytes_per_expert=[shard.bytes_per_expert for shard in self.experts.shards],
         )
+
+    @property
+    def placement(self) -> Placement:
+        """Which ranks hold which experts at present."""
+        return self._placement if self.mover is None else self.mover.present.placement
+
+    def settle(self, version: PlacementVersion) -> None:
+        """Be at a placement that ranks which meet again agree on; see `ExpertMover.settle`."""
+        assert self.mover is not None, "experts may move"
+        self._relocate(self.mover.settle(version))
+
+    def _relocate(self, layers: Sequence[int]) -> None:
+        for layer in layers:
+            self.layers[layer] = self._layer_ranks(layer)
+        if layers and isinstance(self.experts.dispatcher, AllToAllDispatcher):
+            self.experts.dispatcher.relocate(self.placement, layers)
+
+    def _layer_ranks(self, layer: int) -> LayerRanks:
+        owner = self.placement.owner_table(layer, self.rank)
+        return LayerRanks(owner[:-1].to(self.device), self.num_ranks, self.rank)
 
     def connect(self, group: dist.ProcessGroup | None) -> None:
         """Dispatch over ``group`` (the default group when None) from the next step on."""
@@ -151,6 +179,8 @@ class ModelRunner:
         self._apply_tables(plan)
         rows = pack(plan, self.cache.tables, self.cache.block_size, self.cache.scratch_slot)
         self.log.reset()
+        if plan.rebalance is not None:
+            self._begin_moves(plan.rebalance)
         budget = StepBudget(plan, rows.valid, self.layers, self.experts.dispatcher.sum_scores)
         logits = self._forward(rows, budget.selections)
         num_sampled = len(rows.sampled_rows)
@@ -171,6 +201,8 @@ class ModelRunner:
                 )
             start = stop
         kept_weights = budget.finish(self.experts.counts)
+        if self.mover is not None:
+            self.mover.finish()
         return RankResult(
             generation=plan.generation,
             step_id=plan.step_id,
@@ -182,8 +214,16 @@ class ModelRunner:
             logprobs=logprobs,
             prompt_logprobs=target_logprobs(plan.requests, logits[num_sampled:]),
             kept_weights=kept_weights,
+            expert_loads=self.experts.take_loads() if plan.rebalance and plan.rebalance.wants_loads else None,
             thread_time_s=time.thread_time() - started,
         )
+
+    def _begin_moves(self, plan: RebalancePlan) -> None:
+        dispatcher = self.experts.dispatcher
+        assert self.mover is not None, "ranks are told that experts may move"
+        assert isinstance(dispatcher, AllToAllDispatcher), "and there are several"
+        self._relocate(self.mover.switch(plan.version, plan.changes))
+        self.mover.start(plan, dispatcher.exchange)
 
     def _apply_tables(self, plan: RankPlan) -> None:
         self.texts.update(plan, new_generation=plan.generation != self.generation)

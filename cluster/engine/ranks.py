@@ -14,6 +14,7 @@ from ...workers.loader import build, inspect, resolve_dtype
 from ...workers.model_info import RankInfo
 from ...workers.packed_weights import packs_weights
 from ...workers.plan import StepFailedError, StepPlan, StepResult
+from ...workers.rebalance_plan import PlacementVersion
 from ...workers.runner import ModelRunner, resolve_device
 from ..config import EngineConfig
 
@@ -37,6 +38,8 @@ class Ranks(Protocol):
     """All ranks of one engine, in rank order."""
 
     infos: list[RankInfo]
+    placed: PlacementVersion | None
+    """Where experts are, which a rank that is replaced loads; whoever moves them sets it. None: they stay."""
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run one step everywhere; raise ``StepFailedError`` unless every rank answered this very step."""
@@ -55,8 +58,9 @@ class Ranks(Protocol):
 
 
 def make_runner(config: EngineConfig, rank: int, placement: Placement | None = None) -> ModelRunner:
-    """Load ``rank``'s shard as ``config`` says; ``placement``: what the file of that name holds, if one is named."""
-    assert (placement is None) == (config.placement is None), "whoever starts the ranks reads the file"
+    """Load ``rank``'s shard as ``config`` says; ``placement``: what `placement_of` made of that, or came of it since."""
+    named = config.placement is not None or config.enable_eplb
+    assert (placement is None) == (not named), "whoever starts the ranks reads the file"
     return ModelRunner(
         model=config.model,
         revision=config.revision,
@@ -70,6 +74,7 @@ def make_runner(config: EngineConfig, rank: int, placement: Placement | None = N
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_num_batched_tokens=config.max_num_batched_tokens,
         placement=placement,
+        moved_bytes=config.eplb_bytes_per_step if config.enable_eplb else None,
     )
 
 
@@ -95,6 +100,7 @@ class LocalRanks:
         assert runner.num_ranks == 1
         self._runner = runner
         self.infos = [runner.info]
+        self.placed: PlacementVersion | None = None
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run the step here."""
