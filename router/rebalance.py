@@ -38,10 +38,13 @@ def rank_loads(placement: Placement, loads: np.ndarray) -> np.ndarray:
     return found
 
 
-def imbalance(by_rank: np.ndarray) -> float:
-    """Return the busiest rank's load over the mean of all, ``by_rank`` [R]; 1 is balanced, or nothing to do."""
-    mean = by_rank.mean()
-    return float(by_rank.max() / mean) if mean > 0 else 1.0
+def imbalance(loads: np.ndarray) -> float:
+    """Return the busiest rank's load over the mean of all, each layer counting by its load; ``loads`` [.., R].
+
+    Ranks wait for each other in every layer, so each layer has its busiest. 1 is balanced, or nothing to do.
+    """
+    mean = float(loads.mean(axis=-1).sum())
+    return float(loads.max(axis=-1).sum()) / mean if mean > 0 else 1.0
 
 
 def rebalancing_moves(placement: Placement, loads: np.ndarray) -> Iterator[Move]:
