@@ -2,11 +2,11 @@
 
 In every layer of the demo two experts' weights in the router are turned towards what all texts have in common, so that
 most rows choose them; then experts are numbered anew, so that the first rank holds those that are chosen most. Four
-ranks serve one kind of text in lock-step, twice: with experts that stay, and with ``enable_eplb``. Rows are those that ranks count as they compute them, before the first expert moves and after
-the last. A pause is the time from one committed step to the next, from the look at the loads until some steps after
-the last switch, in medians of the steps of the run where experts stay. Other work on the machine only lengthens pauses,
-so of several runs the one whose longest pause is shortest counts; ``longest_cpu_steps`` is the same of the CPU time of
-the rank that took most.
+ranks serve one kind of text in lock-step, twice: with experts that stay, and with ``enable_eplb``. Rows are those that
+ranks count as they compute them, before the first expert moves and after the last. A pause is the time from one
+committed step to the next, from the look at the loads until some steps after the last switch, in medians of the steps
+of the run where experts stay. Other work on the machine only lengthens pauses, so of several runs the one whose longest
+pause is shortest counts; ``longest_cpu_steps`` is the same of the CPU time of the rank that took most.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from ..cluster.placement_file import placement_of
 from ..cluster.transport.process_ranks import ProcessRanks
 from ..demo import prompts
 from ..demo.inflate import inflate
+from ..demo.records import Family
 from ..router.placement import Placement
 from ..router.rank_visits import expert_loads
 from ..router.rebalance import imbalance
@@ -48,7 +49,7 @@ from .harness import Measurement, Options, Row, Target, run
 from .ties import EXCUSED_GAP, gap
 
 DEMO = Path(demo.__file__).parent / "model"
-FAMILY = "code"
+FAMILY: Family = "code"
 NUM_RANKS, NUM_REDUNDANT, NUM_REQUESTS = 4, 4, 24
 NUM_HOT, HOT_SHARE = 2, 0.8
 """Experts of every layer that so many of the prompts' rows are made to choose."""
@@ -91,7 +92,9 @@ class WatchedRanks(ProcessRanks):
         assert part is not None
         computed = None if None in loads else np.array([found.computed for found in loads if found])
         has_prompts = any(request.first_sampled_row for rank in plan.ranks for request in rank.requests)
-        self.steps.append(Step(part, computed, has_prompts, time.perf_counter(), max(rank.thread_time_s for rank in result.ranks)))
+        self.steps.append(
+            Step(part, computed, has_prompts, time.perf_counter(), max(rank.thread_time_s for rank in result.ranks))
+        )
         return result
 
 
@@ -122,10 +125,18 @@ def measure(options: Options) -> Measurement:
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig(
             model=str(Path(folder) / "model"),
-            **{"dtype": "float32", "device": "cpu", "num_threads": 1, "expert_parallel_size": NUM_RANKS},
-            **{"max_model_len": 1024, "kv_cache_bytes": 64 << 20, "speculation": "off", "enable_eplb": True},
-            **{"num_redundant_experts": NUM_REDUNDANT, "eplb_window_size": WINDOW},
-            **{"eplb_step_interval": INTERVAL, "eplb_bytes_per_step": BYTES_PER_STEP},
+            dtype="float32",
+            device="cpu",
+            num_threads=1,
+            expert_parallel_size=NUM_RANKS,
+            max_model_len=1024,
+            kv_cache_bytes=64 << 20,
+            speculation="off",
+            enable_eplb=True,
+            num_redundant_experts=NUM_REDUNDANT,
+            eplb_window_size=WINDOW,
+            eplb_step_interval=INTERVAL,
+            eplb_bytes_per_step=BYTES_PER_STEP,
         )
         shares = _plant(Path(folder), config, chats, texts, sampling)
         still = replace(config, eplb_step_interval=1 << 30)
@@ -261,9 +272,7 @@ def _serve(configs: Sequence[EngineConfig], texts: list[list[int]], sampling: Sa
         ranks.close()
 
 
-def _serve_on(
-    ranks: WatchedRanks, config: EngineConfig, texts: list[list[int]], sampling: SamplingParams
-) -> Served:
+def _serve_on(ranks: WatchedRanks, config: EngineConfig, texts: list[list[int]], sampling: SamplingParams) -> Served:
     ranks.steps = []
     engine = Engine(config, ranks, events=ranks.events)
     tokens: dict[str, list[int]] = {}
@@ -278,7 +287,7 @@ def _serve_on(
 def _computed(steps: Sequence[Step]) -> np.ndarray:
     """Return [R, L]: pairs of row and expert that ranks computed, but for what was counted before ``steps``."""
     counted = [step.computed for step in steps if step.computed is not None]
-    return np.sum(counted[1:], axis=0)  # type: ignore[no-any-return]
+    return np.sum(counted[1:], axis=0)
 
 
 def _busiest(computed: np.ndarray) -> float:

@@ -76,7 +76,8 @@ class TiledWeights:
         assert all(weight.is_contiguous() for weight in tiles)
         self.tiles = list(tiles)
         self._places = [weight.data_ptr() for weight in tiles]
-        self.pointers[:] = self._places
+        for number, place in enumerate(self._places):
+            self.pointers[number] = place
 
     def room(self) -> torch.Tensor:
         """Return memory for the tiles of one more weight."""

@@ -30,6 +30,7 @@ _MOST_MOVES = 64
 _POWER = 8
 """Of the mean that stands for the maximum: unlike that, it tells which of two placements is nearer to a better one."""
 
+
 def rank_loads(placement: Placement, loads: np.ndarray) -> np.ndarray:
     """Return [L, R]: pairs of row and expert that each rank computes of ``loads`` [R, L, E]."""
     found = np.zeros((placement.num_layers, placement.num_ranks))
@@ -100,8 +101,10 @@ class _Layer:
     def best_change(self) -> tuple[Change, ...] | None:
         """Return the changes of the move that evens out most per expert moved; None when none is worth it."""
         busiest = int(self.rank_loads.argmax())
-        held = [{expert for expert, ranks in enumerate(self.holders) if rank in ranks} for rank in range(self.num_ranks)]
-        now = self._unevenness(self.rank_loads)
+        held = [
+            {expert for expert, ranks in enumerate(self.holders) if rank in ranks} for rank in range(self.num_ranks)
+        ]
+        now = float(self._unevenness(self.rank_loads))
         best, best_gain = None, _SMALLEST_GAIN
         for changes, gain in (*self._replacements(busiest, held, now), *self._exchanges(busiest, held, now)):
             if gain > best_gain:
@@ -124,9 +127,7 @@ class _Layer:
             one, other = np.unravel_index(score.argmin(), score.shape)
             yield ((rank, gained[other], spare[one]),), now - float(score[one, other])
 
-    def _exchanges(
-        self, busiest: int, held: list[set[int]], now: float
-    ) -> Iterator[tuple[tuple[Change, ...], float]]:
+    def _exchanges(self, busiest: int, held: list[set[int]], now: float) -> Iterator[tuple[tuple[Change, ...], float]]:
         """Yield the best exchange of the busiest rank with each other one."""
         for rank in range(self.num_ranks):
             here, there = sorted(held[busiest] - held[rank]), sorted(held[rank] - held[busiest])
@@ -139,7 +140,7 @@ class _Layer:
             changes = ((rank, here[one], there[other]), (busiest, there[other], here[one]))
             yield changes, (now - float(score[one, other])) / 2
 
-    def _unevenness(self, by_rank: np.ndarray) -> np.ndarray | float:
+    def _unevenness(self, by_rank: np.ndarray) -> np.ndarray:
         """Return a smooth stand-in for the imbalance of loads [.., R]."""
         found: np.ndarray = np.mean((by_rank / self.mean) ** _POWER, axis=-1) ** (1 / _POWER)
         return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +10,11 @@ import pytest
 
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
-from penstock.cluster.engine.events import FAULT, FINISHED, INTERRUPTED, REBALANCE, RECOVERY
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
 from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.workers.sampling_params import SamplingParams
 
-from .tiny_engine import PROMPTS, Published, config_of, drain, generate
+from .tiny_engine import PROMPTS, config_of, generate
 
 pytestmark = pytest.mark.distributed
 SAMPLING = SamplingParams(temperature=1.0, seed=5, max_tokens=100, ignore_eos=True, frequency_penalty=0.3)

@@ -135,9 +135,7 @@ class AllToAllDispatcher:
         """
         inbox = message.new_empty(sum(received_counts))
         self.log.add("experts")
-        work = dist.all_to_all_single(
-            inbox, message, received_counts, sent_counts, group=self.group, async_op=True
-        )
+        work = dist.all_to_all_single(inbox, message, received_counts, sent_counts, group=self.group, async_op=True)
         assert work is not None, "the rank is in the group"
         return inbox, work
 

@@ -72,7 +72,6 @@ class ExpertParallel:
         counts.wire_bytes[layer] = received.wire_bytes
         return self.dispatcher.combine(partial, received, hidden.shape[0])
 
-
     def take_loads(self) -> ExpertLoads:
         """Return what experts had to do since the last time; one transfer from the device."""
         assert self._loads is not None, "they are counted"

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def event_line(event: dict[str, Any]) -> str:
-    """Return one line: when (UTC), gang, fault, recovery or rebalance, how long it took, what happened and what it cost."""
+    """Return one line: when (UTC), gang, kind of event, how long it took, what happened and what it cost."""
     when = datetime.fromtimestamp(event["time_s"], UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     duration = f"{event['duration_s']:.2f} s"
     parts = [f"{when}  {event['gang']}  {event['kind']:<9}  {event['what']:<16}  {duration:>8}  {event['message']}"]

@@ -27,7 +27,7 @@ from .events import RECOVERY, Event, EventLog
 from .output import ABORT, ERROR, LENGTH, STOP, TIMEOUT, EngineStats, RequestOutput, RequestStats
 from .prompt_check import check_prompt
 from .proposer import Proposer
-from .ranks import Ranks
+from .ranks import MovableRanks, Ranks
 from .rebalancer import Rebalancer
 from .request import Request
 from .scheduler import Scheduler
@@ -88,7 +88,10 @@ class Engine:
         self._proposer = Proposer(
             self.controller, self._drafting, self.scheduler, [entry.budget for entry in known], self._max_draft_len
         )
-        self._rebalancer = Rebalancer(config, ranks, self.events, clock=clock) if config.enable_eplb else None
+        self._rebalancer: Rebalancer | None = None
+        if config.enable_eplb:
+            assert isinstance(ranks, MovableRanks), "ranks in processes of their own can hand experts to each other"
+            self._rebalancer = Rebalancer(config, ranks, self.events, clock=clock)
         self._requests: dict[str, Request] = {}
         self._by_key: dict[int, Request] = {}
         self._next_key = 0

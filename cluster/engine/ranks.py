@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ...kernels.fused_moe import kernel
 from ...router.placement import Placement
@@ -38,8 +38,6 @@ class Ranks(Protocol):
     """All ranks of one engine, in rank order."""
 
     infos: list[RankInfo]
-    placed: PlacementVersion | None
-    """Where experts are, which a rank that is replaced loads; whoever moves them sets it. None: they stay."""
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run one step everywhere; raise ``StepFailedError`` unless every rank answered this very step."""
@@ -57,8 +55,16 @@ class Ranks(Protocol):
         ...
 
 
+@runtime_checkable
+class MovableRanks(Ranks, Protocol):
+    """Ranks that can hand experts to each other."""
+
+    placed: PlacementVersion | None
+    """Where experts are, which a rank that is replaced loads; whoever moves them sets it. None: they stay."""
+
+
 def make_runner(config: EngineConfig, rank: int, placement: Placement | None = None) -> ModelRunner:
-    """Load ``rank``'s shard as ``config`` says; ``placement``: what `placement_of` made of that, or came of it since."""
+    """Load ``rank``'s shard as ``config`` says; ``placement``: what `placement_of` made of it, or came of that."""
     named = config.placement is not None or config.enable_eplb
     assert (placement is None) == (not named), "whoever starts the ranks reads the file"
     return ModelRunner(
@@ -100,7 +106,6 @@ class LocalRanks:
         assert runner.num_ranks == 1
         self._runner = runner
         self.infos = [runner.info]
-        self.placed: PlacementVersion | None = None
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run the step here."""

@@ -30,13 +30,12 @@ from .balance import Balance
 from .events import FINISHED, INTERRUPTED, REBALANCE, TIMED_OUT, Event, EventLog
 from .load_window import LoadWindow
 from .move_batch import Changes, MoveBatch
-from .ranks import Ranks
+from .ranks import MovableRanks
 
 logger = logging.getLogger(__name__)
 
 _PAUSE_S = 0.001
 """Between two moves that are looked for: while that runs, the engine's thread waits for the interpreter."""
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class Rebalancer:
     def __init__(
         self,
         config: EngineConfig,
-        ranks: Ranks,
+        ranks: MovableRanks,
         events: EventLog,
         *,
         clock: Callable[[], float] = time.monotonic,
