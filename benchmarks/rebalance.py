@@ -59,7 +59,7 @@ INTERVAL, WINDOW = 100, 64
 """Steps; the second rebalance would come after the end."""
 BYTES_PER_STEP = 1 << 19
 NUM_TOKENS = 190
-RUNS = 5
+RUNS = 3
 _SETTLED = 8
 """Steps after the last switch that still count into the longest pause."""
 

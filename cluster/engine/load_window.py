@@ -63,7 +63,10 @@ class LoadWindow:
         return found if isinstance(found, np.ndarray) and found.any() else None
 
     def imbalance(self) -> float | None:
-        """Return that of the rows that ranks last said they had computed (`router.rebalance`); None before any."""
-        if not self._parts or not self._parts[-1].computed.any():
-            return None
-        return imbalance(self._parts[-1].computed)
+        """Return that of the rows that ranks computed in the last quarter of the window; None where there are none.
+
+        See `router.rebalance`.
+        """
+        recent = list(self._parts)[-_NUM_PARTS // 4 :]
+        computed = sum(part.computed for part in recent)
+        return imbalance(computed) if isinstance(computed, np.ndarray) and computed.any() else None
