@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,7 +16,13 @@ from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.events import FINISHED, INTERRUPTED, REBALANCE, RECOVERY
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
-from penstock.cluster.transport.process_ranks import ProcessRanks
+from penstock.cluster.placement_file import placement_of
+from penstock.cluster.transport.curve import LOOPBACK
+from penstock.cluster.transport.messages import Command, Run
+from penstock.cluster.transport.process_ranks import ProcessRanks, _ChildProcess
+from penstock.cluster.transport.rank_loop import RankSettings
+from penstock.cluster.transport.remote_ranks import RemoteRanks
+from penstock.cluster.transport.roster import RankProcess
 from penstock.router.rebalance import imbalance
 from penstock.workers.plan import StepPlan, StepResult
 from penstock.workers.rebalance_plan import RebalancePlan
@@ -118,3 +126,51 @@ def test_a_rank_that_dies_meanwhile_is_replaced_by_one_with_the_present_experts(
     assert generate(Engine(still, ranks, events=ranks.events), hot, sampling) == tokens
     # The ranks hold what is said that they hold, or these would differ
     assert generate(Engine(still, ranks, events=ranks.events), PROMPTS, SAMPLING) == expected
+
+
+class Successor(RemoteRanks):
+    """Another coordinator over the processes of one that is gone."""
+
+    def __init__(self, ranks: ProcessRanks) -> None:
+        placement = placement_of(ranks._config)
+        self._left = list(ranks.processes)
+        super().__init__(ranks._config, LOOPBACK, self._take_over, placement, node=LOOPBACK)
+        self.start(num_adopted=len(ranks.processes))
+
+    def _take_over(self, settings: RankSettings) -> RankProcess:
+        process = self._left.pop(0)
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(settings) + b"\n")
+        process.stdin.flush()
+        return _ChildProcess(process)
+
+
+def test_another_coordinator_learns_where_experts_are(
+    checkpoint: Callable[[str], Path], expected: list[list[int]]
+) -> None:
+    """Also of a switch of which one rank has not heard."""
+    program = str(Path(__file__).with_name("adoptable_rank.py"))
+    first = ProcessRanks(config(checkpoint("qwen3_moe"), num_redundant_experts=2), [sys.executable, program])
+    try:
+        send, last = first._send, {"number": 0}
+
+        def lose_a_switch(rank: int, command: Command) -> None:
+            part = command.plan.rebalance if isinstance(command, Run) else None
+            if part is not None and part.changes and rank == 1:
+                last["number"] = part.version
+                raise KeyboardInterrupt  # the coordinator is gone in the middle of it
+            send(rank, command)
+
+        first._send = lose_a_switch  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            generate(Engine(first._config, first), PROMPTS, SAMPLING)
+        second = Successor(first)
+        try:
+            assert second.placed is not None
+            assert second.placed.number == last["number"] > 0
+            assert second.placed.placement != placement_of(first._config)
+            assert generate(Engine(first._config, second), PROMPTS, SAMPLING) == expected
+        finally:
+            second.close()
+    finally:
+        first.close()
