@@ -101,7 +101,7 @@ class Counters:
             self.latencies.finished(request, now)
 
     def snapshot(
-        self, scheduler: Scheduler, phases: Mapping[str, int], events: EventTotals, balance: Balance | None
+        self, scheduler: Scheduler, phases: Mapping[str, int], events: EventTotals, balance: Balance | None = None
     ) -> EngineStats:
         """Return the totals, those of ``events`` among them, beside the present state of the other things."""
         layer_steps = self.num_decode_steps * self._num_moe_layers
