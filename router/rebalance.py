@@ -17,8 +17,10 @@ from .balanced import balanced_layer
 from .moves import Change, LayerHolders, Move, moves_between, relabelled
 from .placement import Placement, owner
 
+_UNEVEN = 1.05
+"""The busiest rank's load over the mean, below which a layer is left as it is: chance moves it by as much."""
 _EVEN_ENOUGH = 1.02
-"""The busiest rank's load over the mean, below which a layer is left as it is."""
+"""What is aimed at in the others."""
 _SMALLEST_GAIN = 0.002
 """What moving one expert must take off the imbalance: less is noise in the rows that were counted."""
 _STUCK = 1.1
@@ -59,6 +61,8 @@ def rebalancing_moves(placement: Placement, loads: np.ndarray) -> Iterator[Move]
 
 def _layer_moves(layer: int, holders: LayerHolders, loads: np.ndarray) -> Iterator[Move]:
     state = _Layer(holders, loads)
+    if imbalance(state.rank_loads) <= _UNEVEN:
+        return
     yield from _improve(layer, state)
     if imbalance(state.rank_loads) > _STUCK:
         copies = np.array([len(ranks) for ranks in holders])
@@ -88,8 +92,14 @@ class _Layer:
     def __init__(self, holders: LayerHolders, loads: np.ndarray) -> None:
         self.holders, self.loads, self.num_ranks = list(holders), loads, len(loads)
         self._rows: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
-        each = [self._rows_on(expert, ranks) for expert, ranks in enumerate(self.holders)]
-        self.rank_loads: np.ndarray = np.sum(each, axis=0)  # [R]
+        single = [expert for expert, ranks in enumerate(holders) if len(ranks) == 1]
+        owners = [holders[expert][0] for expert in single]
+        self.rank_loads: np.ndarray = np.bincount(  # [R]
+            owners, weights=loads.sum(axis=0)[single], minlength=self.num_ranks
+        )
+        for expert, ranks in enumerate(holders):
+            if len(ranks) > 1:
+                self.rank_loads = self.rank_loads + self._rows_on(expert, ranks)
         self.mean = max(float(self.rank_loads.mean()), 1e-9)
 
     def apply(self, move: Move) -> None:
