@@ -4,9 +4,9 @@ In every layer of the demo two experts' weights in the router are turned towards
 most rows choose them; then experts are numbered anew, so that the first rank holds those that are chosen most. Four
 ranks serve one kind of text in lock-step, twice: with experts that stay, and with ``enable_eplb``. Rows are those that
 ranks count as they compute them, before the first expert moves and after the last. A pause is the time from one
-committed step to the next, from the look at the loads until some steps after the last switch, in medians of the steps
-of the run where experts stay. Other work on the machine only lengthens pauses, so of several runs the one whose longest
-pause is shortest counts; ``longest_cpu_steps`` is the same of the CPU time of the rank that took most.
+committed step to the next, from the look at the loads until some steps after the last switch, in medians of the run's
+own steps. Other work on the machine only lengthens pauses, so of several runs the one whose longest pause is shortest
+counts; ``longest_cpu_steps`` is the same of the CPU time of the rank that took most.
 """
 
 from __future__ import annotations
@@ -115,6 +115,10 @@ class Served:
         """Return the seconds before each step's end, from the second on; prompts make steps longer, so not theirs."""
         return [0.0 if step.has_prompts else step.end_s - before.end_s for before, step in pairwise(self.steps)]
 
+    def median_s(self) -> float:
+        """Return the median of `gaps`."""
+        return statistics.median(found for found in self.gaps() if found)
+
 
 def measure(options: Options) -> Measurement:
     """Serve, and compare."""
@@ -143,14 +147,13 @@ def measure(options: Options) -> Measurement:
         stays, *runs = _serve([still, config], texts, sampling)
         for _ in range(0 if options.quick else RUNS - 1):
             runs += _serve([config], texts, sampling)
-        moved = min(runs, key=lambda served: _longest(served))
+        moved = min(runs, key=_longest)
         altered, excused = _compare(Path(folder) / "hot", moved.tokens, stays.tokens, texts, sampling)
-    median = statistics.median(found for found in stays.gaps() if found)
     first, last = moved.moving()
     before, after = _computed(moved.steps[:first]), _computed(moved.steps[last + 1 :])
     unmoved = _computed(stays.steps[last + 1 :])
     (event,) = [event for event in moved.events if event.kind == REBALANCE][:1]
-    pause, plain = _longest(moved) / median, max(stays.gaps()) / median
+    pause, plain = _longest(moved), max(stays.gaps()) / stays.median_s()
     rows: list[Row] = [
         {
             "layer": str(layer),
@@ -172,9 +175,9 @@ def measure(options: Options) -> Measurement:
             "bytes_moved": event.expert_bytes_loaded,
             "bytes_per_step": BYTES_PER_STEP,
             "steps_moving": last - first + 1,
-            "median_step_ms": round(1000 * median, 1),
+            "median_step_ms": round(1000 * moved.median_s(), 1),
             "longest_pause_steps": round(pause, 2),
-            "longest_cpu_steps": round(_longest_cpu(moved) / statistics.median(step.cpu_s for step in stays.steps), 2),
+            "longest_cpu_steps": round(_longest_cpu(moved), 2),
             "longest_step_where_experts_stay": round(plain, 2),
             "tokens": sum(map(len, moved.tokens)),
             "tokens_altered": altered,
@@ -295,11 +298,12 @@ def _busiest(computed: np.ndarray) -> float:
 
 
 def _longest(served: Served) -> float:
-    return max(served.gaps()[INTERVAL - 1 : served.moving()[1] + _SETTLED])
+    return max(served.gaps()[INTERVAL - 1 : served.moving()[1] + _SETTLED]) / served.median_s()
 
 
 def _longest_cpu(served: Served) -> float:
-    return max(step.cpu_s for step in served.steps[INTERVAL : served.moving()[1] + _SETTLED])
+    moving = served.steps[INTERVAL : served.moving()[1] + _SETTLED]
+    return max(step.cpu_s for step in moving) / statistics.median(step.cpu_s for step in served.steps)
 
 
 def _compare(

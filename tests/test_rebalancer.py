@@ -184,6 +184,7 @@ def test_a_search_that_fails_or_never_ends_leaves_experts_where_they_are(caplog:
     for _ in range(12):
         assert gang.step().transfers == []
     assert "ZeroDivisionError" in caplog.text
+    assert gang.rebalancer.balance().last_rebalance_age_s == pytest.approx(gang.time_s), "nothing was found even"
     gang = Gang(lambda _: Future(), eplb_timeout_s=1.0)
     gang.until(lambda _: bool(gang.rebalances()))
     assert gang.rebalances()[0].what == TIMED_OUT

@@ -143,11 +143,12 @@ class Rebalancer:
 
     def _begin(self, run: _Run) -> None:
         """Begin with what was found."""
-        run.has_begun = True
         error = run.found.exception()
         if error is not None:  # a mistake of ours, which serving does not depend on
             logger.error("no moves could be found", exc_info=error)
+            self._run, self._num_steps = None, 0
             return
+        run.has_begun = True
         run.moves = deque(run.found.result().moves)
         self._next_batch(run)
 
@@ -179,11 +180,14 @@ class Rebalancer:
             self._last_s = now
             if not run.num_experts:
                 return
-        message = f"{run.num_experts} experts of {len(run.layers)} layers moved"
+        message = "no moves were found in time"
         if run.has_begun:
             found = run.found.result()
-            message += f", of {sum(len(move.changes) for move in found.moves)}"
-            message += f"; the busiest rank's rows over the mean would go from {found.before:.2f} to {found.after:.2f}"
+            message = (
+                f"{run.num_experts} of {sum(len(move.changes) for move in found.moves)} experts have moved, in "
+                f"{len(run.layers)} layers; all would bring the busiest rank's rows over the mean from "
+                f"{found.before:.2f} to {found.after:.2f}"
+            )
         self._events.record(
             Event(
                 REBALANCE,
