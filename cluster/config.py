@@ -52,6 +52,19 @@ class EngineConfig:
     placement: str | None = None
     """File that says which ranks hold which experts, made by `penstock place`; equal runs of experts when absent.
     docs/placement.md."""
+    enable_eplb: bool = _bounded(default=False)
+    """Move experts between ranks while serving, so that all have as much to do (vLLM's name: expert parallelism load
+    balancer). docs/placement.md."""
+    num_redundant_experts: int = _bounded(0, low=0, high=1 << 16)
+    """Copies in every layer beside the first of each expert, for what `enable_eplb` finds to be hot."""
+    eplb_window_size: int = _bounded(1000, low=1, high=1 << 20)
+    """Steps whose rows `enable_eplb` balances by: the last so many."""
+    eplb_step_interval: int = _bounded(3000, low=1, high=1 << 30)
+    """Steps from one rebalance to the next."""
+    eplb_bytes_per_step: int = _bounded(8 << 20, low=1, high=1 << 40)
+    """Most bytes of experts that reach or leave a rank in one step."""
+    eplb_timeout_s: float = _bounded(600.0, low=0.1, high=86400.0)
+    """Longest that a rebalance may take, in time spent in steps; over it, it is given up."""
     num_threads: int | None = _bounded(None, low=1, high=1024)
     """CPU threads of each rank; the machine's cores shared by all ranks when absent."""
     cpus_per_rank: float = _bounded(1.0, low=0.01, high=1024.0)
@@ -162,6 +175,7 @@ class EngineConfig:
             )
         _check_budgets(self.budget_names)
         self._check_replicas()
+        self._check_eplb()
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min: {self.prompt_lookup_min} is not in [1, prompt_lookup_max={self.prompt_lookup_max}]"
@@ -176,6 +190,16 @@ class EngineConfig:
             raise ValueError("num_replicas: not beside max_replicas; min_replicas is the number to start with")
         elif self.fewest_replicas > self.max_replicas:
             raise ValueError(f"min_replicas: {self.min_replicas} is not in [1, max_replicas={self.max_replicas}]")
+
+    def _check_eplb(self) -> None:
+        if self.enable_eplb and self.expert_parallel_size == 1:
+            raise ValueError("enable_eplb: only with expert_parallel_size above 1; one rank holds every expert")
+        if self.num_redundant_experts and not self.enable_eplb:
+            raise ValueError(
+                "num_redundant_experts: only beside enable_eplb; `penstock place` makes placements with copies"
+            )
+        if self.num_redundant_experts and self.placement is not None:
+            raise ValueError("num_redundant_experts: not beside placement, whose file says which experts have copies")
 
     @property
     def fewest_replicas(self) -> int:

@@ -58,7 +58,8 @@ CalibrationFlags = _flags(
     EngineConfig,
     without=(
         *("served_model_name", "api_key", "max_queued_requests", "request_timeout_s", *_LAUNCH),
-        *("num_spares", "recovery_timeout_s"),
+        *("num_spares", "recovery_timeout_s", "enable_eplb", "num_redundant_experts"),
+        *("eplb_window_size", "eplb_step_interval", "eplb_bytes_per_step", "eplb_timeout_s"),
         # what the command itself decides
         *("speculation", "draft_len", "max_draft_len", "expert_budget"),
         *("budget_profile", "max_quality_loss", "max_perplexity_increase", "allow_uncalibrated"),

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..router.placement import Placement
+from ..router.balanced import balanced
+from ..router.placement import Placement, contiguous
 from ..workers.loader import EmptyModel, build, inspect
 from .config import EngineConfig
 
@@ -94,12 +96,13 @@ class PlacementFile(BaseModel):
 
 
 def placement_of(config: EngineConfig) -> Placement | None:
-    """Return the placement that ``config`` names, None if it names none.
+    """Return the placement that ``config`` names, None if it names none and experts stay where they are.
 
-    Raises ``ValueError`` naming ``placement`` for a file that cannot be read or does not fit model and ranks.
+    Raises ``ValueError`` naming ``placement`` for a file that cannot be read or does not fit model and ranks, or
+    ``num_redundant_experts`` for more copies than ranks have places for.
     """
     if config.placement is None:
-        return None
+        return _to_begin_with(config) if config.enable_eplb else None
     path = Path(config.placement).expanduser()
     file = PlacementFile.read(path)
     if file.num_ranks != config.expert_parallel_size:
@@ -116,6 +119,16 @@ def placement_of(config: EngineConfig) -> Placement | None:
         return file.placement()
     except ValueError as error:
         raise ValueError(f"placement: {path}: {error}; mend it, or make one with `penstock place`") from error
+
+
+def _to_begin_with(config: EngineConfig) -> Placement:
+    """Return what is served until it is known which experts are hot."""
+    _, model_config = inspect(config.model, config.revision)
+    model = build(model_config, torch.float32)
+    num_layers, num_ranks = len(model.expert_modules), config.expert_parallel_size
+    if not config.num_redundant_experts:
+        return contiguous(num_layers, model.num_experts, num_ranks)
+    return balanced(np.ones((num_layers, model.num_experts)), num_ranks, config.num_redundant_experts)
 
 
 def check_model(field: str, path: Path, model: EmptyModel, model_type: str, num_experts: int, num_layers: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import mmap
 import subprocess
 from collections.abc import Sequence
@@ -64,10 +65,23 @@ class TiledWeights:
         missing = -self.num_outputs % self.tile_size
         filled = pad(weights, (0, 0, 0, missing)) if missing else weights
         halves = filled.unflatten(1, (-1, 2, self.tile_size // 2))  # [E, C, 2, B / 2, I]
-        self._tiles = _huge_pages(halves.permute(0, 1, 4, 3, 2))
+        tiles = halves.permute(0, 1, 4, 3, 2)
         self._num_tiles = halves.shape[1]
-        self._places = [weight.data_ptr() for weight in self._tiles]
-        self.pointers = (_POINTER * len(weights))(*self._places)
+        self.pointers = (_POINTER * len(weights))()
+        self.hold(list(_huge_pages(tiles.shape).copy_(tiles)))
+
+    def hold(self, tiles: Sequence[torch.Tensor]) -> None:
+        """Take ``tiles`` [C, I, B] of each of E weights for one's own, from the next call on; they are not copied."""
+        assert len(tiles) == len(self.pointers)
+        assert all(weight.is_contiguous() for weight in tiles)
+        self.tiles = list(tiles)
+        self._places = [weight.data_ptr() for weight in tiles]
+        for number, place in enumerate(self._places):
+            self.pointers[number] = place
+
+    def room(self) -> torch.Tensor:
+        """Return memory for the tiles of one more weight."""
+        return _huge_pages(self.tiles[0].shape)
 
     def multiply(self, rows: torch.Tensor, experts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """Return [N, O] float32: the first ``sizes[0]`` of ``rows`` [N, I] float32 by weight ``experts[0]``, and so on.
@@ -149,9 +163,10 @@ def rms_norm(library: ctypes.CDLL, rows: torch.Tensor, weight: torch.Tensor, eps
     return output
 
 
-def _huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous copy on huge pages where the system gives any: reading it misses fewer translations."""
-    memory = mmap.mmap(-1, max(tensor.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _huge_pages(shape: Sequence[int]) -> torch.Tensor:
+    """Return bfloat16 memory on huge pages where the system gives any: reading it misses fewer translations."""
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(count * torch.bfloat16.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
+    return torch.frombuffer(memory, dtype=torch.bfloat16, count=count).view(*shape)

@@ -29,9 +29,13 @@ def balanced(loads: np.ndarray, num_ranks: int, num_redundant_experts: int = 0) 
     sizes = layer_sizes(len(loads), num_experts + num_redundant_experts, num_ranks)
     holders = []
     for layer_loads, layer_size in zip(loads, sizes, strict=True):
-        copies = _num_copies(layer_loads, num_ranks, num_redundant_experts)
-        holders.append(pack(layer_loads, copies, layer_size))
+        holders.append(balanced_layer(layer_loads, layer_size, num_experts + num_redundant_experts))
     return Placement(num_experts, num_ranks, tuple(holders))
+
+
+def balanced_layer(loads: np.ndarray, sizes: Sequence[int], num_copies: int) -> tuple[tuple[int, ...], ...]:
+    """Return the ranks [E] of each expert of a layer by its ``loads`` [E]; ``sizes`` [R] sum to ``num_copies``."""
+    return pack(loads, _num_copies(loads, len(sizes), num_copies - len(loads)), sizes)
 
 
 def layer_sizes(num_layers: int, num_copies: int, num_ranks: int) -> list[list[int]]:

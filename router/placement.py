@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +28,35 @@ class Placement:
         for layer in self.holders:
             assert len(layer) == self.num_experts
             for ranks in layer:
-                assert ranks, "every expert is held"
-                assert list(ranks) == sorted(set(ranks))
-                assert 0 <= ranks[0] <= ranks[-1] < self.num_ranks
+                self._check(ranks)
+
+    def _check(self, ranks: tuple[int, ...]) -> None:
+        assert ranks, "every expert is held"
+        assert list(ranks) == sorted(set(ranks))
+        assert 0 <= ranks[0] <= ranks[-1] < self.num_ranks
 
     @property
     def num_layers(self) -> int:
         """MoE layers."""
         return len(self.holders)
+
+    def moved(self, layers: Mapping[int, Mapping[int, tuple[int, ...]]]) -> Placement:
+        """Return this placement with other holders for some experts of some ``layers``.
+
+        Costs what the changed layers do: steps wait for it.
+        """
+        holders = list(self.holders)
+        for layer, changed in layers.items():
+            ranks_of = list(holders[layer])
+            for expert, ranks in changed.items():
+                self._check(ranks)
+                ranks_of[expert] = ranks
+            holders[layer] = tuple(ranks_of)
+        made = object.__new__(Placement)
+        for name, value in (("num_experts", self.num_experts), ("num_ranks", self.num_ranks)):
+            object.__setattr__(made, name, value)
+        object.__setattr__(made, "holders", tuple(holders))
+        return made
 
     def experts_of(self, layer: int, rank: int) -> list[int]:
         """Return the global ids of the layer's experts that ``rank`` holds, ascending."""
@@ -60,12 +82,16 @@ class Placement:
         return torch.tensor([*local, 0])
 
     def _owner(self, layer: int, expert: int, rank: int) -> int:
-        ranks = self.holders[layer][expert]
-        if rank in ranks:
-            return rank
-        place = rank - bisect_left(ranks, rank)  # among those that do not hold it
-        run = place * len(ranks) // (self.num_ranks - len(ranks))
-        return ranks[(expert + run) % len(ranks)]
+        return owner(self.holders[layer][expert], expert, rank, self.num_ranks)
+
+
+def owner(ranks: tuple[int, ...], expert: int, rank: int, num_ranks: int) -> int:
+    """Return which of an expert's holders ``ranks`` the rows of ``rank`` go to; see `Placement.owner_table`."""
+    if rank in ranks:
+        return rank
+    place = rank - bisect_left(ranks, rank)  # among those that do not hold it
+    run = place * len(ranks) // (num_ranks - len(ranks))
+    return ranks[(expert + run) % len(ranks)]
 
 
 def contiguous(num_layers: int, num_experts: int, num_ranks: int) -> Placement:

@@ -184,6 +184,7 @@ class ScriptedBackend:
             "spec_decode_utility": Histogram([1]).snapshot(),
             "spec_decode_phases": {"fixed": 2},
             "budget_steps": {},
+            "balance": None,
             "by_rank": LayerTotals(1, 1).by_rank(),
             "by_layer": LayerTotals(1, 1).by_layer(),
             "events": EventLog(self.past_events).totals(),

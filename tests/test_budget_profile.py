@@ -213,6 +213,10 @@ def test_what_can_change_nothing_needs_no_profile(model: Path, budget: str | Non
             {"expert_budget": "experts=6,scope=owner", "expert_parallel_size": 2, "placement": __file__},
             "placement: .*test_budget_profile.py is not what experts=6,scope=owner was calibrated with, or measure it",
         ),
+        (
+            {"expert_budget": "experts=6,scope=owner", "expert_parallel_size": 2, "enable_eplb": True},
+            "enable_eplb: it moves experts, and experts=6,scope=owner was calibrated where they stay",
+        ),
         ({"expert_budget": "experts=6,scope=owner,score=selected"}, "expert_budget: .* is not in"),
         ({"expert_budget": "experts=6,scope=owner"}, "expert_parallel_size: 1 is not 2, the number of ranks"),
         ({"expert_budget": EVEN.budget}, "expert_parallel_size: 1 is not 2, the number of ranks"),

@@ -34,12 +34,13 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 OPTIONS = {
     "generate": """
         --allow-uncalibrated --api-key --block-size --budget-profile --chat --device --draft-len --drafter --dtype
+        --enable-eplb --eplb-bytes-per-step --eplb-step-interval --eplb-timeout-s --eplb-window-size
         --expert-budget --expert-parallel-size
         --frequency-penalty --gpu-memory-utilization --ignore-eos --json --kv-cache-bytes
         --load-timeout-s --local --max-draft-len --max-model-len --max-num-batched-tokens
         --max-num-seqs --max-perplexity-increase --max-quality-loss --max-queued-requests
         --max-step-retries --max-tokens --min-p --min-tokens
-        --model --num-spares --num-threads --placement --prediction --presence-penalty
+        --model --num-redundant-experts --num-spares --num-threads --placement --prediction --presence-penalty
         --prompt-lookup-max --prompt-lookup-min --recovery-timeout-s
         --repetition-penalty --request-timeout-s --revision --seed --speculation --stats
         --step-timeout-s --stop --stop-token-ids --suffix-store-tokens --system --temperature
@@ -224,9 +225,9 @@ def test_events_are_shown_oldest_first(server, backend, penstock):
         Event(FAULT, DIED, "the process of rank 1 died", 1e9, ranks=(1,)),
     ]
     assert penstock("events", "--url", server.url).stdout.splitlines() == [
-        "2001-09-09 01:46:40.000  g  fault     died                0.00 s  the process of rank 1 died",
+        "2001-09-09 01:46:40.000  g  fault      died                0.00 s  the process of rank 1 died",
         (
-            "2001-09-09 01:46:40.500  g  recovery  died                0.31 s  rank 1 is there again; "
+            "2001-09-09 01:46:40.500  g  recovery   died                0.31 s  rank 1 is there again; "
             "6.3 MB of experts loaded; 3 requests replayed"
         ),
     ]

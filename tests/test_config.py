@@ -58,6 +58,14 @@ def test_defaults_stand() -> None:
         ("target_ongoing_requests", 2, "target_ongoing_requests: only beside max_replicas"),
         ("drain_timeout_s", -1, r"drain_timeout_s: -1 is not in \[0, 86400\]"),
         ("max_step_retries", -1, r"max_step_retries: -1 is not in \[0, 100\]"),
+        ("enable_eplb", True, "enable_eplb: only with expert_parallel_size above 1"),
+        ("enable_eplb", 1, "enable_eplb: expected bool, got 1"),
+        ("num_redundant_experts", 4, "num_redundant_experts: only beside enable_eplb"),
+        ("num_redundant_experts", -1, "num_redundant_experts: -1 is not in"),
+        ("eplb_window_size", 0, "eplb_window_size: 0 is not in"),
+        ("eplb_step_interval", 0, "eplb_step_interval: 0 is not in"),
+        ("eplb_bytes_per_step", 0, "eplb_bytes_per_step: 0 is not in"),
+        ("eplb_timeout_s", 0, r"eplb_timeout_s: 0 is not in \[0.1, 86400\]"),
     ],
 )
 def test_bad_values_are_refused_by_field_and_range(field: str, value: Any, message: str) -> None:
@@ -81,6 +89,13 @@ def test_the_ends_of_ranges_are_inside(values: dict[str, Any]) -> None:
     for name, value in values.items():
         assert getattr(config, name) == value
     assert isinstance(config.step_timeout_s, float)
+
+
+def test_a_placement_file_says_itself_which_experts_have_copies() -> None:
+    values = {"model": "m", "expert_parallel_size": 2, "enable_eplb": True, "placement": "p.json"}
+    assert EngineConfig.from_mapping(values).enable_eplb
+    with pytest.raises(ValueError, match=r"^num_redundant_experts: not beside placement"):
+        EngineConfig.from_mapping({**values, "num_redundant_experts": 2})
 
 
 def test_budgets_are_one_or_several_or_auto() -> None:

@@ -7,8 +7,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.cluster.api.metrics import PREFIX, engine_samples, parse_samples, render
 from penstock.cluster.config import EngineConfig
+from penstock.cluster.engine.balance import Balance
 from penstock.cluster.engine.engine import Engine
-from penstock.cluster.engine.events import EventLog
+from penstock.cluster.engine.events import FINISHED, REBALANCE, Event, EventLog
 from penstock.cluster.engine.layer_totals import COUNTS
 from penstock.cluster.engine.output import LENGTH, STOP, EngineStats
 from penstock.cluster.engine.scheduler import Scheduler
@@ -146,6 +147,20 @@ def test_counts_have_a_series_for_each_rank_and_for_each_layer() -> None:
     assert samples[f'{PREFIX}expert_budget_steps_total{{budget="experts=5"}}'] == 3
     counters.add_step(StepPlan(0, 0, [RankPlan(0, 0)] * 2), StepResult(ranks, 0.1), 0)
     assert stats.by_rank["rows"] == [18, 24], "a snapshot stays as it is"
+
+
+def test_rebalances_are_counted_where_experts_may_move() -> None:
+    still = served(1)
+    events = EventLog([Event(REBALANCE, FINISHED, "", expert_bytes_loaded=64, num_experts_moved=2)])
+    moving = replace(still, events=events.totals(), balance=Balance(7.0, 1.25))
+    samples = engine_samples({"moving": moving, "still": still})
+    assert samples[f'{PREFIX}rebalances_total{{what="finished"}}'] == 1
+    assert samples[f"{PREFIX}rebalance_experts_total"] == 2
+    assert samples[f"{PREFIX}rebalance_bytes_total"] == 64
+    assert samples[f"{PREFIX}last_rebalance_age_seconds"] == 7.0
+    assert samples[f"{PREFIX}expert_load_imbalance"] == 1.25
+    assert samples[f"{PREFIX}expert_bytes_loaded_total"] == 0
+    assert f"{PREFIX}last_rebalance_age_seconds" not in engine_samples({"still": still})
 
 
 def test_without_an_engine_there_is_only_the_news_of_that() -> None:

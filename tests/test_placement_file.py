@@ -101,6 +101,18 @@ def test_a_file_that_fits_is_taken(checkpoint: Callable[[str], Path], tmp_path: 
     assert placement_of(config_of(checkpoint("qwen3_moe"), 2)) is None
 
 
+def test_what_may_move_begins_in_equal_runs_or_with_copies() -> None:
+    config = EngineConfig(model=str(DEMO), expert_parallel_size=4)
+    assert placement_of(config) is None
+    moving = replace(config, enable_eplb=True)
+    assert placement_of(moving) == contiguous(4, 32, 4)
+    placement = placement_of(replace(moving, num_redundant_experts=4))
+    assert placement is not None
+    assert {len(placement.experts_of(layer, rank)) for layer in range(4) for rank in range(4)} == {9}
+    with pytest.raises(ValueError, match=r"^num_redundant_experts: 97 is not in \[0, 96\]"):
+        placement_of(replace(moving, num_redundant_experts=97))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "layers: []"])
 def test_what_is_no_placement_file_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path, text: str) -> None:
     (tmp_path / "p.json").write_text(text)

@@ -104,7 +104,7 @@ def test_a_padded_step_is_the_step(
     plan = RankPlan(0, 1, requests=requests, budget=parsed if acts else None)
     padding = padded(plan, runner)
     with torch.inference_mode():
-        launched, replayed = runner._launched(plan), runner._replayed(padding, padding.bucket)
+        launched, replayed = runner._launched(plan), runner._replayed(padding)
     torch.testing.assert_close(replayed.logits, launched.logits, rtol=1e-4, atol=1e-5)
     assert replayed.positions == launched.positions
     counts, expected = (exact_counts(found.counts) for found in (replayed, launched))
@@ -128,9 +128,8 @@ def test_a_number_of_experts_is_an_input_of_the_same_operations(runner_for: Call
     read = {}
     for number in (8, 2, 5, 2, 8):
         plan = RankPlan(0, 1, requests=requests, budget=ExpertBudget(experts=number))
-        bucket = padded(plan, runner).bucket
         with torch.inference_mode():
-            experts = runner._replayed(plan, bucket).counts.experts
+            experts = runner._replayed(padded(plan, runner)).counts.experts
             assert experts == runner._launched(plan).counts.experts
         assert read.setdefault(number, experts) == experts
     assert len(runner.graphs._steps) == 1
@@ -316,9 +315,8 @@ def test_a_replayed_graph_keeps_to_a_changing_budget(checkpoint: Callable[[str],
     requests = [replace(part, first_budgeted_row=0) for part in STEPS["mixed"]]
     for number in (8, 2, 5, 2, 8):
         plan = RankPlan(0, 1, requests=requests, budget=ExpertBudget(experts=number))
-        bucket = padded(plan, runner).bucket
         with torch.inference_mode():
-            replayed, launched = runner._replayed(plan, bucket), runner._launched(plan)
+            replayed, launched = runner._replayed(padded(plan, runner)), runner._launched(plan)
         torch.testing.assert_close(replayed.logits, launched.logits, rtol=1e-3, atol=1e-3)
         assert replayed.counts.experts == launched.counts.experts
         assert replayed.tokens is not None

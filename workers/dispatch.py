@@ -7,6 +7,7 @@ A row goes to a rank once, however many of its experts live there.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,16 +107,37 @@ class AllToAllDispatcher:
         top_k: int,
     ) -> None:
         self.rank, self.num_ranks, self.group, self.log = rank, placement.num_ranks, group, log
+        shape = placement.num_layers, placement.num_experts + 1
+        self.owner = torch.empty(shape, dtype=torch.int64, device=device)  # [L, E + 1]
+        self.local_ids = torch.empty_like(self.owner)
         layers, ranks = range(placement.num_layers), range(placement.num_ranks)
-        self.owner = torch.stack([placement.owner_table(layer, rank) for layer in layers]).to(device)  # [L, E + 1]
-        self.local_ids = torch.stack([placement.local_ids(layer, rank) for layer in layers]).to(device)
         num_local = [[len(placement.experts_of(layer, number)) for number in ranks] for layer in layers]
         self.num_local = torch.tensor(num_local, device=device)  # [L, R]
+        self.relocate(placement, layers)
         self.payload_bytes_per_row = 2 * hidden_bytes
         self.row_bytes = hidden_bytes + top_k * 8
         self.hidden_bytes = hidden_bytes
         self._score_bytes = 0
         """Sent for a budget's scores since the last dispatch."""
+
+    def relocate(self, placement: Placement, layers: Iterable[int]) -> None:
+        """Send rows where ``placement`` has the experts of ``layers``; every rank holds as many as it did."""
+        for layer in layers:
+            self.owner[layer] = placement.owner_table(layer, self.rank)
+            self.local_ids[layer] = placement.local_ids(layer, self.rank)
+
+    def exchange(
+        self, message: torch.Tensor, sent_counts: list[int], received_counts: list[int]
+    ) -> tuple[torch.Tensor, dist.Work]:
+        """Begin to send so many bytes of ``message`` to each rank; return where theirs arrive, and what waits for it.
+
+        One collective, beside those that come before it is awaited.
+        """
+        inbox = message.new_empty(sum(received_counts))
+        self.log.add("experts")
+        work = dist.all_to_all_single(inbox, message, received_counts, sent_counts, group=self.group, async_op=True)
+        assert work is not None, "the rank is in the group"
+        return inbox, work
 
     def dispatch(self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
         """Exchange counts, then rows."""

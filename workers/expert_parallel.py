@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -15,6 +16,7 @@ from ..router.budgeted_selection import BudgetedSelection
 from .dispatch import Dispatcher
 from .experts import ExpertShard
 from .plan import LayerCounts
+from .rebalance_plan import ExpertLoads
 
 EXPERTS = "penstock"
 
@@ -22,7 +24,14 @@ EXPERTS = "penstock"
 class ExpertParallel:
     """What the MoE layers of one rank share in a step: the dispatcher, the valid rows, and the counts."""
 
-    def __init__(self, expert_modules: list[torch.nn.Module], num_experts: int, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        expert_modules: list[torch.nn.Module],
+        num_experts: int,
+        dispatcher: Dispatcher,
+        *,
+        counts_loads: bool = False,
+    ) -> None:
         self.num_experts = num_experts
         self.dispatcher = dispatcher
         self.valid: torch.Tensor | None = None
@@ -32,6 +41,7 @@ class ExpertParallel:
             module.penstock = self  # type: ignore[assignment]
             module.penstock_layer = layer  # type: ignore[assignment]
         self.shards = [ExpertShard(module) for module in expert_modules]
+        self._loads = _LoadCounter(self.num_layers, num_experts) if counts_loads else None
         self.begin(None)
 
     @property
@@ -78,11 +88,51 @@ class ExpertParallel:
         if self.valid is not None:
             expert_ids = torch.where(self.valid[:, None], expert_ids, self.num_experts)
         received = self.dispatcher.dispatch(layer, hidden, expert_ids, weights)
+        if self._loads is not None:
+            self._loads.add(layer, expert_ids, received.expert_ids, self.shards[layer].num_experts)
         partial, num_active = self.shards[layer].run(received.hidden, received.expert_ids, received.weights)
         self._num_rows[layer] = hidden.shape[0] if self.valid is None else self._num_valid
         self._num_active[layer], self._rows_sent[layer] = num_active, received.rows_sent
         self.wire_bytes[layer] = received.wire_bytes
         return self.dispatcher.combine(partial, received, hidden.shape[0])
+
+    def take_loads(self) -> ExpertLoads:
+        """Return what experts had to do since the last time; one transfer from the device."""
+        assert self._loads is not None, "they are counted"
+        return self._loads.take()
+
+
+class _LoadCounter:
+    """Counts where ids are, so that nothing waits for a device."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._num_experts = num_experts
+        # Behind the experts: "none", and what this rank computes
+        self._counts = np.zeros((num_layers, num_experts + 2), dtype=np.int64)
+        self._on_device: torch.Tensor | None = None
+
+    def add(self, layer: int, chosen: torch.Tensor, received: torch.Tensor, num_local: int) -> None:
+        """Count global ids ``chosen`` [T, K] here, and local ids ``received`` [V, K], ``num_local`` for none."""
+        if chosen.device.type == "cpu":
+            counts = self._counts[layer]
+            counts[:-1] += np.bincount(chosen.flatten().numpy(), minlength=self._num_experts + 1)
+            counts[-1] += np.count_nonzero(received.numpy() < num_local)
+            return
+        if self._on_device is None:
+            self._on_device = torch.from_numpy(self._counts).to(chosen.device)
+        on_device = self._on_device[layer]
+        flat = chosen.flatten()
+        on_device.scatter_add_(0, flat, torch.ones_like(flat))
+        on_device[-1] += (received < num_local).sum()
+
+    def take(self) -> ExpertLoads:
+        """Return the counts and begin anew."""
+        if self._on_device is not None:
+            self._counts[:] = self._on_device.cpu().numpy()
+            self._on_device.zero_()
+        loads = ExpertLoads(self._counts[:, : self._num_experts].tolist(), self._counts[:, -1].tolist())
+        self._counts[:] = 0
+        return loads
 
 
 def _on(device: torch.device, number: int | torch.Tensor) -> torch.Tensor:

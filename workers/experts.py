@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,15 +16,36 @@ from torch.nn.functional import linear, silu
 
 from ..kernels.fused_moe import fits, fused_moe
 from .gpu_experts import gpu_experts
-from .packed_weights import PackedExperts, each_alone, packs_weights
+from .packed_weights import TiledExperts, each_alone, packed_experts, packs_weights
 
 _GROUP_ELEMENTS = 1 << 18
 """What the first projections of a group of experts may yield on a CPU: more would leave its caches, and be returned to
 the system and faulted in again at every call."""
 
 
-Projection = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
-"""From rows [N, I], the experts in their order, and how many rows each has, to [N, O]."""
+Tensors = tuple[torch.Tensor, ...]
+"""What makes one expert, each contiguous, as ranks hand it to each other."""
+
+
+class Projection(Protocol):
+    """One linear layer of all experts."""
+
+    def __call__(self, rows: torch.Tensor, experts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """From rows [N, I], the experts in their order, and how many rows each has, to [N, O]."""
+        ...
+
+    def tensors(self, expert: int) -> Tensors:
+        """Return what makes an expert here."""
+        ...
+
+    def room(self) -> Tensors:
+        """Return memory for what `tensors` gives of one more expert."""
+        ...
+
+    def hold(self, experts: Sequence[int | Tensors]) -> None:
+        """Hold as many ``experts`` as before in that order: those held so far by number, others by their tensors."""
+        ...
+
 
 FusedExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, int | torch.Tensor]]
 """From rows [N, H], expert ids and weights [N, K] to [N, H] and the number of distinct experts, a tensor on a GPU."""
@@ -49,6 +70,7 @@ class ExpertShard:
         self._up = _projection(module, up_name, packed=packed)
         self._down = _projection(module, "down_proj", packed=packed)
         self._activate = module._apply_gate if module.has_gate else module.act_fn
+        self.bytes_per_expert = sum(tensor.nbytes for tensor in self.tensors(0))
         self._finish = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
         self._is_on_gpu = weight.device.type == "cuda"
         if self._is_on_gpu:
@@ -95,6 +117,23 @@ class ExpertShard:
         weighted = computed.view(n, k, -1) * weights.float().unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden.dtype), len(active)
 
+    def tensors(self, expert: int) -> Tensors:
+        """Return what makes an expert: the first projection's tensors, then the second's."""
+        return (*self._up.tensors(expert), *self._down.tensors(expert))
+
+    def room(self) -> Tensors:
+        """Return memory for what `tensors` gives of one more expert."""
+        return (*self._up.room(), *self._down.room())
+
+    def hold(self, experts: Sequence[int | Tensors]) -> None:
+        """Hold as many ``experts`` as before in that order: those held so far by number, others by their tensors.
+
+        Tensors are taken, not copied; between steps, so that nothing reads what is dropped.
+        """
+        cut = len(self._up.tensors(0))
+        self._up.hold([expert if isinstance(expert, int) else expert[:cut] for expert in experts])
+        self._down.hold([expert if isinstance(expert, int) else expert[cut:] for expert in experts])
+
     def _compute(self, rows: torch.Tensor, experts: list[int], sizes: list[int]) -> torch.Tensor:
         """Return each expert's results for its rows; those of one expert lie together, ``sizes`` of them."""
         results = []
@@ -118,23 +157,51 @@ class ExpertShard:
         yield slice(start, len(sizes))
 
 
+class PlainExperts:
+    """A linear layer of E experts, of weights [E, O, I], or [E, I, O] where ``is_transposed``, and biases [E, O]."""
+
+    def __init__(self, weights: torch.Tensor, biases: torch.Tensor | None, *, is_transposed: bool) -> None:
+        self._is_transposed = is_transposed
+        self._held: list[Tensors] = [(weight,) for weight in weights]
+        if biases is not None:
+            self._held = [(weight, bias) for (weight,), bias in zip(self._held, biases, strict=True)]
+        self.hold(range(len(weights)))
+
+    def __call__(self, rows: torch.Tensor, experts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Return [N, O]: the first ``sizes[0]`` of ``rows`` [N, I] by expert ``experts[0]``, and so on."""
+        return each_alone(self._layers, rows, experts, sizes)
+
+    def tensors(self, expert: int) -> Tensors:
+        """Return an expert's weight, and its bias if it has one."""
+        return self._held[expert]
+
+    def room(self) -> Tensors:
+        """Return memory for what `tensors` gives of one more expert."""
+        return tuple(torch.empty_like(tensor) for tensor in self._held[0])
+
+    def hold(self, experts: Sequence[int | Tensors]) -> None:
+        """Hold ``experts`` in that order: those that it held, by number, and others by their tensors."""
+        self._held = [self._held[expert] if isinstance(expert, int) else expert for expert in experts]
+        self._layers = [
+            partial(linear, weight=weight.t() if self._is_transposed else weight, bias=bias[0] if bias else None)
+            for weight, *bias in self._held
+        ]
+
+
 def _projection(module: Any, name: str, *, packed: bool) -> Projection:
     """Return all experts' linear layer; unless ``packed`` it refers to the module's own weights."""
     weights = module.get_parameter(name)
-    if module.is_transposed:
-        weights = weights.transpose(1, 2)
     biases = module.get_parameter(f"{name}_bias") if module.has_bias else None
     if packed:
-        return PackedExperts(weights, biases)
-    each = [None] * len(weights) if biases is None else list(biases)
-    return partial(each_alone, [partial(linear, weight=w, bias=b) for w, b in zip(weights, each, strict=True)])
+        return packed_experts(weights.transpose(1, 2) if module.is_transposed else weights, biases)
+    return PlainExperts(weights, biases, is_transposed=module.is_transposed)
 
 
 def _fused(up: Projection, down: Projection, activate: Callable[[torch.Tensor], torch.Tensor]) -> FusedExperts | None:
     """Return the experts as one operation if there is one that computes the same."""
-    if not isinstance(up, PackedExperts) or not isinstance(down, PackedExperts) or up.tiled is None:
+    if not isinstance(up, TiledExperts) or not isinstance(down, TiledExperts):
         return None
-    if down.tiled is None or up.biases is not None or not fits(up.tiled, down.tiled):
+    if up.biases is not None or not fits(up.tiled, down.tiled):
         return None
     # Experts name their gate in many ways; what it computes tells
     near = torch.linspace(-9, 7, 6 * down.tiled.num_inputs).view(3, -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +45,5 @@ class RankInfo:
     load_s: float
     replays_graphs: bool = False
     """Whether steps are to be padded to buckets, so that it can replay them as graphs."""
+    bytes_per_expert: list[int] = field(default_factory=list)
+    """Bytes that an expert takes here, and between ranks, per MoE layer."""

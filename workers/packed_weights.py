@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import CDLL
 from typing import Any
 
 import torch
@@ -70,6 +71,12 @@ class PackedLinear(nn.Module):
         else:
             self._wide = wide
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return the weight [O, I] as it is multiplied, and the bias if there is one, in float32."""
+        assert self._tiled is None, "tiles are not turned back"
+        wide = self._wide if self._packed is None else torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
+        return (wide,) if self._bias is None else (wide, self._bias)
+
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return ``rows`` times the weight's transpose, plus the bias."""
         if self._tiled is not None:
@@ -81,31 +88,74 @@ class PackedLinear(nn.Module):
         return _linear_fp16(rows, self._packed)
 
 
-class PackedExperts:
-    """The same linear layer of E experts, of bfloat16 weights [E, O, I] and biases [E, O], in float32."""
+class TiledExperts:
+    """The same linear layer of E experts, of bfloat16 weights [E, O, I] and biases [E, O], in float32.
 
-    def __init__(self, weights: torch.Tensor, biases: torch.Tensor | None) -> None:
+    What moves of an expert are the tiles of its weight and its bias.
+    """
+
+    def __init__(self, library: CDLL, weights: torch.Tensor, biases: torch.Tensor | None) -> None:
         self.biases = None if biases is None else biases.float()
-        self.tiled: TiledWeights | None = None
-        library = kernel()
-        if library is not None:
-            self.tiled = TiledWeights(library, weights)
-            return
-        # Each call packs on one thread
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            each = [None] * len(weights) if biases is None else list(biases)
-            self._layers: list[Callable[[torch.Tensor], torch.Tensor]] = [
-                layer.forward for layer in pool.map(PackedLinear, weights, each)
-            ]
+        self.tiled = TiledWeights(library, weights)
 
     def __call__(self, rows: torch.Tensor, experts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """Return [N, O]: the first ``sizes[0]`` of ``rows`` [N, I] by expert ``experts[0]``, and so on."""
-        if self.tiled is None:
-            return each_alone(self._layers, rows, experts, sizes)
         output = self.tiled.multiply(rows, experts, sizes)
         if self.biases is not None:
             output += self.biases[experts].repeat_interleave(torch.tensor(sizes), dim=0)
         return output
+
+    def tensors(self, expert: int) -> tuple[torch.Tensor, ...]:
+        """Return an expert's tiles, and its bias if it has one."""
+        tiles = self.tiled.tiles[expert]
+        return (tiles,) if self.biases is None else (tiles, self.biases[expert])
+
+    def room(self) -> tuple[torch.Tensor, ...]:
+        """Return memory for what `tensors` gives of one more expert."""
+        tiles = self.tiled.room()
+        return (tiles,) if self.biases is None else (tiles, torch.empty_like(self.biases[0]))
+
+    def hold(self, experts: Sequence[int | tuple[torch.Tensor, ...]]) -> None:
+        """Hold ``experts`` in that order: those that it held, by number, and others by their tensors."""
+        found = [self.tensors(expert) if isinstance(expert, int) else expert for expert in experts]
+        self.tiled.hold([tensors[0] for tensors in found])
+        if self.biases is not None:
+            self.biases = torch.stack([tensors[1] for tensors in found])
+
+
+class PackedExperts:
+    """That of FBGEMM's packed weights. They cannot be looked into: what moves of an expert is what they stand for."""
+
+    def __init__(self, weights: torch.Tensor, biases: torch.Tensor | None) -> None:
+        # Each call packs on one thread
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            each = [None] * len(weights) if biases is None else list(biases)
+            self._layers = list(pool.map(PackedLinear, weights, each))
+
+    def __call__(self, rows: torch.Tensor, experts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Return [N, O]: the first ``sizes[0]`` of ``rows`` [N, I] by expert ``experts[0]``, and so on."""
+        return each_alone([self._layers[expert].forward for expert in experts], rows, range(len(experts)), sizes)
+
+    def tensors(self, expert: int) -> tuple[torch.Tensor, ...]:
+        """Return an expert's weight, and its bias if it has one, unpacked."""
+        return self._layers[expert].tensors()
+
+    def room(self) -> tuple[torch.Tensor, ...]:
+        """Return memory for what `tensors` gives of one more expert."""
+        return tuple(torch.empty_like(tensor) for tensor in self.tensors(0))
+
+    def hold(self, experts: Sequence[int | tuple[torch.Tensor, ...]]) -> None:
+        """Hold ``experts`` in that order: those that it held, by number, and others by their tensors, to be packed."""
+        self._layers = [
+            self._layers[expert] if isinstance(expert, int) else PackedLinear(expert[0], (*expert, None)[1])
+            for expert in experts
+        ]
+
+
+def packed_experts(weights: torch.Tensor, biases: torch.Tensor | None) -> TiledExperts | PackedExperts:
+    """Return the experts of bfloat16 ``weights`` [E, O, I] and ``biases`` [E, O] for the kernel that is at hand."""
+    library = kernel()
+    return PackedExperts(weights, biases) if library is None else TiledExperts(library, weights, biases)
 
 
 def each_alone(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..router.expert_budget import ExpertBudget
+from .rebalance_plan import ExpertLoads, RebalancePlan
 from .sampling_params import TokenSampling
 
 
@@ -88,6 +89,8 @@ class RankPlan:
     """Requests whose block tables and texts may be forgotten."""
     budget: ExpertBudget | None = None
     """Of experts and ranks, for the requests' budgeted rows; the same on all ranks."""
+    rebalance: RebalancePlan | None = None
+    """None where experts stay where they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,8 @@ class RankResult:
     """By request: of the plan's ``targets``."""
     kept_weights: dict[int, KeptWeight] = field(default_factory=dict)
     """By request, for those with budgeted rows."""
+    expert_loads: ExpertLoads | None = None
+    """If the plan asks for them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from .adjustments import Texts, adjust
 from .architectures import UNSTEERABLE
 from .computed_step import ComputedStep
 from .dispatch import AllToAllDispatcher, CollectiveLog, Dispatcher, LocalDispatcher
+from .expert_mover import ExpertMover
 from .expert_parallel import ExpertParallel
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
@@ -31,7 +32,8 @@ from .logprobs import target_logprobs, token_logprobs
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
-from .plan import Bucket, Logprobs, RankPlan, RankResult, RequestPlan
+from .plan import Logprobs, RankPlan, RankResult, RequestPlan
+from .rebalance_plan import PlacementVersion, RebalancePlan
 from .rows import PackedRows, pack
 from .sampler import accept, sample
 from .sampling_params import TokenSampling
@@ -45,8 +47,9 @@ from .step_graphs import StepGraphs
 class ModelRunner:
     """Loads a shard on construction; ``step`` is called from one thread, on all ranks in lock-step.
 
-    ``placement``: which ranks hold which experts, equal runs of them when None. ``enforce_eager``: replay no graphs.
-    Raises ``ValueError`` naming the field for a model that cannot be served or a pool too small for ``max_model_len``.
+    ``placement``: which ranks hold which experts, equal runs of them when None. ``moved_bytes``: most bytes of experts
+    that reach a rank in a step; None where they stay where they are. ``enforce_eager``: replay no graphs. Raises
+    ``ValueError`` naming the field for a model that cannot be served or a pool too small for ``max_model_len``.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class ModelRunner:
         max_num_batched_tokens: int = 512,
         enforce_eager: bool = False,
         placement: Placement | None = None,
+        moved_bytes: int | None = None,
     ) -> None:
         started = time.perf_counter()
         self.rank, self.num_ranks = rank, num_ranks
@@ -78,8 +82,8 @@ class ModelRunner:
         if max_model_len is not None and max_model_len > limit:
             raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
         empty = build(config, self.dtype)
-        self.placement = placement or contiguous(len(empty.expert_modules), num_experts, num_ranks)
-        loaded = load(directory, empty, self.device, self.placement, rank)
+        placement = placement or contiguous(len(empty.expert_modules), num_experts, num_ranks)
+        loaded = load(directory, empty, self.device, placement, rank)
         self.model = loaded.model
         all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
         self.hidden_size = int(text_config.hidden_size)
@@ -90,14 +94,21 @@ class ModelRunner:
         self.activation_dtype = torch.float32 if packed else self.dtype
         if self.device.type == "cpu" and self.activation_dtype == torch.float32:
             fuse_norms(self.model, kernel() if packed else None)
-        self.experts = ExpertParallel(loaded.expert_modules, num_experts, LocalDispatcher())
+        self.experts = ExpertParallel(
+            loaded.expert_modules, num_experts, LocalDispatcher(), counts_loads=moved_bytes is not None
+        )
         self.static_dispatcher: Dispatcher = self.experts.dispatcher
         """What steps that are padded to a bucket dispatch over."""
         self.graphs = StepGraphs(self._static_step, self.device)
+        if moved_bytes is not None and self.experts.is_capturable:
+            raise ValueError(
+                "enable_eplb: the kernels of a GPU read a layer's experts where they lie; leave it out there"
+            )
+        self.mover = None if moved_bytes is None else ExpertMover(self.experts.shards, placement, rank, moved_bytes)
+        self._placement = placement
         steerable = config.model_type not in UNSTEERABLE
         self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
-        owners = [self.placement.owner_table(layer, rank) for layer in range(self.placement.num_layers)]
-        self.layers = [LayerRanks(owner[:-1].to(self.device), num_ranks, rank) for owner in owners]
+        self.layers = [self._layer_ranks(layer) for layer in range(placement.num_layers)]
         """Where budgets take the experts of each MoE layer to be."""
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
@@ -144,7 +155,30 @@ class ModelRunner:
             kv_block_bytes=self.cache.block_bytes,
             load_s=time.perf_counter() - started,
             replays_graphs=self.experts.is_capturable and not enforce_eager,
+            bytes_per_expert=[shard.bytes_per_expert for shard in self.experts.shards],
         )
+
+    @property
+    def placement(self) -> Placement:
+        """Which ranks hold which experts at present."""
+        return self._placement if self.mover is None else self.mover.present.placement
+
+    def settle(self, version: PlacementVersion) -> None:
+        """Be at a placement that ranks which meet again agree on; see `ExpertMover.settle`."""
+        assert self.mover is not None, "experts may move"
+        self._relocate(self.mover.settle(version))
+
+    def _relocate(self, layers: Sequence[int]) -> None:
+        for layer in layers:
+            self.layers[layer] = self._layer_ranks(layer)
+        if layers and isinstance(self.experts.dispatcher, AllToAllDispatcher):
+            self.experts.dispatcher.relocate(self.placement, layers)
+            self.static_dispatcher.relocate(self.placement, layers)
+            self.graphs.clear()
+
+    def _layer_ranks(self, layer: int) -> LayerRanks:
+        owner = self.placement.owner_table(layer, self.rank)
+        return LayerRanks(owner[:-1].to(self.device), self.num_ranks, self.rank)
 
     def connect(self, group: dist.ProcessGroup | None) -> None:
         """Dispatch over ``group`` (the default group when None) from the next step on."""
@@ -159,7 +193,12 @@ class ModelRunner:
         """Run one step; the result is only true once every rank has answered it."""
         started = time.thread_time()
         self._apply_tables(plan)
-        computed = self._launched(plan) if plan.bucket is None else self._replayed(plan, plan.bucket)
+        self.log.reset()
+        if plan.rebalance is not None:
+            self._begin_moves(plan.rebalance)
+        # Moves are a collective of their own, which no graph holds
+        launches = plan.bucket is None or (plan.rebalance is not None and bool(plan.rebalance.transfers))
+        computed = self._launched(plan) if launches else self._replayed(plan)
         num_sampled, logits, sampled = len(computed.positions), computed.logits, computed.tokens
         if sampled is None:
             samplings = [request.sampling for request in plan.requests for _ in range(request.num_sampled_rows)]
@@ -178,6 +217,8 @@ class ModelRunner:
                     logits[start:stop][emitted.to(self.device)], tokens, request.sampling.logprobs
                 )
             start = stop
+        if self.mover is not None:
+            self.mover.finish()
         return RankResult(
             generation=plan.generation,
             step_id=plan.step_id,
@@ -189,13 +230,13 @@ class ModelRunner:
             logprobs=logprobs,
             prompt_logprobs=target_logprobs(plan.requests, logits[num_sampled:]),
             kept_weights=computed.kept_weights,
+            expert_loads=self.experts.take_loads() if plan.rebalance and plan.rebalance.wants_loads else None,
             thread_time_s=time.thread_time() - started,
         )
 
     def _launched(self, plan: RankPlan) -> ComputedStep:
         """Compute the plan's rows as they are, operation by operation."""
         rows = pack(plan, self.cache.tables, self.cache.block_size, self.cache.scratch_slot)
-        self.log.reset()
         budget = StepBudget(plan, rows.valid, self.layers, self.experts.dispatcher.sum_scores)
         logits = self._forward(rows, budget.selections)
         counts = self.experts.finish()
@@ -203,11 +244,12 @@ class ModelRunner:
         kept = budget.finish(counts)
         return ComputedStep(None, logits, positions, counts, kept, self.log.num_collectives, self.log.crc)
 
-    def _replayed(self, plan: RankPlan, bucket: Bucket) -> ComputedStep:
-        """Compute the plan's rows padded to ``bucket``, as a graph where the device has any."""
+    def _replayed(self, plan: RankPlan) -> ComputedStep:
+        """Compute the plan's rows padded to its bucket, as a graph where the device has any."""
+        assert plan.bucket is not None
         launched, self.experts.dispatcher = self.experts.dispatcher, self.static_dispatcher
         try:
-            answer, logits = self.graphs.step(StepShape.of(bucket, plan.budget), plan, self.cache.tables)
+            answer, logits = self.graphs.step(StepShape.of(plan.bucket, plan.budget), plan, self.cache.tables)
         finally:
             self.experts.dispatcher = launched
         return answer.computed(plan, logits, self.static_dispatcher.payload_bytes_per_row)
@@ -215,6 +257,13 @@ class ModelRunner:
     def _static_step(self, shape: StepShape) -> StaticStep:
         rows = StaticRows(shape.bucket, self.cache.block_size, self.cache.scratch_slot, self.device)
         return StaticStep(shape, rows, self._forward, self.experts, self.layers, self.log)
+
+    def _begin_moves(self, plan: RebalancePlan) -> None:
+        dispatcher = self.experts.dispatcher
+        assert self.mover is not None, "ranks are told that experts may move"
+        assert isinstance(dispatcher, AllToAllDispatcher), "and there are several"
+        self._relocate(self.mover.switch(plan.version, plan.changes))
+        self.mover.start(plan, dispatcher.exchange)
 
     def _apply_tables(self, plan: RankPlan) -> None:
         self.texts.update(plan, new_generation=plan.generation != self.generation)

@@ -20,7 +20,13 @@ from ..engine.output import EngineStats
 PREFIX = "penstock:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _GANG = "gang"
-_MEANS = (f"{PREFIX}kv_cache_usage_perc", f"{PREFIX}decode_experts_per_layer")
+_MEANS = tuple(
+    PREFIX + name
+    for name in (
+        *("kv_cache_usage_perc", "decode_experts_per_layer"),
+        *("last_rebalance_age_seconds", "expert_load_imbalance"),
+    )
+)
 """What several gangs have on average; all else they have together."""
 
 
@@ -31,7 +37,8 @@ class _Value:
     family: type[GaugeMetricFamily] | type[CounterMetricFamily]
     name: str
     text: str
-    read: Callable[[EngineStats], float | Mapping[str, float]]
+    read: Callable[[EngineStats], float | Mapping[str, float] | None]
+    """None where a gang has no such thing."""
     label: str | None = None
 
     def collect(self, gangs: Mapping[str, EngineStats]) -> Metric:
@@ -41,7 +48,7 @@ class _Value:
             if isinstance(value, Mapping):
                 for key, count in value.items():
                     metric.add_metric([gang, key], count)
-            else:
+            elif value is not None:
                 metric.add_metric([gang], value)
         return metric
 
@@ -74,7 +81,7 @@ def _latency(name: str, text: str) -> _Distribution:
 
 
 def _gauge(
-    name: str, text: str, read: Callable[[EngineStats], float | Mapping[str, float]], label: str | None = None
+    name: str, text: str, read: Callable[[EngineStats], float | Mapping[str, float] | None], label: str | None = None
 ) -> _Value:
     return _Value(GaugeMetricFamily, name, text, read, label)
 
@@ -218,6 +225,35 @@ _METRICS: tuple[_Value | _Distribution, ...] = (
         "Bytes of experts loaded again to replace lost ranks. "
         "PromQL: sum(increase(penstock:expert_bytes_loaded_total[1h]))",
         lambda stats: stats.events.expert_bytes_loaded,
+    ),
+    _gauge(
+        "last_rebalance_age_seconds",
+        "Since experts were last moved, or found to need no moving, or the start; only where they may move. "
+        "PromQL: max(penstock:last_rebalance_age_seconds)",
+        lambda stats: None if stats.balance is None else stats.balance.last_rebalance_age_s,
+    ),
+    _gauge(
+        "expert_load_imbalance",
+        "Busiest rank's rows over the mean of all, each layer by its rows, as last counted; 1 is balanced; only where "
+        "experts may move. PromQL: max(penstock:expert_load_imbalance)",
+        lambda stats: None if stats.balance is None else stats.balance.imbalance,
+    ),
+    _counter(
+        "rebalances",
+        "Rebalances that moved experts by what became of them: finished, timed_out or interrupted. "
+        "PromQL: sum by (what) (increase(penstock:rebalances_total[1h]))",
+        lambda stats: stats.events.rebalances,
+        "what",
+    ),
+    _counter(
+        "rebalance_experts",
+        "Experts moved between ranks. PromQL: sum(increase(penstock:rebalance_experts_total[1h]))",
+        lambda stats: stats.events.num_experts_moved,
+    ),
+    _counter(
+        "rebalance_bytes",
+        "Bytes of experts moved between ranks. PromQL: sum(rate(penstock:rebalance_bytes_total[5m]))",
+        lambda stats: stats.events.expert_bytes_moved,
     ),
     _counter(
         "spec_decode_num_drafts",

@@ -10,26 +10,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from ...router.expert_budget import ExpertBudget
 from ...workers.model_info import ModelInfo
 from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan, StepFailedError, StepPlan, StepResult
 from ...workers.sampling_params import SamplingParams
 from ..config import EngineConfig
-from ..speculation.batch import Batch, RequestView
 from ..speculation.controller import PHASES, Controller, RequestReport
 from ..speculation.drafter import DraftContext, drafter_factory
 from ..speculation.drafting import Drafting
 from ..speculation.observation import RequestOutcome, StepObservation
 from ..speculation.options import AUTO, MAX_DRAFT_LEN, SpeculationOptions
 from ..speculation.policy import make_controller
-from ..speculation.proposal import NOTHING
 from .backend import EngineDeadError
 from .block_pool import BlockPool
 from .budget import EngineBudget, make_budgets
 from .events import RECOVERY, Event, EventLog
 from .output import ABORT, ERROR, LENGTH, STOP, TIMEOUT, EngineStats, RequestOutput, RequestStats
 from .prompt_check import check_prompt
-from .ranks import Ranks
+from .proposer import Proposer
+from .ranks import MovableRanks, Ranks
+from .rebalancer import Rebalancer
 from .request import Request
 from .scheduler import Scheduler
 from .stats import Counters
@@ -64,7 +63,7 @@ class Engine:
         make_drafter = drafter_factory(config.drafter)  # refuse an unknown name now
         self.config, self.ranks = config, ranks
         self.model: ModelInfo = ranks.infos[0].model
-        self._budgets = make_budgets(config, self.model, budgets)
+        known = make_budgets(config, self.model, budgets)
         self.controller = controller or make_controller(
             config.policy,
             draft_len=config.fixed_draft_len,
@@ -72,7 +71,7 @@ class Engine:
             num_experts=self.model.num_experts,
             num_experts_per_tok=self.model.num_experts_per_tok,
             num_ranks=len(ranks.infos),
-            levels=[entry.level for entry in self._budgets],
+            levels=[entry.level for entry in known],
         )
         own = {"off": 0, "fixed": config.fixed_draft_len}.get(config.policy, config.max_draft_len)
         self._max_draft_len = MAX_DRAFT_LEN if controller is not None else own
@@ -87,6 +86,13 @@ class Engine:
         pools = [BlockPool(info.num_kv_blocks, config.block_size) for info in ranks.infos]
         pads_to = self.model.max_model_len if all(info.replays_graphs for info in ranks.infos) else 0
         self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens, pads_to)
+        self._proposer = Proposer(
+            self.controller, self._drafting, self.scheduler, [entry.budget for entry in known], self._max_draft_len
+        )
+        self._rebalancer: Rebalancer | None = None
+        if config.enable_eplb:
+            assert isinstance(ranks, MovableRanks), "ranks in processes of their own can hand experts to each other"
+            self._rebalancer = Rebalancer(config, ranks, self.events, clock=clock)
         self._requests: dict[str, Request] = {}
         self._by_key: dict[int, Request] = {}
         self._next_key = 0
@@ -174,10 +180,12 @@ class Engine:
             self._recover()
         self._admit()
         started = self.clock()
-        drafts, budget, reach = self._propose()
+        drafts, budget, reach = self._proposer.propose()
         plan = self.scheduler.schedule(self._generation, self._step_id, drafts, budget, reach)
         if plan is None:
             return []
+        if self._rebalancer is not None:
+            plan = self._rebalancer.amend(plan)
         try:
             result = self.ranks.step(plan)
             _check_lock_step(result)
@@ -191,6 +199,8 @@ class Engine:
         self.learn()
         self._step_id += 1
         self._failures_in_row = 0
+        if self._rebalancer is not None:
+            self._rebalancer.commit(result)
         return self._commit(plan, result, started) + self._expire()
 
     def learn(self) -> None:
@@ -243,12 +253,10 @@ class Engine:
         now = self.clock()
         if now >= self._phases_due_s or not self._requests:
             self._phases = Counter(dict.fromkeys(PHASES, 0))
-            self._phases.update(self._report(request).phase for request in self._decoding())
+            self._phases.update(self._report(request).phase for request in self._proposer.decoding())
             self._phases_due_s = now + _PHASES_S
-        return self.counters.snapshot(self.scheduler, self._phases, self.events.totals())
-
-    def _decoding(self) -> list[Request]:
-        return [request for requests in self.scheduler.running for request in requests if request.is_decoding]
+        balance = None if self._rebalancer is None else self._rebalancer.balance()
+        return self.counters.snapshot(self.scheduler, self._phases, self.events.totals(), balance)
 
     def _report(self, request: Request) -> RequestReport:
         """Return what is known of a live request's speculation, its own wish first."""
@@ -257,54 +265,6 @@ class Engine:
         if limit and not request.speculation.is_fixed:
             return report
         return replace(report, phase="fixed" if limit else "off", draft_len=limit)
-
-    def _propose(self) -> tuple[dict[int, Sequence[int]], ExpertBudget | None, dict[int, Sequence[float]]]:
-        """Return the drafts to verify, by `Request.key`, under which budget, and how likely they are right if it asks.
-
-        One decision over the requests of all ranks.
-        """
-        decoding = self._decoding()
-        views = [
-            RequestView(
-                key=request.key,
-                rank=request.rank,
-                context_len=len(request.token_ids),
-                max_draft_len=request.speculation.limit(self._max_draft_len, request.num_tokens_left),
-                is_fixed=request.speculation.is_fixed,
-                allows_budget=request.speculation.allows_budget,
-            )
-            for request in decoding
-        ]
-        self._index_prompts()
-        batch = Batch(views, len(self.ranks.infos), self.scheduler.prompt_rows())
-        proposals = [
-            self._drafting.propose(request.key, request.token_ids, most) if most > 0 else NOTHING
-            for request, most in zip(decoding, self.controller.max_draft_lens(batch), strict=True)
-        ]
-        lengths = self.controller.draft_lens(batch, proposals)
-        for request, proposal in zip(decoding, proposals, strict=True):
-            request.draft_source = proposal.evidence.source
-        drafted = [found for found in zip(decoding, proposals, lengths, strict=True) if found[2] > 0]
-        drafts = {request.key: proposal.token_ids[:length] for request, proposal, length in drafted}
-        level = self.controller.budget_level() if self._budgets else None
-        budget = None if level is None else self._budgets[level].budget
-        if budget is None or budget.score != "survival":
-            return drafts, budget, {}
-        return (
-            drafts,
-            budget,
-            {
-                request.key: self.controller.reach(request.key, proposal, length)
-                for request, proposal, length in drafted
-            },
-        )
-
-    def _index_prompts(self) -> None:
-        """Tell drafters of the chunks that ranks have computed: a long prompt at once would hold up a later step."""
-        for request in (request for requests in self.scheduler.running for request in requests):
-            may_draft = request.speculation.limit(self._max_draft_len, request.num_tokens_left) > 0
-            if may_draft and request.committed_len and not request.is_decoding:
-                self._drafting.index(request.key, request.token_ids[: request.committed_len])
 
     def _discard(self, error: StepFailedError) -> None:
         self.counters.num_failed_steps += 1
@@ -318,6 +278,8 @@ class Engine:
         """Nothing of the present step counts; the next one starts by bringing the ranks back together."""
         self._generation += 1
         self.scheduler.forget_ranks()
+        if self._rebalancer is not None:
+            self._rebalancer.void()
         self._must_recover = True
 
     def recover(self) -> None:
@@ -392,7 +354,7 @@ class Engine:
             has_prefill=len(outcomes) < sum(len(rank.requests) for rank in plan.ranks),
             experts=[sum(rank.counts.experts) / num_layers for rank in result.ranks],
             rows_sent=[sum(rank.counts.rows_sent) / num_layers for rank in result.ranks],
-            budget_level=self._level_of(plan.ranks[0].budget),
+            budget_level=self._proposer.level_of(plan.ranks[0].budget),
             num_budgeted_rows=sum(
                 part.num_sampled_rows
                 for rank in plan.ranks
@@ -400,10 +362,6 @@ class Engine:
                 if part.first_budgeted_row is not None
             ),
         )
-
-    def _level_of(self, budget: ExpertBudget | None) -> int | None:
-        """Return the level of a plan's budget, for a plan says what became of a decision."""
-        return None if budget is None else [entry.budget for entry in self._budgets].index(budget)
 
     @staticmethod
     def _parts(plan: RankPlan, result: RankResult) -> list[tuple[RequestPlan, list[int]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ...workers.plan import Logprobs
+from .balance import Balance
 from .events import EventTotals
 from .histogram import HistogramSnapshot
 
@@ -142,7 +143,9 @@ class EngineStats:
     num_preemptions: int
     """Times a running request lost its KV to older ones and waited again."""
     events: EventTotals
-    """Faults and recoveries of the gang."""
+    """Faults, recoveries and rebalances of the gang."""
+    balance: Balance | None
+    """Of experts; None where they stay where they are."""
     num_requests_resumed: int
     """Requests that another coordinator had begun."""
     num_kv_blocks: int

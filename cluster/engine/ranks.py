@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ...kernels.fused_moe import kernel
 from ...router.placement import Placement
@@ -14,6 +14,7 @@ from ...workers.loader import build, inspect, resolve_dtype
 from ...workers.model_info import RankInfo
 from ...workers.packed_weights import packs_weights
 from ...workers.plan import StepFailedError, StepPlan, StepResult
+from ...workers.rebalance_plan import PlacementVersion
 from ...workers.runner import ModelRunner, resolve_device
 from ..config import EngineConfig
 
@@ -54,9 +55,18 @@ class Ranks(Protocol):
         ...
 
 
+@runtime_checkable
+class MovableRanks(Ranks, Protocol):
+    """Ranks that can hand experts to each other."""
+
+    placed: PlacementVersion | None
+    """Where experts are, which a rank that is replaced loads; whoever moves them sets it. None: they stay."""
+
+
 def make_runner(config: EngineConfig, rank: int, placement: Placement | None = None) -> ModelRunner:
-    """Load ``rank``'s shard as ``config`` says; ``placement``: what the file of that name holds, if one is named."""
-    assert (placement is None) == (config.placement is None), "whoever starts the ranks reads the file"
+    """Load ``rank``'s shard as ``config`` says; ``placement``: what `placement_of` made of it, or came of that."""
+    named = config.placement is not None or config.enable_eplb
+    assert (placement is None) == (not named), "whoever starts the ranks reads the file"
     return ModelRunner(
         model=config.model,
         revision=config.revision,
@@ -71,6 +81,7 @@ def make_runner(config: EngineConfig, rank: int, placement: Placement | None = N
         max_num_batched_tokens=config.max_num_batched_tokens,
         enforce_eager=config.enforce_eager,
         placement=placement,
+        moved_bytes=config.eplb_bytes_per_step if config.enable_eplb else None,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from ...router.expert_budget import ExpertBudget
 from ...workers.plan import StepPlan, StepResult
+from .balance import Balance
 from .events import EventTotals
 from .histogram import Histogram
 from .latencies import Latencies
@@ -99,8 +100,10 @@ class Counters:
         if reason in (STOP, LENGTH):
             self.latencies.finished(request, now)
 
-    def snapshot(self, scheduler: Scheduler, phases: Mapping[str, int], events: EventTotals) -> EngineStats:
-        """Return the totals, those of ``events`` among them, beside the scheduler's present state and the phases."""
+    def snapshot(
+        self, scheduler: Scheduler, phases: Mapping[str, int], events: EventTotals, balance: Balance | None = None
+    ) -> EngineStats:
+        """Return the totals, those of ``events`` among them, beside the present state of the other things."""
         layer_steps = self.num_decode_steps * self._num_moe_layers
         return EngineStats(
             num_steps=self.num_steps,
@@ -114,6 +117,7 @@ class Counters:
             num_requests_waiting=len(scheduler.waiting),
             num_preemptions=scheduler.num_preemptions,
             events=events,
+            balance=balance,
             num_requests_resumed=self.num_resumed,
             num_kv_blocks=sum(pool.num_blocks for pool in scheduler.pools),
             num_kv_blocks_used=sum(pool.num_used for pool in scheduler.pools),

@@ -7,6 +7,7 @@ import msgspec
 from ...workers.model_info import RankInfo
 from ...workers.plan import RankError, RankPlan, RankResult
 from ...workers.process_group import StoreAddress
+from ...workers.rebalance_plan import PlacementVersion
 
 
 class Run(msgspec.Struct, tag=True, frozen=True):
@@ -16,16 +17,24 @@ class Run(msgspec.Struct, tag=True, frozen=True):
 
 
 class Regroup(msgspec.Struct, tag=True, frozen=True):
-    """Leave the process group and join the one that meets at ``store``; ``epoch`` is never used twice."""
+    """Leave the process group and join the one that meets at ``store``; ``epoch`` is never used twice.
+
+    ``placed``: where experts are; None where they stay.
+    """
 
     epoch: int
     store: StoreAddress
+    placed: PlacementVersion | None = None
 
 
 class Assign(msgspec.Struct, tag=True, frozen=True):
-    """Be this rank from now on: `Assigned` follows at once, `Loaded` when its shard is in memory. Told to a spare."""
+    """Be this rank from now on: `Assigned` follows at once, `Loaded` when its shard is in memory. Told to a spare.
+
+    ``placed``: where experts are; None where they stay where they were when the spare was started.
+    """
 
     rank: int
+    placed: PlacementVersion | None = None
 
 
 class Close(msgspec.Struct, tag=True, frozen=True):
@@ -43,9 +52,10 @@ class Assigned(msgspec.Struct, tag=True, frozen=True):
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):
-    """The shard is in memory."""
+    """The shard is in memory; ``placed`` says what it is of, where experts move."""
 
     info: RankInfo
+    placed: PlacementVersion | None = None
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):

@@ -11,6 +11,7 @@ import torch
 from ...router.placement import Placement
 from ...workers import process_group
 from ...workers.plan import RankError, RankPlan
+from ...workers.rebalance_plan import PlacementVersion
 from ...workers.runner import ModelRunner
 from ..config import EngineConfig
 from ..engine.ranks import make_runner, prepare
@@ -29,8 +30,8 @@ class RankSettings:
     """Address of the process' machine; empty where whoever starts the process finds it out there."""
     rank: int | None = None
     """The rank it is to be; None: a spare, which is told later."""
-    placement: Placement | None = None
-    """What the configuration's file of that name holds: this machine may not have it."""
+    placed: PlacementVersion | None = None
+    """Where experts are, as `placement_of` says: this machine may not have its file. None: equal runs of them."""
 
 
 class RankLoop:
@@ -47,9 +48,9 @@ class RankLoop:
             torch.set_num_threads(settings.config.threads_per_rank)
             if self._runner is not None:
                 self._runner.generation = -1  # this coordinator counts anew
-                plane.send(Loaded(self._runner.info))
+                plane.send(_as_loaded(self._runner))
             elif settings.rank is not None:
-                plane.send(self._load(settings, settings.rank))
+                plane.send(self._load(settings, settings.rank, settings.placed))
             else:
                 prepare(settings.config)
                 plane.send(Ready())
@@ -61,7 +62,7 @@ class RankLoop:
                     plane.send(_regroup(settings, self._loaded(), command))
                 elif isinstance(command, Assign):
                     plane.send(Assigned(command.rank))
-                    plane.send(self._load(settings, command.rank))
+                    plane.send(self._load(settings, command.rank, command.placed or settings.placed))
                 else:
                     return
         finally:
@@ -72,14 +73,16 @@ class RankLoop:
         assert self._runner is not None, "a spare is assigned a rank first"
         return self._runner
 
-    def _load(self, settings: RankSettings, rank: int) -> Answer:
+    def _load(self, settings: RankSettings, rank: int, placed: PlacementVersion | None) -> Answer:
         try:
-            self._runner = self._make(settings.config, rank, settings.placement)
+            self._runner = self._make(settings.config, rank, placed.placement if placed else None)
         except ValueError as error:
             return Refused(str(error))
         except Exception:  # a broken installation or too little memory: say it where it can be read
             return Refused(f"rank {rank} could not load: {traceback.format_exc(limit=-3)}")
-        return Loaded(self._runner.info)
+        if self._runner.mover is not None and placed is not None:
+            self._runner.mover.present = placed
+        return _as_loaded(self._runner)
 
 
 def run_rank(
@@ -91,6 +94,10 @@ def run_rank(
     RankLoop(make).serve(settings, closed)
 
 
+def _as_loaded(runner: ModelRunner) -> Loaded:
+    return Loaded(runner.info, None if runner.mover is None else runner.mover.present)
+
+
 def _step(runner: ModelRunner, plan: RankPlan) -> Answer:
     try:
         return Done(runner.step(plan))
@@ -100,6 +107,8 @@ def _step(runner: ModelRunner, plan: RankPlan) -> Answer:
 
 def _regroup(settings: RankSettings, runner: ModelRunner, command: Regroup) -> Answer:
     try:
+        if command.placed is not None:
+            runner.settle(command.placed)
         process_group.join(
             command.store,
             runner.rank,

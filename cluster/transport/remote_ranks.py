@@ -14,6 +14,7 @@ from ...router.placement import Placement
 from ...workers.model_info import RankInfo
 from ...workers.plan import RankError, RankResult, StepFailedError, StepPlan, StepResult
 from ...workers.process_group import open_store
+from ...workers.rebalance_plan import PlacementVersion
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
 from ..engine.events import DIED, FAULT, SILENT, UNREACHABLE, Event, EventLog
@@ -40,8 +41,8 @@ class RemoteRanks:
     """All ranks of a gang and its spares, each a process that ``launch`` starts without waiting for it.
 
     ``host``: this machine's address, where ranks connect to; ``node``: that of their machines, if it is the same for
-    all, see `RankSettings.node`. ``placement``: what the file that ``config`` names holds. Call `start` before
-    anything else.
+    all, see `RankSettings.node`. ``placement``: what `placement_of` makes of ``config``. Call `start` before anything
+    else.
 
     A process that has ended, or does not answer by its deadline (`Deadline`), is lost: it is fenced, killed, and
     `recover` puts another in its place, a spare if one is ready. The others keep weights and KV.
@@ -61,8 +62,10 @@ class RemoteRanks:
         self._num_ranks = config.expert_parallel_size
         self._plane = CoordinatorPlane(host)
 
+        self.placed = None if placement is None else PlacementVersion(0, placement)
+
         def start(ticket: Ticket, rank: int | None) -> RankProcess:
-            return launch(RankSettings(config, ticket, node, rank, placement))
+            return launch(RankSettings(config, ticket, node, rank, self.placed))
 
         self._roster = Roster(self._plane, start)
         self._lost: dict[int, Replacement] = {}
@@ -110,6 +113,9 @@ class RemoteRanks:
                     self._roster.lose(member)
                     continue
                 member.info = info
+                # Of a switch that the other coordinator did not see through all ranks may not have heard
+                if (placed := received[1].placed) and self.placed and placed.number > self.placed.number:
+                    self.placed = placed
                 self._roster.take_rank(member, info.rank)
                 on_loaded(info)
             elif time.monotonic() > deadline_s:
@@ -186,7 +192,7 @@ class RemoteRanks:
     def _assign(self, spare: Member, rank: int) -> bool:
         asked_s = time.monotonic()
         try:
-            self._plane.send(spare.name, Assign(rank))
+            self._plane.send(spare.name, Assign(rank, self._moved))
         except ConnectionError:
             self._lose(spare, UNREACHABLE, "a spare is not connected", asked_s)
             return False
@@ -212,7 +218,7 @@ class RemoteRanks:
         self._epoch += 1
         self._store, address = open_store(self._host)
         for rank in range(self._num_ranks):
-            self._send(rank, Regroup(self._epoch, address))
+            self._send(rank, Regroup(self._epoch, address, self._moved))
             if self._lost:  # nobody need wait for it
                 return "ranks are lost again"
 
@@ -318,6 +324,10 @@ class RemoteRanks:
                 ranks=() if rank is None else (rank,),
             )
         )
+
+    @property
+    def _moved(self) -> PlacementVersion | None:
+        return self.placed if self._config.enable_eplb else None
 
     def _info(self, rank: int) -> RankInfo:
         info = self._roster.of_rank[rank].info
