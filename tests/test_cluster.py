@@ -6,14 +6,10 @@ No interface or address is set by hand. Where namespaces cannot be made, this sa
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from .machines import Machines, machines, objection
+from penstock.benchmarks.machines import machines, objection
+from penstock.benchmarks.ray_cluster import PENSTOCK, RayCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 DEMO = Path(__file__).parents[1] / "demo" / "model"
-PENSTOCK, RAY = (str(Path(sys.executable).with_name(name)) for name in ("penstock", "ray"))
-PORT = 8000
-RAY_PORT = 6390
 PROMPTS = ["import os\n", "def main(", "class "]
-START_S = 240
 
 _ASK = """
 import json, sys, openai
@@ -49,74 +42,33 @@ print(json.dumps(texts))
 """
 
 
-class Cluster:
-    """Ray with a token on ``machines``: the head on the first, one more node with each `join`."""
+@contextmanager
+def serving(cluster: RayCluster, num_ranks: int, *options: str) -> Iterator[str]:
+    """Serve the demo model on so many ranks; what was printed until it did."""
+    given = [
+        *("--expert-parallel-size", str(num_ranks), "--placement-group-strategy", "SPREAD"),
+        *("--served-model-name", "penstock-demo", "--dtype", "float32", "--device", "cpu", "--num-threads", "1"),
+        *options,
+    ]
+    with cluster.serving(DEMO, *given) as (_, log):
+        yield log.read_text()
 
-    def __init__(self, machines: Machines, folder: Path) -> None:
-        self.machines, self.folder = machines, folder
-        self.address = f"{machines.address(0)}:{RAY_PORT}"
-        token = folder / "token"
-        token.write_text(secrets.token_hex(32))
-        kept = {name: os.environ[name] for name in ("PATH", "LANG", "OMP_NUM_THREADS") if name in os.environ}
-        # Another user's home, so to say: no token, model or configuration of this one's
-        self.stranger = {**kept, "HOME": str(folder), "RAY_TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
-        self.environment = {**self.stranger, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        self._start(0, "--head", f"--port={RAY_PORT}", f"--temp-dir={folder}", "--include-dashboard=false")
 
-    def join(self, i: int) -> None:
-        """Start Ray on machine ``i``."""
-        self._start(i, f"--address={self.address}")
-
-    def _start(self, i: int, *options: str) -> None:
-        shared = ["--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats"]
-        address = f"--node-ip-address={self.machines.address(i)}"
-        done = self.machines.run(i, RAY, "start", *options, address, *shared, env=self.environment, timeout=START_S)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    @contextmanager
-    def serving(self, num_ranks: int) -> Iterator[str]:
-        """Serve the demo model on so many ranks; what was printed until it did."""
-        log = self.folder / "log"
-        options = [
-            *("--address", self.address, "--host", self.machines.address(0), "--port", str(PORT)),
-            *("--expert-parallel-size", str(num_ranks), "--placement-group-strategy", "SPREAD"),
-            *("--served-model-name", "penstock-demo", "--dtype", "float32", "--device", "cpu", "--num-threads", "1"),
-        ]
-        with log.open("w") as out:
-            server = self.machines.popen(
-                0, PENSTOCK, "serve", str(DEMO), *options, env=self.environment, stdout=out, stderr=out
-            )
-        try:
-            deadline = time.monotonic() + START_S
-            while "Ctrl-C" not in log.read_text():
-                assert server.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
-            yield log.read_text()
-            server.send_signal(signal.SIGINT)
-            assert server.wait(60) == 0, log.read_text()
-        finally:
-            server.kill()
-            server.wait()
-
-    def ask(self, i: int) -> list[tuple[str, int]]:
-        """Return the answers to `PROMPTS`, and their lengths in tokens, that a client on machine ``i`` gets."""
-        url = f"http://{self.machines.address(0)}:{PORT}/v1"
-        command = [sys.executable, "-c", _ASK, url, json.dumps(PROMPTS)]
-        done = self.machines.run(i, *command, env=self.stranger, timeout=180)
-        assert done.returncode == 0, done.stderr
-        return [(text, num_tokens) for text, num_tokens in json.loads(done.stdout)]
+def ask(cluster: RayCluster, i: int) -> list[tuple[str, int]]:
+    """Return the answers to `PROMPTS`, and their lengths in tokens, that a client on machine ``i`` gets."""
+    answers = cluster.program(i, _ASK, f"{cluster.url}/v1", json.dumps(PROMPTS), environment=cluster.stranger)
+    return [(text, num_tokens) for text, num_tokens in answers]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster() -> Iterator[RayCluster]:
     if (reason := objection()) is not None:
         warnings.warn(f"NOT TESTED: ranks on several machines: {reason}", stacklevel=1)
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="pk-", dir="/tmp"))  # Ray's socket paths must be short
     try:
         with machines(3) as three:
-            cluster = Cluster(three, folder)
+            cluster = RayCluster(three, folder)
             cluster.join(1)
             yield cluster
     finally:
@@ -139,17 +91,17 @@ def _ranks_line(printed: str) -> str:
 
 
 def test_the_demo_is_served_across_two_machines(cluster, alone):
-    with cluster.serving(2) as printed:
+    with serving(cluster, 2) as printed:
         assert _ranks_line(printed) == "ranks: 0 on 10.77.0.1, 1 on 10.77.0.2"
         assert "warning" not in printed
-        assert cluster.ask(1) == alone
+        assert ask(cluster, 1) == alone
 
 
 def test_the_demo_is_served_across_three_machines(cluster, alone):
     cluster.join(2)
-    with cluster.serving(3) as printed:
+    with serving(cluster, 3) as printed:
         assert _ranks_line(printed) == "ranks: 0 on 10.77.0.1, 1 on 10.77.0.2, 2 on 10.77.0.3"
-        assert cluster.ask(2) == alone
+        assert ask(cluster, 2) == alone
 
 
 def test_who_has_no_token_is_not_let_in_and_told_how(cluster):

@@ -15,7 +15,21 @@ from ...workers.runner import ModelRunner
 from ..config import EngineConfig
 from ..engine.ranks import make_runner, prepare
 from .curve import Ticket
-from .messages import Answer, Assign, Assigned, Done, Failed, Loaded, Ready, Refused, Regroup, Regrouped, Run
+from .messages import (
+    Answer,
+    Assign,
+    Assigned,
+    Done,
+    Failed,
+    Loaded,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    Regroup,
+    Regrouped,
+    Run,
+)
 from .step_plane import RankPlane
 
 
@@ -62,6 +76,8 @@ class RankLoop:
                 elif isinstance(command, Assign):
                     plane.send(Assigned(command.rank))
                     plane.send(self._load(settings, command.rank))
+                elif isinstance(command, Ping):
+                    plane.send(Pong(command.number))
                 else:
                     return
         finally:
