@@ -14,7 +14,7 @@ import psutil
 from .cluster_server import ClusterServer
 from .server_process import ServerProcess
 
-_OBSERVE_S = 0.3
+_OBSERVE_S, _WAITS_S = 0.3, 1.0
 _LOOKS = 5
 """A look at a process tree finds nothing when a process ends in the middle of it."""
 _IDLE_SHARE = 0.05
@@ -58,17 +58,17 @@ def workers(server: ServerProcess) -> list[psutil.Process]:
     return []
 
 
-def by_work(server: ServerProcess) -> list[tuple[float, psutil.Process]]:
+def by_work(server: ServerProcess, observe_s: float = _OBSERVE_S) -> list[tuple[float, psutil.Process]]:
     """Return (share of a core, process) of ranks and spares, the busiest first; ranks are, while requests run."""
     before = {process: _cpu_s(process) for process in workers(server)}
-    time.sleep(_OBSERVE_S)
-    shares = [((_cpu_s(process) - spent) / _OBSERVE_S, process) for process, spent in before.items()]
+    time.sleep(observe_s)
+    shares = [((_cpu_s(process) - spent) / observe_s, process) for process, spent in before.items()]
     return sorted(shares, key=lambda entry: -entry[0])
 
 
 def spares_are_ready(server: ServerProcess, num_ranks: int, num_spares: int) -> bool:
     """Tell whether all ranks and spares are there, and the spares wait."""
-    found = by_work(server)
+    found = by_work(server, _WAITS_S)
     return len(found) == num_ranks + num_spares and all(share < _IDLE_SHARE for share, _ in found[num_ranks:])
 
 

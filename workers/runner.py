@@ -25,7 +25,7 @@ from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
 from .expert_parallel import ExpertParallel
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
-from .loader import build, inspect, load, resolve_dtype
+from .loader import DenseModel, build, inspect, load_dense, load_experts, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
@@ -40,7 +40,8 @@ from .step_budget import StepBudget
 class ModelRunner:
     """Loads a shard on construction; ``step`` is called from one thread, on all ranks in lock-step.
 
-    ``placement``: which ranks hold which experts, equal runs of them when None. Raises ``ValueError`` naming the field
+    ``placement``: which ranks hold which experts, equal runs of them when None. ``dense``: this model without its
+    experts, on the rank's device, if it has been loaded already; it is used up. Raises ``ValueError`` naming the field
     for a model that cannot be served or a pool too small for ``max_model_len``.
     """
 
@@ -59,6 +60,7 @@ class ModelRunner:
         gpu_memory_utilization: float = 0.9,
         max_num_batched_tokens: int = 512,
         placement: Placement | None = None,
+        dense: DenseModel | None = None,
     ) -> None:
         started = time.perf_counter()
         self.rank, self.num_ranks = rank, num_ranks
@@ -71,9 +73,9 @@ class ModelRunner:
         limit = int(text_config.max_position_embeddings)
         if max_model_len is not None and max_model_len > limit:
             raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
-        empty = build(config, self.dtype)
-        self.placement = placement or contiguous(len(empty.expert_modules), num_experts, num_ranks)
-        loaded = load(directory, empty, self.device, self.placement, rank)
+        dense = dense or load_dense(directory, build(config, self.dtype), self.device)
+        self.placement = placement or contiguous(len(dense.empty.expert_modules), num_experts, num_ranks)
+        loaded = load_experts(directory, dense, self.placement, rank)
         self.model = loaded.model
         all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
         self.hidden_size = int(text_config.hidden_size)

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from ...kernels.fused_moe import kernel
 from ...router.placement import Placement
-from ...workers.loader import build, inspect, resolve_dtype
+from ...workers.loader import DenseModel, build, inspect, load_dense, resolve_dtype
 from ...workers.model_info import RankInfo
 from ...workers.packed_weights import packs_weights
 from ...workers.plan import StepFailedError, StepPlan, StepResult
@@ -54,8 +56,13 @@ class Ranks(Protocol):
         ...
 
 
-def make_runner(config: EngineConfig, rank: int, placement: Placement | None = None) -> ModelRunner:
-    """Load ``rank``'s shard as ``config`` says; ``placement``: what the file of that name holds, if one is named."""
+def make_runner(
+    config: EngineConfig, rank: int, placement: Placement | None = None, dense: DenseModel | None = None
+) -> ModelRunner:
+    """Load ``rank``'s shard as ``config`` says; ``placement``: what the file of that name holds, if one is named.
+
+    ``dense``: what `prepare` returned.
+    """
     assert (placement is None) == (config.placement is None), "whoever starts the ranks reads the file"
     return ModelRunner(
         model=config.model,
@@ -70,22 +77,29 @@ def make_runner(config: EngineConfig, rank: int, placement: Placement | None = N
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_num_batched_tokens=config.max_num_batched_tokens,
         placement=placement,
+        dense=dense,
     )
 
 
-def prepare(config: EngineConfig) -> None:
-    """Do all that loading a shard needs but for the weights, so that `make_runner` is quick in this process.
+def prepare(config: EngineConfig) -> DenseModel | None:
+    """Load all that every rank has alike, so that `make_runner` need only read one rank's experts.
 
-    What cannot be done, such as reading a checkpoint that is not there, is left to the loading to complain about.
+    Returns None where that cannot be: on one of several GPUs, since which of them is a matter of the rank, and with a
+    checkpoint that cannot be read, which is left to the loading to complain about.
     """
     try:
-        _, model_config = inspect(config.model, config.revision)
+        directory, model_config = inspect(config.model, config.revision)
         dtype = resolve_dtype(model_config, config.dtype)
-        build(model_config, dtype)
-        if packs_weights(dtype, resolve_device(config.device, 0)):
+        device = resolve_device(config.device, 0)
+        empty = build(model_config, dtype)
+        if packs_weights(dtype, device):
             kernel()
+        if device.type == "cuda" and torch.cuda.device_count() > 1:
+            return None
+        return load_dense(directory, empty, device)
     except (OSError, ValueError) as error:
         logger.warning("a spare could not prepare itself: %s", error)
+        return None
 
 
 class LocalRanks:

@@ -68,8 +68,9 @@ class Coordinator:
         events = EventLog(self._earlier, lambda event: loop.call_soon_threadsafe(self._newsletter.event, event))
         node = ray.util.get_node_ip_address()
         self._pool = WorkerPool(self._workers, node, self._newsletter.vacancy, self._look_after)
-        # On one machine nothing need be heard outside it
-        is_alone = {worker.where.node for worker in self._workers} == {node}
+        # On one machine nothing need be heard outside it; a worker that is yet to come may come elsewhere
+        is_complete = len(self._workers) == self._config.expert_parallel_size + self._config.num_spares
+        is_alone = is_complete and {worker.where.node for worker in self._workers} == {node}
         host = LOOPBACK if is_alone else node
         self._ranks = RemoteRanks(
             self._config,
