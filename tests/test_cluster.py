@@ -9,6 +9,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from penstock.benchmarks.cluster_server import ClusterServer
+from penstock.benchmarks.faults import FAULTS
 from penstock.benchmarks.machines import machines, objection
 from penstock.benchmarks.ray_cluster import PENSTOCK, RayCluster
 
@@ -39,6 +42,25 @@ for prompt in json.loads(sys.argv[2]):
         usage = chunk.usage
     texts.append([text, usage.completion_tokens])
 print(json.dumps(texts))
+"""
+
+_STREAM = """
+import json, sys, openai
+client = openai.OpenAI(base_url=sys.argv[1], api_key="none", max_retries=0, timeout=120)
+text, error, tokens = "", None, 0
+try:
+    stream = client.completions.create(
+        model="penstock-demo", prompt="class ", max_tokens=600, temperature=1, seed=7, stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    for chunk in stream:
+        text += chunk.choices[0].text
+        tokens += 1
+        if tokens == 10:
+            print("streaming", flush=True)
+except Exception as failure:
+    error = type(failure).__name__
+print(json.dumps([text, error]), flush=True)
 """
 
 
@@ -112,6 +134,62 @@ def test_who_has_no_token_is_not_let_in_and_told_how(cluster):
     assert done.returncode == 2
     assert "address: cannot join the Ray cluster at" in done.stderr
     assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in done.stderr
+
+
+def test_after_the_death_of_the_head_the_same_request_gives_the_same_tokens(cluster):
+    """The head has the ingress: the stream is cut, and whoever started the server starts it again."""
+
+    def stream() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", _STREAM, f"{cluster.url}/v1"]
+        client = cluster.machines.popen(1, *command, env=cluster.stranger, stdout=subprocess.PIPE)
+        assert client.stdout.readline() == "streaming\n"
+        return client
+
+    def result(client: subprocess.Popen[str]) -> list[str | None]:
+        said = json.loads(client.communicate(timeout=120)[0])
+        assert client.returncode == 0
+        return said
+
+    with serving(cluster, 2):
+        whole, error = result(stream())
+        assert error is None
+        client = stream()
+        cluster.machines.kill_all(0)
+        text, error = result(client)
+        # What the openai client makes of a connection that is cut: it may be tried again
+        assert error in ("APIConnectionError", "APIError", "RemoteProtocolError", "ReadError")
+        assert whole.startswith(text)
+        assert len(text) < len(whole)
+    cluster.machines.kill_all(1)
+    cluster.start_head()
+    cluster.join(1)
+    with serving(cluster, 2):
+        assert result(stream()) == [whole, None]
+
+
+def test_a_node_that_falls_silent_costs_a_pause_and_is_let_in_again(cluster):
+    """One rank's node: a spare on another takes over; the run without the fault is the measure."""
+    for i in (1, 2):
+        cluster.machines.kill_all(i)
+        cluster.join(i)
+    options = ["--num-spares", "1", "--step-timeout-s", "3"]
+    with serving(cluster, 2, *options):
+        server = ClusterServer(cluster.url, 0, cluster)
+        fault = next(fault for fault in FAULTS if fault.name == "silent link")
+        command = [sys.executable, "-c", _STREAM, f"{cluster.url}/v1"]
+
+        def stream() -> subprocess.Popen[str]:
+            client = cluster.machines.popen(0, *command, env=cluster.stranger, stdout=subprocess.PIPE)
+            assert client.stdout.readline() == "streaming\n"
+            return client
+
+        whole = json.loads(stream().communicate(timeout=120)[0])
+        client = stream()
+        committed = fault.do(server, 2)
+        disturbed = json.loads(client.communicate(timeout=180)[0])
+        committed.undo()
+        assert disturbed == whole
+        assert whole[1] is None
 
 
 def test_the_machines_leave_nothing_behind():
