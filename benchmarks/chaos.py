@@ -7,7 +7,7 @@ gang without spares at the end. Every stream is compared with the answer of a ru
 difference is excused where the two best tokens are closer than float32 tells apart. After a fault that cuts streams,
 which only the ingress' death is, the client must get an error, and asks again with the same seed.
 
-Machines need root and iproute2; with ``--one-machine`` there is one, and no fault of machines. 104 faults take about
+Machines need root and iproute2; with ``--one-machine`` there is one, and no fault of machines. 107 faults take about
 half an hour; ``--quick`` has one of each of four kinds.
 """
 
@@ -42,7 +42,7 @@ NUM_MACHINES = 5
 CPUS_OF_MACHINE = 1
 """By Ray's count. A rank takes one, so that no two share a machine, and none the head, where the ingress is."""
 STEP_TIMEOUT_S = 3.0
-NUM_FAULTS, NUM_WITHOUT_SPARE = 104, 6
+NUM_FAULTS, NUM_WITHOUT_SPARE = 107, 6
 QUICK = ("SIGKILL of a rank", "SIGSTOP of a rank", "SIGKILL of the coordinator", "SIGKILL of the ingress")
 WITHOUT_SPARE = ("SIGKILL of a rank", "SIGSTOP of a rank", "silent link")
 WAIT_S = 180.0
