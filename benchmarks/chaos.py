@@ -206,6 +206,7 @@ async def _commit(server: ServerProcess, fault: Fault, clients: list[StreamClien
     """Do a fault, wait until every client's stream goes on, and have all come back."""
     for client in clients:
         client.pauses.clear()
+        client.cut_s = None
         client.may_be_cut = fault.cuts_streams
     await _all_stream(clients)
     committed = await asyncio.to_thread(fault.do, server, NUM_RANKS)
@@ -219,6 +220,8 @@ async def _commit(server: ServerProcess, fault: Fault, clients: list[StreamClien
     for client in clients:
         client.may_be_cut = False
     found = Found(committed.hit, longest_pause_s=max(client.pause_after(moment) for client in clients))
+    if cuts := [client.cut_s for client in clients if client.cut_s is not None]:
+        found.noticed_s = min(cuts) - moment
     for event in [event for event in await asyncio.to_thread(_events, server) if event["time_s"] > wall - 0.5]:
         began = event["time_s"] - (0.0 if event["kind"] == "fault" else event["duration_s"])
         found.noticed_s = min(began - wall, found.noticed_s if found.noticed_s is not None else began - wall)

@@ -50,12 +50,22 @@ class Fault:
 
 
 def workers(server: ServerProcess) -> list[psutil.Process]:
-    """Return the processes that are ranks or spares; there are some unless the gang is being built anew."""
+    """Return the processes that are ranks or spares; there are some unless the gang is being built anew.
+
+    One that is stopped is none any more, though it may take Ray some seconds to end it.
+    """
     for _ in range(_LOOKS):
-        if found := [process for role, process in server.family() if role == "rank"]:
+        if found := [process for role, process in server.family() if role == "rank" and not _is_stopped(process)]:
             return found
         time.sleep(_OBSERVE_S)
     return []
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return True
 
 
 def by_work(server: ServerProcess, observe_s: float = _OBSERVE_S) -> list[tuple[float, psutil.Process]]:

@@ -113,6 +113,8 @@ class StreamClient:
         self.pauses: list[Pause] = []
         """Of all streams, by the monotonic clock."""
         self.may_be_cut = False
+        self.cut_s: float | None = None
+        """When a stream was cut last, or could not be begun."""
         self.stopped = False
 
     async def run(self) -> None:
@@ -122,8 +124,10 @@ class StreamClient:
                 await self._ask(session, self._random.randrange(len(self._questions)))
                 await asyncio.sleep(self._random.uniform(0.0, 2 * PAUSE_S))
 
-    async def _ask(self, session: aiohttp.ClientSession, number: int) -> None:
-        sent = last = time.monotonic()
+    async def _ask(self, session: aiohttp.ClientSession, number: int, cut: Pause | None = None) -> None:
+        """Ask a question; ``cut``: the last pause of the stream that was cut, which this one takes the place of."""
+        sent = cut.stream_sent_s if cut else time.monotonic()
+        last = cut.ended_s if cut else sent
 
         async def take(_: int) -> bool:
             nonlocal last
@@ -146,8 +150,9 @@ class StreamClient:
             assert answer.outcome == LOST
             if answer.token_ids != wanted[: len(answer.token_ids)]:
                 self._tally.wrong.append((number, answer.token_ids))
+            self.cut_s = time.monotonic()
             await asyncio.sleep(_AGAIN_S)
-            await self._ask(session, number)
+            await self._ask(session, number, Pause(sent, last, last))
         else:
             self._tally.outcomes["lost"] += 1
             self._tally.errors.append(f"after {time.monotonic() - sent:.1f} s: {answer.error or answer.status}")

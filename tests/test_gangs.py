@@ -1,4 +1,4 @@
-"""Several gangs behind Serve's proxy: metrics are those of all; they come with the load, and go when theirs has ended."""
+"""Several gangs behind Serve's proxy: metrics are those of all; gangs come with the load, and go when it has ended."""
 
 from __future__ import annotations
 
