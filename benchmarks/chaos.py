@@ -39,8 +39,8 @@ from .stream_clients import DEMO, NAME, Question, StreamClient, Tally, answer_al
 
 NUM_RANKS, NUM_SPARES, NUM_CLIENTS = 2, 1, 32
 NUM_MACHINES = 5
-CPUS_OF_MACHINE = 1
-"""By Ray's count. A rank takes one, so that no two share a machine, and none the head, where the ingress is."""
+CPUS_OF_HEAD, CPUS_OF_RANK = 1, 2
+"""By Ray's count. Every other machine has two, so that no two ranks share one, and none is on the head."""
 STEP_TIMEOUT_S = 3.0
 NUM_FAULTS, NUM_WITHOUT_SPARE = 107, 6
 QUICK = ("SIGKILL of a rank", "SIGSTOP of a rank", "SIGKILL of the coordinator", "SIGKILL of the ingress")
@@ -126,7 +126,7 @@ def _places(*, one_machine: bool) -> Iterator[RayCluster | None]:
     folder = Path(tempfile.mkdtemp(prefix="pk-", dir="/tmp"))  # Ray's socket paths must be short
     try:
         with machines(NUM_MACHINES) as made, made.inside(0):
-            cluster = RayCluster(made, folder, num_cpus=CPUS_OF_MACHINE)
+            cluster = RayCluster(made, folder, num_head_cpus=CPUS_OF_HEAD)
             for i in range(1, NUM_MACHINES):
                 cluster.join(i)
             yield cluster
@@ -138,7 +138,7 @@ def _places(*, one_machine: bool) -> Iterator[RayCluster | None]:
 def _server(cluster: RayCluster | None, num_spares: int) -> Iterator[ServerProcess]:
     config = {"served-model-name": NAME, "expert-parallel-size": NUM_RANKS, "num-spares": num_spares}
     config |= {"dtype": "float32", "device": "cpu", "num-threads": 1, "step-timeout-s": STEP_TIMEOUT_S}
-    config |= {"cpus-per-rank": CPUS_OF_MACHINE if cluster else 0.5}
+    config |= {"cpus-per-rank": CPUS_OF_RANK if cluster else 0.5}
     flags = [word for name, value in config.items() for word in (f"--{name}", str(value))]
     if cluster is None:
         with serving(["serve", str(DEMO), *flags]) as server:

@@ -39,11 +39,12 @@ print(json.dumps([group["state"] for group in placement_group_table().values()])
 class RayCluster:
     """Ray with a token on ``machines``: the head on the first, one more node with each `join`.
 
-    ``folder``: where Ray and this keep their files; Ray's socket paths must be short. ``num_cpus``: of every node.
+    ``folder``: where Ray and this keep their files; Ray's socket paths must be short. ``num_head_cpus``: by Ray's
+    count; every other node has 2.
     """
 
-    def __init__(self, machines: Machines, folder: Path, *, num_cpus: int = 2) -> None:
-        self.machines, self.folder, self._num_cpus = machines, folder, num_cpus
+    def __init__(self, machines: Machines, folder: Path, *, num_head_cpus: int = 2) -> None:
+        self.machines, self.folder, self._num_head_cpus = machines, folder, num_head_cpus
         self.address = f"{machines.address(0)}:{RAY_PORT}"
         self.url = f"http://{machines.address(0)}:{PORT}"
         token = folder / "token"
@@ -62,14 +63,15 @@ class RayCluster:
 
     def start_head(self) -> None:
         """Start the head, which must not run."""
-        self._start(0, "--head", f"--port={RAY_PORT}", f"--temp-dir={self.folder}", "--include-dashboard=false")
+        head = ["--head", f"--port={RAY_PORT}", f"--temp-dir={self.folder}", "--include-dashboard=false"]
+        self._start(0, self._num_head_cpus, *head)
 
     def join(self, i: int) -> None:
         """Start Ray on machine ``i``."""
-        self._start(i, f"--address={self.address}")
+        self._start(i, 2, f"--address={self.address}")
 
-    def _start(self, i: int, *options: str) -> None:
-        shared = [f"--num-cpus={self._num_cpus}", "--object-store-memory=80000000", "--disable-usage-stats"]
+    def _start(self, i: int, num_cpus: int, *options: str) -> None:
+        shared = [f"--num-cpus={num_cpus}", "--object-store-memory=80000000", "--disable-usage-stats"]
         address = f"--node-ip-address={self.machines.address(i)}"
         done = self.machines.run(i, RAY, "start", *options, address, *shared, env=self.environment, timeout=START_S)
         if done.returncode:
