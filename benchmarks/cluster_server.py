@@ -13,7 +13,7 @@ from .ray_cluster import RayCluster
 from .server_process import OTHER, ServerProcess, role_of
 
 _NOTICED_DEAD_S = 8.0
-"""Ray takes a silent node for dead after 5 s (`ray_cluster.HEALTH_CHECKS`); its raylet ends when it hears of that."""
+"""Ray takes a silent node for dead after 5 s (`ray_cluster.SETTINGS`); its raylet ends when it hears of that."""
 _GONE_S = 60.0
 _LOOK_S = 0.1
 

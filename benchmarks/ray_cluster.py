@@ -21,8 +21,10 @@ PORT = 8000
 START_S = 240
 STOP_S = 60
 PENSTOCK, RAY = (str(Path(sys.executable).with_name(name)) for name in ("penstock", "ray"))
-# What docs/deployment.md recommends: a silent node counts as dead after 5 s
-HEALTH_CHECKS = {
+# What docs/deployment.md recommends: a silent node counts as dead after 5 s, a stopped process is ended after 1 s
+SETTINGS = {
+    "RAY_worker_niceness": "0",
+    "RAY_kill_worker_timeout_milliseconds": "1000",
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
@@ -54,10 +56,9 @@ class RayCluster:
         self.stranger = {**kept, "HOME": str(folder), "RAY_TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
         self.environment = {
             **self.stranger,
-            **HEALTH_CHECKS,
+            **SETTINGS,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_worker_niceness": "0",
         }
         self.start_head()
 
