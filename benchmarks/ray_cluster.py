@@ -64,6 +64,8 @@ class RayCluster:
 
     def start_head(self) -> None:
         """Start the head, which must not run."""
+        # What one that was killed leaves behind
+        (self.folder / "ray_current_cluster").unlink(missing_ok=True)
         head = ["--head", f"--port={RAY_PORT}", f"--temp-dir={self.folder}", "--include-dashboard=false"]
         self._start(0, self._num_head_cpus, *head)
 

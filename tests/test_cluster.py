@@ -160,7 +160,8 @@ def test_after_the_death_of_the_head_the_same_request_gives_the_same_tokens(clus
         assert error in ("APIConnectionError", "APIError", "RemoteProtocolError", "ReadError")
         assert whole.startswith(text)
         assert len(text) < len(whole)
-    cluster.machines.kill_all(1)
+    for i in (1, 2):
+        cluster.machines.kill_all(i)
     cluster.start_head()
     cluster.join(1)
     with serving(cluster, 2):

@@ -128,9 +128,17 @@ def gang_nodes(app_name: str = "default") -> list[list[str]]:
 
 
 def drain(timeout_s: float, app_name: str = "default") -> None:
-    """Have the ingress refuse what comes and end what it has; return when it has, or ``timeout_s`` has passed."""
+    """Have the ingress refuse what comes and end what it has; return when it has, or ``timeout_s`` has passed.
+
+    Interrupted, it leaves requests to be cut off by `undeploy`.
+    """
     try:
-        serve.get_app_handle(app_name).drain.remote(timeout_s).result(timeout_s=timeout_s + _ANSWER_S)
+        response = serve.get_app_handle(app_name).drain.remote(timeout_s)
+        try:
+            response.result(timeout_s=timeout_s + _ANSWER_S)
+        except KeyboardInterrupt:
+            response.cancel()  # Serve would wait for it before it ends the ingress
+            raise
     except Exception as error:  # Ray and Serve raise many types; there is nothing to wait for then
         logger.warning("the ingress could not end its requests: %s", error)
 
