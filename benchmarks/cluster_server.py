@@ -12,8 +12,9 @@ from .machines import Machines
 from .ray_cluster import RayCluster
 from .server_process import OTHER, ServerProcess, role_of
 
-_NOTICED_DEAD_S = 8.0
-"""Ray takes a silent node for dead after 5 s (`ray_cluster.SETTINGS`); its raylet ends when it hears of that."""
+_NOTICED_DEAD_S = 4.0
+"""Ray takes a silent node for dead after 5 to 6 s (`ray_cluster.SETTINGS`), and its raylet ends when it hears of that:
+so much later than streams go on, which is after `chaos.STEP_TIMEOUT_S` at the earliest."""
 _GONE_S = 60.0
 _LOOK_S = 0.1
 

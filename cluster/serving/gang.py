@@ -160,8 +160,6 @@ class Gang:
         died_s = self._mended_since = time.monotonic()
         self._events.append(Event(FAULT, COORDINATOR_DIED, f"the coordinator died: {reason}"))
         logger.warning("the coordinator died: %s", reason)
-        # What Ray takes for dead may be out of reach: it must not hold its place, or act, when it comes back
-        ray.kill(self._coordinator)
         try:
             async with asyncio.timeout(self._config.recovery_timeout_s):
                 await self._restart()
@@ -181,6 +179,8 @@ class Gang:
 
     async def _restart(self) -> None:
         while True:
+            # What Ray takes for dead may be out of reach: it must not hold its place, or act, when it comes back
+            ray.kill(self._coordinator)
             try:
                 self._forwarding = await self._start_coordinator(adopt=True)
                 return
