@@ -71,8 +71,9 @@ class ClusterServer(ServerProcess):
         self._rejoin_noticed(i)
 
     def _rejoin_noticed(self, i: int) -> None:
-        psutil.wait_procs(self._raylets(i), timeout=_GONE_S)
-        self.rejoin(i)
+        _, alive = psutil.wait_procs(self._raylets(i), timeout=_GONE_S)
+        if not alive:  # else the link was back before Ray took the node for dead
+            self.rejoin(i)
 
     def _raylets(self, i: int) -> list[psutil.Process]:
         return [process for process in self.machines.processes(i) if _program(process) == "raylet"]
