@@ -114,7 +114,7 @@ class StreamClient:
         """Of all streams, by the monotonic clock."""
         self.may_be_cut = False
         self.cut_s: float | None = None
-        """When a stream was cut last, or could not be begun."""
+        """When a stream was cut first, or could not be begun."""
         self.stopped = False
 
     async def run(self) -> None:
@@ -150,7 +150,7 @@ class StreamClient:
             assert answer.outcome == LOST
             if answer.token_ids != wanted[: len(answer.token_ids)]:
                 self._tally.wrong.append((number, answer.token_ids))
-            self.cut_s = time.monotonic()
+            self.cut_s = self.cut_s or time.monotonic()
             await asyncio.sleep(_AGAIN_S)
             await self._ask(session, number, Pause(sent, last, last))
         else:
