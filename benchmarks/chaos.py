@@ -1,10 +1,14 @@
 """Faults under streaming clients: what of the streams is lost, how long they pause, what is left behind.
 
-Clients stream long answers of the demo on two ranks and a spare, greedy and seeded, without retries. Faults come in an
-order drawn from the seed, each when the gang is whole again. Every stream is compared with the answer of a run without
-faults, token for token; a difference is excused where the two best tokens are closer than float32 tells apart. After a
-fault that cuts streams, which only the ingress' death is, the client must get an error, and asks again with the same
-seed. 105 faults take half an hour; ``--quick`` has one of each of four kinds.
+32 clients stream answers of the demo, greedy and seeded, without retries, from two ranks and a spare on five machines,
+which are network namespaces with a Ray node each. Faults come in an order drawn from the seed, each when the gang is
+whole again: processes are killed and stopped, machines die, links go down or fall silent and come back. A few come to a
+gang without spares at the end. Every stream is compared with the answer of a run without faults, token for token; a
+difference is excused where the two best tokens are closer than float32 tells apart. After a fault that cuts streams,
+which only the ingress' death is, the client must get an error, and asks again with the same seed.
+
+Machines need root and iproute2; with ``--one-machine`` there is one, and no fault of machines. 107 faults take about
+half an hour; ``--quick`` has one of each of four kinds.
 """
 
 from __future__ import annotations
@@ -12,220 +16,229 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
-from .. import demo
-from ..cluster.api.chat_tokenizer import ChatTokenizer
 from ..cluster.client.http_client import HttpClient
-from ..demo import prompts
-from ..demo.records import FAMILIES
-from ..workers.sampling_params import SamplingParams
-from .faults import FAULTS, Fault, leftovers, spares_are_ready
+from .cluster_server import ClusterServer
+from .faults import FAULTS, Fault, leftovers, schedule, spares_are_ready
 from .harness import Measurement, Options, Row, Target, run
-from .http_stream import COMPLETED, LOST, Answer, ask
-from .server_process import ServerProcess, serving
-from .ties import EXCUSED_GAP, gap
+from .machines import machines, objection
+from .ray_cluster import RayCluster
+from .server_process import OTHER, ServerProcess, serving
+from .stream_clients import DEMO, NAME, Question, StreamClient, Tally, answer_all, make_questions
 
-DEMO = Path(demo.__file__).parent / "model"
-NAME = "demo"
-NUM_RANKS, NUM_SPARES, NUM_CLIENTS = 2, 1, 6
+NUM_RANKS, NUM_SPARES, NUM_CLIENTS = 2, 1, 32
+NUM_MACHINES = 5
+CPUS_OF_HEAD, CPUS_OF_RANK = 1, 2
+"""By Ray's count. Every other machine has two, so that no two ranks share one, and none is on the head."""
 STEP_TIMEOUT_S = 3.0
-MAX_TOKENS = 300
-NUM_QUESTIONS = 24
-NUM_FAULTS = 105
+NUM_FAULTS, NUM_WITHOUT_SPARE = 107, 6
 QUICK = ("SIGKILL of a rank", "SIGSTOP of a rank", "SIGKILL of the coordinator", "SIGKILL of the ingress")
+WITHOUT_SPARE = ("SIGKILL of a rank", "SIGSTOP of a rank", "silent link")
 WAIT_S = 180.0
 _POLL_S = 0.1
 _TAKES_EFFECT_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One request, the same whenever it is asked."""
-
-    messages: list[dict[str, str]]
-    temperature: float
-    seed: int
-
-    def body(self) -> dict[str, Any]:
-        """Return the request."""
-        sampled = {"temperature": self.temperature, "seed": self.seed}
-        return {"model": NAME, "messages": self.messages, "max_tokens": MAX_TOKENS, "ignore_eos": True, **sampled}
+# Ranks and spares, and the coordinator, the replica, and the ingress
+_NUM_OTHERS = 3
 
 
 @dataclass(slots=True)
-class Tally:
-    """What became of all streams."""
+class Found:
+    """What one fault came to."""
 
-    outcomes: Counter[str] = field(default_factory=Counter)
-    wrong: list[tuple[int, list[int]]] = field(default_factory=list)
-    """(question, tokens) of completed streams that differ."""
-    errors: list[str] = field(default_factory=list)
-    num_tokens: int = 0
-    longest_gap_s: float = 0.0
+    hit: str
+    noticed_s: float | None = None
+    recovery_s: float | None = None
+    num_replayed: int = 0
+    replayed_pauses_s: list[float] = field(default_factory=list)
+    """Of streams that were replayed: as many as the events say, those with the longest pauses."""
+    other_pauses_s: list[float] = field(default_factory=list)
+    """Of the other streams that had begun."""
+    longest_pause_s: float = 0.0
+    """Of any client, those whose request had brought nothing yet included."""
 
 
-class Client:
-    """Asks one question after another until told to stop."""
+@dataclass(slots=True)
+class Part:
+    """All faults to one server."""
 
-    def __init__(self, url: str, questions: list[Question], wanted: list[list[int]], tally: Tally, seed: int) -> None:
-        self._url, self._questions, self._wanted, self._tally = url, questions, wanted, tally
-        self._random = random.Random(seed)
-        self.times: list[float] = []
-        """When events came, by the monotonic clock."""
-        self.may_be_cut = False
-        self.stopped = False
-
-    async def run(self) -> None:
-        """Ask."""
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=WAIT_S)) as session:
-            while not self.stopped:
-                await self._ask(session, self._random.randrange(len(self._questions)))
-
-    async def _ask(self, session: aiohttp.ClientSession, number: int) -> None:
-        started = last = time.monotonic()
-
-        async def take(_: int) -> bool:
-            nonlocal last
-            last, before = time.monotonic(), last
-            self._tally.longest_gap_s = max(self._tally.longest_gap_s, last - before)
-            self.times.append(last)
-            return True
-
-        answer = await ask(session, self._url, self._questions[number].body(), take)
-        self._tally.num_tokens += len(answer.token_ids)
-        if answer.outcome == COMPLETED:
-            same = answer.token_ids == self._wanted[number]
-            self._tally.outcomes["completed" if same else "different"] += 1
-            if not same:
-                self._tally.wrong.append((number, answer.token_ids))
-        elif self.may_be_cut:
-            # It is asked again, from the start
-            self._tally.outcomes["cut" if answer.status == 200 else "nobody listens"] += 1
-            assert answer.outcome == LOST
-            wanted = self._wanted[number]
-            if answer.token_ids != wanted[: len(answer.token_ids)]:
-                self._tally.wrong.append((number, answer.token_ids))
-            await asyncio.sleep(0.2)
-            await self._ask(session, number)
-        else:
-            self._tally.outcomes["lost"] += 1
-            self._tally.errors.append(f"after {time.monotonic() - started:.1f} s: {answer.error or answer.status}")
-            await asyncio.sleep(0.2)
-
-    def longest_gap_since(self, moment: float) -> float:
-        """Return the longest pause that ended after ``moment``."""
-        return max(after - before for before, after in pairwise(self.times) if after > moment)
+    num_spares: int
+    tally: Tally = field(default_factory=Tally)
+    found: defaultdict[str, list[Found]] = field(default_factory=lambda: defaultdict(list))
+    is_idle: bool = False
+    surplus: int = 0
+    """Processes too many, or too few, before the end."""
+    left: list[str] = field(default_factory=list)
+    """Processes after the end, and placement groups at any time, that should not be there."""
 
 
 def measure(options: Options) -> Measurement:
-    """Run the schedule, and look at what is left."""
+    """Run the schedules, and look at what is left."""
     rng = random.Random(options.seed)
-    faults = [fault for fault in FAULTS if not options.quick or fault.name in QUICK]
-    schedule = faults * (1 if options.quick else max(1, options.given.num_faults // len(faults)))
-    rng.shuffle(schedule)
-    questions = _questions(rng)
-    config = {"served-model-name": NAME, "expert-parallel-size": NUM_RANKS, "num-spares": NUM_SPARES}
-    config |= {"dtype": "float32", "device": "cpu", "num-threads": 1, "cpus-per-rank": 0.5}
-    flags = [word for name, value in config.items() for word in (f"--{name}", str(value))]
-    with serving(["serve", str(DEMO), *flags, "--step-timeout-s", str(STEP_TIMEOUT_S)]) as server:
-        wanted = asyncio.run(_wanted(server, questions))
-        tally, rows = asyncio.run(_chaos(server, questions, wanted, schedule, options.seed))
-        is_idle = _becomes_idle(server)
-        roles = Counter(role for role, _ in server.family())
-        surplus = roles["rank"] - NUM_RANKS - NUM_SPARES + roles["coordinator"] + roles["gang"] + roles["ingress"] - 3
-        family = [process for _, process in server.family()]
-    left = leftovers(family, 30.0)
-    excused, altered = _judge(questions, wanted, tally)
-    return Measurement(
-        [*rows, _summary(tally, excused, altered)],
-        _targets(rows, tally, altered, is_idle=is_idle, surplus=surplus, left=left),
-        "float32",
-        1,
+    one_machine = options.given.one_machine
+    if not one_machine and (reason := objection()) is not None:
+        raise SystemExit(f"no machines here: {reason}; --one-machine does without")
+    kinds = [fault for fault in FAULTS if not (one_machine and fault.needs_machines)]
+    if options.given.only:
+        kinds = [fault for fault in kinds if options.given.only in fault.name]
+    elif options.quick:
+        kinds = [fault for fault in kinds if fault.name in QUICK]
+    planned = schedule(len(kinds) if options.quick else options.given.num_faults, kinds)
+    rng.shuffle(planned)
+    bare = schedule(
+        0 if options.quick else options.given.num_without_spare, [f for f in kinds if f.name in WITHOUT_SPARE]
     )
+    questions = make_questions(NUM_CLIENTS, rng)
+    parts = []
+    with _places(one_machine=one_machine) as cluster:
+        for num_spares, faults in ((NUM_SPARES, planned), (0, bare)):
+            if faults:
+                parts.append(_run_part(cluster, num_spares, faults, questions, options.seed))
+    rows = [_row(name, part, found) for part, _ in parts for name, found in part.found.items()]
+    judged = [(part.tally, *part.tally.judge(questions, wanted)) for part, wanted in parts]
+    summary = _summary([tally for tally, _, _ in judged], sum(j[1] for j in judged), sum(j[2] for j in judged))
+    return Measurement([*rows, summary], _targets([part for part, _ in parts], summary), "float32", 1)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-faults", type=int, default=NUM_FAULTS, help="how many, all kinds alike (105)")
+    parser.add_argument("--num-faults", type=int, default=NUM_FAULTS, help=f"with a spare ({NUM_FAULTS})")
+    parser.add_argument("--num-without-spare", type=int, default=NUM_WITHOUT_SPARE, help=f"({NUM_WITHOUT_SPARE})")
+    parser.add_argument("--only", default="", metavar="WORDS", help="kinds whose name has these words")
+    parser.add_argument("--one-machine", action="store_true", help="no network namespaces, no faults of machines")
 
 
-def _questions(rng: random.Random) -> list[Question]:
-    chats = [record.chat() for family in FAMILIES for record in prompts.load(family)]
-    return [
-        Question(chat, float(i % 2), rng.randrange(1 << 30)) for i, chat in enumerate(rng.sample(chats, NUM_QUESTIONS))
-    ]
+@contextmanager
+def _places(*, one_machine: bool) -> Iterator[RayCluster | None]:
+    """Have a cluster, and this process on the network of its head; None for one machine."""
+    if one_machine:
+        yield None
+        return
+    folder = Path(tempfile.mkdtemp(prefix="pk-", dir="/tmp"))  # Ray's socket paths must be short
+    try:
+        with machines(NUM_MACHINES) as made, made.inside(0):
+            cluster = RayCluster(made, folder, num_head_cpus=CPUS_OF_HEAD)
+            for i in range(1, NUM_MACHINES):
+                cluster.join(i)
+            yield cluster
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _wanted(server: ServerProcess, questions: list[Question]) -> list[list[int]]:
-    async with aiohttp.ClientSession() as session:
-        answers: list[Answer] = []
-        for start in range(0, len(questions), NUM_CLIENTS):
-            batch = questions[start : start + NUM_CLIENTS]
-            answers += await asyncio.gather(*[ask(session, server.url, question.body()) for question in batch])
-    assert all(answer.outcome == COMPLETED for answer in answers), "without faults all are served"
-    return [answer.token_ids for answer in answers]
+@contextmanager
+def _server(cluster: RayCluster | None, num_spares: int) -> Iterator[ServerProcess]:
+    config = {"served-model-name": NAME, "expert-parallel-size": NUM_RANKS, "num-spares": num_spares}
+    config |= {"dtype": "float32", "device": "cpu", "num-threads": 1, "step-timeout-s": STEP_TIMEOUT_S}
+    config |= {"cpus-per-rank": CPUS_OF_RANK if cluster else 0.5}
+    flags = [word for name, value in config.items() for word in (f"--{name}", str(value))]
+    if cluster is None:
+        with serving(["serve", str(DEMO), *flags]) as server:
+            yield server
+        return
+    with cluster.serving(DEMO, *flags) as (process, _):
+        yield ClusterServer(cluster.url, process.pid, cluster)
+
+
+def _run_part(
+    cluster: RayCluster | None, num_spares: int, faults: list[Fault], questions: list[Question], seed: int
+) -> tuple[Part, list[list[int]]]:
+    part = Part(num_spares)
+    with _server(cluster, num_spares) as server:
+        wanted = asyncio.run(answer_all(server.url, questions))
+        asyncio.run(_chaos(server, questions, wanted, part, faults, seed))
+        part.is_idle = _becomes_idle(server)
+        family = server.family()
+        roles = Counter(role for role, _ in family)
+        others = sum(roles[role] for role in ("coordinator", "gang", "ingress"))
+        part.surplus = roles["rank"] - NUM_RANKS - num_spares + others - _NUM_OTHERS
+        if cluster is not None:
+            part.left += ["placement group"] * (cluster.num_placement_groups() - 1)
+    # On a cluster of others Ray itself stays, and Serve
+    ours = [process for role, process in family if cluster is None or role not in (OTHER, "controller", "proxy")]
+    part.left += leftovers(ours, 30.0)
+    if cluster is not None:
+        part.left += ["placement group"] * cluster.num_placement_groups()
+    return part, wanted
 
 
 async def _chaos(
-    server: ServerProcess, questions: list[Question], wanted: list[list[int]], schedule: list[Fault], seed: int
-) -> tuple[Tally, list[Row]]:
-    tally = Tally()
-    clients = [Client(server.url, questions, wanted, tally, seed + number) for number in range(NUM_CLIENTS)]
+    server: ServerProcess,
+    questions: list[Question],
+    wanted: list[list[int]],
+    part: Part,
+    faults: list[Fault],
+    seed: int,
+) -> None:
+    clients = [StreamClient(server.url, questions, wanted, part.tally, seed + i) for i in range(NUM_CLIENTS)]
     running = [asyncio.create_task(client.run()) for client in clients]
     rng = random.Random(seed)
-    found: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
-    for fault in schedule:
+    for number, fault in enumerate(faults):
         await asyncio.sleep(rng.uniform(0.0, 1.0))
-        await _all_stream(clients, time.monotonic())
-        await _until(lambda: spares_are_ready(server, NUM_RANKS, NUM_SPARES))
-        found[fault.name].append(await _commit(server, fault, clients))
+        await _all_stream(clients)
+        await _until(lambda: spares_are_ready(server, NUM_RANKS, part.num_spares))
+        started = time.monotonic()
+        found = await _commit(server, fault, clients, part.num_spares)
+        name = f"{fault.name}, on it {_WORDS[found.hit]}" if found.hit else fault.name
+        part.found[name].append(found)
+        print(
+            f"{number + 1}/{len(faults)} {name}: longest pause {found.longest_pause_s:.1f} s, "
+            f"{time.monotonic() - started:.0f} s in all; {dict(part.tally.outcomes)}",
+            file=sys.stderr,
+        )
     for client in clients:
         client.stopped = True
     await asyncio.gather(*running)
-    return tally, [_row(fault, found[fault.name]) for fault in dict.fromkeys(schedule)]
 
 
-async def _commit(server: ServerProcess, fault: Fault, clients: list[Client]) -> dict[str, float]:
-    """Do a fault and wait until every client's stream goes on."""
+_WORDS = {"rank": "a rank", "coordinator": "the coordinator", "gang": "the replica", "nothing": "nothing"}
+
+
+async def _commit(server: ServerProcess, fault: Fault, clients: list[StreamClient], num_spares: int) -> Found:
+    """Do a fault, wait until every client's stream goes on, and have all come back."""
     for client in clients:
-        client.times = client.times[-1:]
+        client.pauses.clear()
+        client.cut_s = None
         client.may_be_cut = fault.cuts_streams
-    await asyncio.to_thread(fault.do, server)
+    await _all_stream(clients)
+    committed = await asyncio.to_thread(fault.do, server, NUM_RANKS)
     moment, wall = time.monotonic(), time.time()
-    # What was on its way may still come; a stopped rank is noticed only after its deadline
-    await asyncio.sleep(_TAKES_EFFECT_S + (STEP_TIMEOUT_S if fault.silent else 0.0))
-    await _until(lambda: spares_are_ready(server, NUM_RANKS, NUM_SPARES))
-    await _all_stream(clients, time.monotonic())
-    gaps = [client.longest_gap_since(moment) for client in clients]
+    # What was on its way may still come; what is silent is noticed only after a deadline
+    await asyncio.sleep(_TAKES_EFFECT_S + (STEP_TIMEOUT_S if fault.is_silent else 0.0))
+    await _all_stream(clients)
+    await asyncio.to_thread(committed.undo)
+    await _until(lambda: spares_are_ready(server, NUM_RANKS, num_spares))
+    await _all_stream(clients)
     for client in clients:
         client.may_be_cut = False
-    events = [event for event in await asyncio.to_thread(_events, server) if event["time_s"] > wall - 0.5]
-    noticed = [event["time_s"] - wall for event in events if event["kind"] == "fault"]
-    recovered = [event["duration_s"] for event in events if event["kind"] == "recovery"]
-    return {
-        "gap_s": statistics.median(gaps),
-        "longest_gap_s": max(gaps),
-        "noticed_s": min(noticed, default=float("nan")),
-        "recovery_s": max(recovered, default=float("nan")),
-        "replayed": float(sum(event["num_requests_replayed"] for event in events)),
-    }
+    found = Found(committed.hit, longest_pause_s=max(client.pause_after(moment) for client in clients))
+    if cuts := [client.cut_s for client in clients if client.cut_s is not None]:
+        found.noticed_s = min(cuts) - moment
+    for event in [event for event in await asyncio.to_thread(_events, server) if event["time_s"] > wall - 0.5]:
+        began = event["time_s"] - (0.0 if event["kind"] == "fault" else event["duration_s"])
+        found.noticed_s = min(began - wall, found.noticed_s if found.noticed_s is not None else began - wall)
+        if event["kind"] == "recovery":
+            found.recovery_s = max(event["duration_s"], found.recovery_s or 0.0)
+        found.num_replayed += event["num_requests_replayed"]
+    begun = sorted((c.pause_after(moment) for c in clients if c.was_streaming_at(moment)), reverse=True)
+    found.replayed_pauses_s, found.other_pauses_s = begun[: found.num_replayed], begun[found.num_replayed :]
+    return found
 
 
-async def _all_stream(clients: list[Client], since: float) -> None:
-    await _until(lambda: all(client.times and client.times[-1] > since for client in clients))
+async def _all_stream(clients: Sequence[StreamClient]) -> None:
+    since = time.monotonic()
+    await _until(lambda: all(client.streams_since(since) for client in clients))
 
 
-async def _until(condition: Any) -> None:
+async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
         while not await asyncio.to_thread(condition):
             await asyncio.sleep(_POLL_S)
@@ -256,76 +269,72 @@ def _becomes_idle(server: ServerProcess) -> bool:
         client.close()
 
 
-def _judge(questions: list[Question], wanted: list[list[int]], tally: Tally) -> tuple[int, int]:
-    """Return how many of the different answers are excused, and how many tokens of the others are wrong."""
-    tokenizer = ChatTokenizer(str(DEMO))
-    excused = altered = 0
-    for number, got in tally.wrong:
-        question, want = questions[number], wanted[number]
-        first = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
-        if first is None:  # a token is missing or comes twice
-            altered += abs(len(got) - len(want))
-            continue
-        prompt = tokenizer.encode_chat(question.messages)
-        sampling = SamplingParams(temperature=question.temperature, seed=question.seed)
-        if gap(DEMO, prompt + want[:first], len(prompt), sampling) < EXCUSED_GAP:
-            excused += 1
-        else:
-            altered += len(want) - first
-    return excused, altered
-
-
-def _row(fault: Fault, found: list[dict[str, float]]) -> Row:
-    def median(name: str) -> float | None:
-        known = [one[name] for one in found if one[name] == one[name]]
+def _row(name: str, part: Part, found: Sequence[Found]) -> Row:
+    def median(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
         return round(statistics.median(known), 2) if known else None
 
     return {
-        "fault": fault.name,
+        "fault": name,
+        "spares": part.num_spares,
         "times": len(found),
-        "noticed_s": median("noticed_s"),
-        "recovery_s": median("recovery_s"),
-        "gap_s": median("gap_s"),
-        "longest_gap_s": round(max(one["longest_gap_s"] for one in found), 2),
-        "requests_replayed": median("replayed"),
+        "noticed_s": median([one.noticed_s for one in found]),
+        "recovery_s": median([one.recovery_s for one in found]),
+        "replayed": median([one.num_replayed for one in found]),
+        "pause_of_replayed_s": median([pause for one in found for pause in one.replayed_pauses_s]),
+        "pause_of_others_s": median([pause for one in found for pause in one.other_pauses_s]),
+        "longest_pause_s": round(max(one.longest_pause_s for one in found), 2),
     }
 
 
-def _summary(tally: Tally, excused: int, altered: int) -> Row:
+def _summary(tallies: Sequence[Tally], excused: int, altered: int) -> Row:
+    outcomes = sum((tally.outcomes for tally in tallies), Counter())
     return {
         "fault": "all",
-        "streams": tally.outcomes.total() - tally.outcomes["nobody listens"],
-        "tokens": tally.num_tokens,
-        "completed": tally.outcomes["completed"],
-        "lost": tally.outcomes["lost"],
-        "cut": tally.outcomes["cut"],
+        "streams": outcomes.total() - outcomes["nobody listens"],
+        "tokens": sum(tally.num_tokens for tally in tallies),
+        "completed": outcomes["completed"],
+        "lost": outcomes["lost"],
+        "cut": outcomes["cut"],
         "ties_excused": excused,
         "tokens_altered": altered,
-        "longest_gap_s": round(tally.longest_gap_s, 2),
-        "first_error": next(iter(tally.errors), None),
+        "longest_pause_s": round(max(tally.longest_pause_s for tally in tallies), 2),
+        "first_error": next((error for tally in tallies for error in tally.errors), None),
     }
 
 
-def _targets(
-    rows: list[Row], tally: Tally, altered: int, *, is_idle: bool, surplus: int, left: list[str]
-) -> list[Target]:
-    gaps = {str(row["fault"]): float(row["gap_s"] or 0.0) for row in rows}
-    bounds = {
-        "SIGKILL of a rank": 1.0,
-        "SIGSTOP of a rank": STEP_TIMEOUT_S + 2.0,
-        "SIGKILL of a rank and the spare": 15.0,
-    }
+def _targets(parts: Sequence[Part], summary: Row) -> list[Target]:
+    left = [thing for part in parts for thing in part.left]
+    targets = [
+        Target("streams lost", float(summary["lost"] or 0), at_most=0),
+        Target("tokens lost, altered or duplicated", float(summary["tokens_altered"] or 0), at_most=0),
+        Target("KV blocks free and engine idle at the end, 1 if so", float(all(p.is_idle for p in parts)), at_least=1),
+        Target("processes too many, or too few, before the end", sum(abs(p.surplus) for p in parts), at_most=0),
+        Target("processes and placement groups left", len(left), at_most=0),
+    ]
+    for part in parts:
+        for name, found in part.found.items():
+            targets += _bounds(name, part.num_spares, found)
+    return targets
+
+
+def _bounds(name: str, num_spares: int, found: Sequence[Found]) -> list[Target]:
+    """Return what streams of the rank that was lost, and of others, may pause at most, where that is promised."""
+    replayed = [pause for one in found for pause in one.replayed_pauses_s]
+    others = [pause for one in found for pause in one.other_pauses_s]
+    slow = STEP_TIMEOUT_S if name.startswith(("SIGSTOP of a rank", "silent link, on it a rank")) else 0.0
+    is_rank = bool(slow) or name.startswith("SIGKILL of a rank")
+    if not is_rank:
+        return []
+    if num_spares == 0 or name == "SIGKILL of a rank and the spare":
+        bounds = (slow + 15.0, slow + 15.0)
+    else:
+        bounds = (slow + 2.0, slow + (2.0 if slow else 1.0))
+    who = f"{name}, {num_spares} spares"
     return [
-        Target("streams lost", tally.outcomes["lost"], at_most=0),
-        Target("tokens lost, altered or duplicated", altered, at_most=0),
-        Target("KV blocks free and engine idle at the end, 1 if so", float(is_idle), at_least=1),
-        Target("processes too many, or too few, before the end", abs(surplus), at_most=0),
-        Target("processes left after the end", len(left), at_most=0),
-        *[
-            Target(f"median pause of a stream at a {name}, s", gaps[name], at_most=bound)
-            for name, bound in bounds.items()
-            if name in gaps
-        ],
+        Target(f"{who}: median pause of {streams}, s", statistics.median(pauses), at_most=bound)
+        for streams, pauses, bound in (("the lost rank's", replayed, bounds[0]), ("others", others, bounds[1]))
+        if pauses
     ]
 
 

@@ -8,6 +8,7 @@ from ..cluster.config import EngineConfig
 from ..cluster.transport.process_ranks import parent_is_gone, read_settings
 from ..cluster.transport.rank_loop import run_rank
 from ..router.placement import Placement
+from ..workers.loader import DenseModel
 from ..workers.model_info import ModelInfo, RankInfo
 from ..workers.plan import LayerCounts, RankPlan, RankResult
 
@@ -18,7 +19,7 @@ NUM_MOE_LAYERS = 48
 class EchoRunner:
     """Takes the place of `ModelRunner`."""
 
-    def __init__(self, config: EngineConfig, rank: int, placement: Placement | None) -> None:
+    def __init__(self, config: EngineConfig, rank: int, placement: Placement | None, dense: DenseModel | None) -> None:
         self.rank, self.num_ranks = rank, config.expert_parallel_size
         self.device = torch.device("cpu")
         model = ModelInfo("Echo", "echo", "float32", 1, 1, NUM_MOE_LAYERS, NUM_MOE_LAYERS, 1, 1, 1, ())

@@ -48,6 +48,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     address: str | None = None,
+    shutdown_timeout_s: float = 30.0,
     flags: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> None:
     """Serve MODEL over the OpenAI protocol until Ctrl-C.
@@ -64,10 +65,15 @@ def serve(
         Port to listen on.
     address
         Join the Ray cluster at this address instead of starting one on this machine.
+    shutdown_timeout_s
+        Longest that live requests may go on after Ctrl-C or SIGTERM, while new ones are refused; a second Ctrl-C cuts
+        them off.
     """
     from .serving.server import run_server
 
-    run_server(_config(model, config, flags), host=host, port=port, address=address)
+    run_server(
+        _config(model, config, flags), host=host, port=port, address=address, shutdown_timeout_s=shutdown_timeout_s
+    )
 
 
 @app.command

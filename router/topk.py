@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from .overlay import rebound
 from .routing import Routing
 
-_TOPK = {torch.topk, torch.Tensor.topk}
-_AFFINITIES = {
+_TOPK: set[Callable[..., Any]] = {torch.topk, torch.Tensor.topk}
+_AFFINITIES: set[Callable[..., Any]] = {
     torch.softmax,
     torch.sigmoid,
     torch.Tensor.softmax,

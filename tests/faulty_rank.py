@@ -13,8 +13,8 @@ from penstock.cluster.transport.process_ranks import parent_is_gone, read_settin
 from penstock.cluster.transport.rank_loop import run_rank
 
 
-def make_faulty(config, rank, placement):
-    runner = make_runner(config, rank, placement)
+def make_faulty(config, rank, placement, dense):
+    runner = make_runner(config, rank, placement, dense)
     step = runner.step
 
     def faulty_step(plan):

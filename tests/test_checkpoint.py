@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from penstock.router.placement import Placement, contiguous
 from penstock.workers.architectures import SUPPORTED
 from penstock.workers.checkpoint import INDEX, SINGLE, CheckpointReader, LazyTensor, resolve
-from penstock.workers.loader import LoadedModel, build, inspect, load, resolve_dtype
+from penstock.workers.loader import LoadedModel, build, inspect, load, load_dense, resolve_dtype
 
 from .uneven_placement import owned_by_name, uneven
 
@@ -64,6 +64,9 @@ def test_two_ranks_hold_and_read_their_halves(checkpoint: Callable[[str], Path],
     saved = tensors_of(directory)
     checkpoint_bytes = sum(tensor.nbytes for tensor in saved.values())
     in_file = sum(tensor.nbytes for name, tensor in full.items() if ".experts." in name)
+    model, config = inspect(str(directory))
+    dense = load_dense(model, build(config, resolve_dtype(config, "auto")), torch.device("cpu"))
+    assert dense.bytes_read == checkpoint_bytes - in_file, "a spare has all but the experts"
     # Uneven and out of order too: nothing may rely on equal contiguous runs
     for make in (halves, uneven):
         for rank in range(2):

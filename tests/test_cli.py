@@ -26,7 +26,7 @@ SERVE_OPTIONS = """
 --num-spares --num-threads
 --placement --placement-group-strategy --port
 --prompt-lookup-max --prompt-lookup-min --recovery-timeout-s --request-timeout-s --revision
---served-model-name --speculation
+--served-model-name --shutdown-timeout-s --speculation
 --step-timeout-s --suffix-store-tokens --target-ongoing-requests --tokenizer --upscale-delay-s
 """
 TRACE_OPTIONS = """

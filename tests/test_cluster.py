@@ -6,14 +6,11 @@ No interface or address is set by hand. Where namespaces cannot be made, this sa
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from .machines import Machines, machines, objection
+from penstock.benchmarks.cluster_server import ClusterServer
+from penstock.benchmarks.faults import FAULTS
+from penstock.benchmarks.machines import machines, objection
+from penstock.benchmarks.ray_cluster import PENSTOCK, RayCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 DEMO = Path(__file__).parents[1] / "demo" / "model"
-PENSTOCK, RAY = (str(Path(sys.executable).with_name(name)) for name in ("penstock", "ray"))
-PORT = 8000
-RAY_PORT = 6390
 PROMPTS = ["import os\n", "def main(", "class "]
-START_S = 240
 
 _ASK = """
 import json, sys, openai
@@ -48,75 +44,53 @@ for prompt in json.loads(sys.argv[2]):
 print(json.dumps(texts))
 """
 
+_STREAM = """
+import json, sys, openai
+client = openai.OpenAI(base_url=sys.argv[1], api_key="none", max_retries=0, timeout=120)
+text, error, tokens = "", None, 0
+try:
+    stream = client.completions.create(
+        model="penstock-demo", prompt="class ", max_tokens=600, temperature=1, seed=7, stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    for chunk in stream:
+        text += chunk.choices[0].text
+        tokens += 1
+        if tokens == 10:
+            print("streaming", flush=True)
+except Exception as failure:
+    error = type(failure).__name__
+print(json.dumps([text, error]), flush=True)
+"""
 
-class Cluster:
-    """Ray with a token on ``machines``: the head on the first, one more node with each `join`."""
 
-    def __init__(self, machines: Machines, folder: Path) -> None:
-        self.machines, self.folder = machines, folder
-        self.address = f"{machines.address(0)}:{RAY_PORT}"
-        token = folder / "token"
-        token.write_text(secrets.token_hex(32))
-        kept = {name: os.environ[name] for name in ("PATH", "LANG", "OMP_NUM_THREADS") if name in os.environ}
-        # Another user's home, so to say: no token, model or configuration of this one's
-        self.stranger = {**kept, "HOME": str(folder), "RAY_TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
-        self.environment = {**self.stranger, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        self._start(0, "--head", f"--port={RAY_PORT}", f"--temp-dir={folder}", "--include-dashboard=false")
+@contextmanager
+def serving(cluster: RayCluster, num_ranks: int, *options: str) -> Iterator[str]:
+    """Serve the demo model on so many ranks; what was printed until it did."""
+    given = [
+        *("--expert-parallel-size", str(num_ranks), "--placement-group-strategy", "SPREAD"),
+        *("--served-model-name", "penstock-demo", "--dtype", "float32", "--device", "cpu", "--num-threads", "1"),
+        *options,
+    ]
+    with cluster.serving(DEMO, *given) as (_, log):
+        yield log.read_text()
 
-    def join(self, i: int) -> None:
-        """Start Ray on machine ``i``."""
-        self._start(i, f"--address={self.address}")
 
-    def _start(self, i: int, *options: str) -> None:
-        shared = ["--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats"]
-        address = f"--node-ip-address={self.machines.address(i)}"
-        done = self.machines.run(i, RAY, "start", *options, address, *shared, env=self.environment, timeout=START_S)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    @contextmanager
-    def serving(self, num_ranks: int) -> Iterator[str]:
-        """Serve the demo model on so many ranks; what was printed until it did."""
-        log = self.folder / "log"
-        options = [
-            *("--address", self.address, "--host", self.machines.address(0), "--port", str(PORT)),
-            *("--expert-parallel-size", str(num_ranks), "--placement-group-strategy", "SPREAD"),
-            *("--served-model-name", "penstock-demo", "--dtype", "float32", "--device", "cpu", "--num-threads", "1"),
-        ]
-        with log.open("w") as out:
-            server = self.machines.popen(
-                0, PENSTOCK, "serve", str(DEMO), *options, env=self.environment, stdout=out, stderr=out
-            )
-        try:
-            deadline = time.monotonic() + START_S
-            while "Ctrl-C" not in log.read_text():
-                assert server.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
-            yield log.read_text()
-            server.send_signal(signal.SIGINT)
-            assert server.wait(60) == 0, log.read_text()
-        finally:
-            server.kill()
-            server.wait()
-
-    def ask(self, i: int) -> list[tuple[str, int]]:
-        """Return the answers to `PROMPTS`, and their lengths in tokens, that a client on machine ``i`` gets."""
-        url = f"http://{self.machines.address(0)}:{PORT}/v1"
-        command = [sys.executable, "-c", _ASK, url, json.dumps(PROMPTS)]
-        done = self.machines.run(i, *command, env=self.stranger, timeout=180)
-        assert done.returncode == 0, done.stderr
-        return [(text, num_tokens) for text, num_tokens in json.loads(done.stdout)]
+def ask(cluster: RayCluster, i: int) -> list[tuple[str, int]]:
+    """Return the answers to `PROMPTS`, and their lengths in tokens, that a client on machine ``i`` gets."""
+    answers = cluster.program(i, _ASK, f"{cluster.url}/v1", json.dumps(PROMPTS), environment=cluster.stranger)
+    return [(text, num_tokens) for text, num_tokens in answers]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster() -> Iterator[RayCluster]:
     if (reason := objection()) is not None:
         warnings.warn(f"NOT TESTED: ranks on several machines: {reason}", stacklevel=1)
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="pk-", dir="/tmp"))  # Ray's socket paths must be short
     try:
         with machines(3) as three:
-            cluster = Cluster(three, folder)
+            cluster = RayCluster(three, folder)
             cluster.join(1)
             yield cluster
     finally:
@@ -139,17 +113,17 @@ def _ranks_line(printed: str) -> str:
 
 
 def test_the_demo_is_served_across_two_machines(cluster, alone):
-    with cluster.serving(2) as printed:
+    with serving(cluster, 2) as printed:
         assert _ranks_line(printed) == "ranks: 0 on 10.77.0.1, 1 on 10.77.0.2"
         assert "warning" not in printed
-        assert cluster.ask(1) == alone
+        assert ask(cluster, 1) == alone
 
 
 def test_the_demo_is_served_across_three_machines(cluster, alone):
     cluster.join(2)
-    with cluster.serving(3) as printed:
+    with serving(cluster, 3) as printed:
         assert _ranks_line(printed) == "ranks: 0 on 10.77.0.1, 1 on 10.77.0.2, 2 on 10.77.0.3"
-        assert cluster.ask(2) == alone
+        assert ask(cluster, 2) == alone
 
 
 def test_who_has_no_token_is_not_let_in_and_told_how(cluster):
@@ -160,6 +134,63 @@ def test_who_has_no_token_is_not_let_in_and_told_how(cluster):
     assert done.returncode == 2
     assert "address: cannot join the Ray cluster at" in done.stderr
     assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in done.stderr
+
+
+def test_after_the_death_of_the_head_the_same_request_gives_the_same_tokens(cluster):
+    """The head has the ingress: the stream is cut, and whoever started the server starts it again."""
+
+    def stream() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", _STREAM, f"{cluster.url}/v1"]
+        client = cluster.machines.popen(1, *command, env=cluster.stranger, stdout=subprocess.PIPE)
+        assert client.stdout.readline() == "streaming\n"
+        return client
+
+    def result(client: subprocess.Popen[str]) -> list[str | None]:
+        said = json.loads(client.communicate(timeout=120)[0])
+        assert client.returncode == 0
+        return said
+
+    with serving(cluster, 2):
+        whole, error = result(stream())
+        assert error is None
+        client = stream()
+        cluster.machines.kill_all(0)
+        text, error = result(client)
+        # What the openai client makes of a connection that is cut: it may be tried again
+        assert error in ("APIConnectionError", "APIError", "RemoteProtocolError", "ReadError")
+        assert whole.startswith(text)
+        assert len(text) < len(whole)
+    for i in (1, 2):
+        cluster.machines.kill_all(i)
+    cluster.start_head()
+    cluster.join(1)
+    with serving(cluster, 2):
+        assert result(stream()) == [whole, None]
+
+
+def test_a_node_that_falls_silent_costs_a_pause_and_is_let_in_again(cluster):
+    """One rank's node: a spare on another takes over; the run without the fault is the measure."""
+    for i in (1, 2):
+        cluster.machines.kill_all(i)
+        cluster.join(i)
+    options = ["--num-spares", "1", "--step-timeout-s", "3"]
+    with serving(cluster, 2, *options):
+        server = ClusterServer(cluster.url, 0, cluster)
+        fault = next(fault for fault in FAULTS if fault.name == "silent link")
+        command = [sys.executable, "-c", _STREAM, f"{cluster.url}/v1"]
+
+        def stream() -> subprocess.Popen[str]:
+            client = cluster.machines.popen(0, *command, env=cluster.stranger, stdout=subprocess.PIPE)
+            assert client.stdout.readline() == "streaming\n"
+            return client
+
+        whole = json.loads(stream().communicate(timeout=120)[0])
+        client = stream()
+        committed = fault.do(server, 2)
+        disturbed = json.loads(client.communicate(timeout=180)[0])
+        committed.undo()
+        assert disturbed == whole
+        assert whole[1] is None
 
 
 def test_the_machines_leave_nothing_behind():

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 
 import pytest
 
@@ -173,3 +175,28 @@ def test_outputs_are_delivered_while_the_next_step_runs(make_engine: Callable[..
         # a step that never begins takes nothing along: what waits goes out after it
         assert "delivered" in log[log.index("ran") + 1 : len(log)]
         assert log.count("planned") == log.count("ran") == 6
+
+
+def test_an_idle_engine_is_tended_and_dies_if_that_says_so(make_engine: Callable[..., Engine]) -> None:
+    calls: queue.Queue[int] = queue.Queue()
+    numbers = count()
+
+    def tend() -> None:
+        number = next(numbers)
+        calls.put(number)
+        if number == 2:
+            raise EngineDeadError("nothing can be mended")
+
+    reader = _Reader()
+    thread = EngineThread(make_engine(), reader.deliver, tend=tend, idle_s=0.01)
+    try:
+        for _ in range(3):  # nobody asks for it
+            calls.get(timeout=10)
+        thread.call(lambda: None).result(10)
+        with pytest.raises(EngineDeadError, match="nothing can be mended"):
+            thread.check_health()
+        thread.look_after()
+        thread.call(lambda: None).result(10)
+        assert calls.empty(), "a dead engine is left alone"
+    finally:
+        thread.close()

@@ -1,4 +1,4 @@
-"""Several gangs on a real Ray: metrics are those of all; they come with the load, and go when theirs has ended."""
+"""Several gangs behind Serve's proxy: metrics are those of all; gangs come with the load, and go when it has ended."""
 
 from __future__ import annotations
 
@@ -16,15 +16,39 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 NUM_REQUESTS = 24
 
 _SCRIPT = """
-import json, sys
+import json, os, socket, sys, time
 from concurrent.futures import ThreadPoolExecutor
+import httpx, psutil
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.serving.local_ray import LocalRay
 
 num_requests = int(sys.argv[2])
 config = EngineConfig(
-    model=sys.argv[1], served_model_name="m", device="cpu", num_threads=1, cpus_per_rank=0.5, num_replicas=2
+    model=sys.argv[1], served_model_name="m", dtype="float32", device="cpu", num_threads=1, cpus_per_rank=0.5,
+    num_replicas=2,
 )
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+
+def over_proxy(kill=False):
+    body = {"model": "m", "prompt": "class ", "max_tokens": 300, "seed": 7, "stream": True, "ignore_eos": True}
+    text, error = "", None
+    try:
+        with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60) as response:
+            if response.status_code != 200:
+                return None, response.status_code
+            for number, line in enumerate(filter(None, response.iter_lines())):
+                if line != "data: [DONE]":
+                    text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                if kill and number == 10:
+                    for process in psutil.Process().children(recursive=True):
+                        if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ProxyActor"):
+                            process.kill()
+    except httpx.TransportError as failure:
+        error = type(failure).__name__
+    return text, error
+
 with LocalRay(config) as local:
     import ray
     from ray import serve
@@ -33,7 +57,7 @@ with LocalRay(config) as local:
     one = serve.deployment
     serve.deployment = lambda *args, **options: one(*args, **{**options, "num_replicas": 2})  # the ingress too
     app = build_app(config)
-    serve.start(http_options={"host": "127.0.0.1", "port": 0}, logging_config={"log_level": "WARNING"})
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
     serve.run(app, name="default")
     handle = serve.get_app_handle("default")
 
@@ -52,8 +76,13 @@ with LocalRay(config) as local:
     readings = [handle.stats.remote().result() for _ in range(12)]
     running = {name: d.replica_states for name, d in serve.status().applications["default"].deployments.items()}
     own = [stats.num_generation_tokens for stats in ray.get([gang.stats.remote() for gang in gangs])]
+    proxied = [over_proxy(), over_proxy(kill=True)]
+    deadline = time.monotonic() + 60
+    while (again := over_proxy())[1] is not None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    proxied.append(again)
     serve.shutdown()
-print(json.dumps({"tokens": tokens, "readings": readings, "running": running, "own": own}))
+print(json.dumps({"tokens": tokens, "readings": readings, "running": running, "own": own, "proxied": proxied}))
 """
 
 
@@ -154,8 +183,21 @@ def _run(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_metrics_do_not_depend_on_the_replica_that_is_asked() -> None:
-    said = _run(_SCRIPT, str(DEMO), str(NUM_REQUESTS))
+@pytest.fixture(scope="module")
+def said() -> dict[str, Any]:
+    return _run(_SCRIPT, str(DEMO), str(NUM_REQUESTS))
+
+
+def test_after_the_death_of_serves_proxy_the_same_request_gives_the_same_tokens(said: dict[str, Any]) -> None:
+    (whole, error), (cut, cut_error), again = said["proxied"]
+    assert error is None
+    assert cut_error in ("ReadError", "RemoteProtocolError")
+    assert whole.startswith(cut)
+    assert len(cut) < len(whole)
+    assert again == [whole, None]
+
+
+def test_metrics_do_not_depend_on_the_replica_that_is_asked(said: dict[str, Any]) -> None:
     assert said["running"] == {"Gang": {"RUNNING": 2}, "Ingress": {"RUNNING": 2}}
     assert len(said["own"]) == 2
     first = said["readings"][0]

@@ -31,6 +31,8 @@ HEALTH = {
     "RAY_health_check_failure_threshold": "3",
 }
 
+EVERYWHERE = {"RAY_worker_niceness": "0", "RAY_kill_worker_timeout_milliseconds": "1000"}
+
 
 def _read(name: str) -> Any:
     return yaml.safe_load((CONFIGS / name).read_text())
@@ -171,6 +173,7 @@ def test_every_node_of_a_cluster_starts_ray_with_the_token_and_known_options(nam
         assert environment["RAY_AUTH_MODE"] == "token"
         assert environment["RAY_AUTH_TOKEN_PATH"] == token
         assert {option.partition("=")[0] for option in options} <= known
+        assert environment.items() >= EVERYWHERE.items()
         health = {key: value for key, value in environment.items() if "health" in key}
         assert health == (HEALTH if kind == "head" else {})
 
@@ -178,7 +181,7 @@ def test_every_node_of_a_cluster_starts_ray_with_the_token_and_known_options(nam
 def test_ray_knows_the_settings_that_are_given_in_its_environment():
     """It ignores those that it does not know."""
     servers = (RAY / "core/src/ray/gcs/gcs_server").read_bytes()
-    for name in [*HEALTH, "RAY_worker_niceness"]:
+    for name in [*HEALTH, *EVERYWHERE]:
         assert name.removeprefix("RAY_").encode() in servers, name
 
 
@@ -198,6 +201,10 @@ def test_the_kuberay_manifest():
     head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
     environment = {entry["name"]: entry.get("value") for entry in head["env"]}
     assert {key: value for key, value in environment.items() if "health" in key} == HEALTH
+    (workers,) = cluster["workerGroupSpecs"]
+    worker = workers["template"]["spec"]["containers"][0]
+    for container in (head, worker):
+        assert {entry["name"]: entry.get("value") for entry in container["env"]}.items() >= EVERYWHERE.items()
     (group,) = cluster["workerGroupSpecs"]
     (worker,) = group["template"]["spec"]["containers"]
     assert worker["image"] == head["image"]

@@ -216,6 +216,28 @@ def test_a_death_between_steps_is_noticed_and_mended(ranks: Ranks, expected: lis
     assert engine.stats().num_failed_steps == 0
 
 
+@pytest.mark.parametrize("is_rank", [True, False])
+def test_a_stopped_process_is_noticed_while_nothing_runs(
+    ranks: Ranks, expected: list[list[int]], is_rank: bool
+) -> None:
+    ranks.wait_for_spares()
+    assert not ranks.tend()
+    victim = ranks.process_of(1) if is_rank else ranks._roster.spares[0].process.process._process  # type: ignore[attr-defined]
+    num_before = len(ranks.events.events())
+    os.kill(victim.pid, signal.SIGSTOP)
+    assert ranks.tend() == is_rank
+    assert victim.wait(10) == -signal.SIGKILL
+    (fault,) = ranks.events.events()[num_before:]
+    assert (fault.what, fault.ranks) == (SILENT, (1,) if is_rank else ())
+    engine = Engine(ranks._config, ranks)
+    if is_rank:
+        engine.recover()
+    ranks.wait_for_spares()
+    assert not ranks.tend()
+    assert generate(engine, PROMPTS, SAMPLING) == expected
+    assert engine.stats().num_failed_steps == 0
+
+
 def test_a_replacement_that_cannot_load_ends_the_engine(
     checkpoint: Callable[[str], Path], tmp_path: Path, expected: list[list[int]]
 ) -> None:

@@ -316,11 +316,15 @@ def _text(lines: list[str]) -> str:
     return "".join(choice["text"] for event in events for choice in event["choices"])
 
 
-def test_requests_of_an_ingress_that_dies_are_aborted(server):
-    assert _long_stream(server, "Ingress")[-1] == "cut off"
+def test_requests_of_an_ingress_that_dies_are_aborted_and_can_be_sent_again(server):
+    undisturbed = _long_stream(server, max_tokens=400)
+    cut = _long_stream(server, "Ingress", max_tokens=400)
+    assert cut[-1] == "cut off"
     _wait("another ingress", lambda: _answers(server), 90)
     _wait("blocks freed", lambda: _samples(server)["penstock:kv_cache_usage_perc"] == 0)
     assert _samples(server)['penstock:request_success_total{finished_reason="abort"}'] >= 1
+    assert _text(_long_stream(server, max_tokens=400)) == _text(undisturbed)
+    assert _text(undisturbed).startswith(_text([*cut[:-1], "data: [DONE]"]))
 
 
 def test_a_worker_that_dies_is_replaced_and_no_stream_notices(server):
@@ -348,13 +352,28 @@ def test_streams_outlive_their_coordinator_and_their_gang(server, name, keeps_wo
     assert samples["penstock:kv_cache_usage_perc"] == 0
 
 
-def test_ctrl_c_leaves_nothing_behind(server):
+def _interrupted_stream(server: Server, kind: signal.Signals, times: int, max_tokens: int) -> list[str]:
+    """Return the lines of a long stream; send the server a signal once it runs, and again when it has said so."""
+    body = {"model": MODEL, "prompt": "import", "max_tokens": max_tokens, "stream": True, "ignore_eos": True, "seed": 3}
+    lines = []
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        for line in filter(None, response.iter_lines()):
+            lines.append(line)
+            if len(lines) == 10:
+                for _ in range(times):
+                    server.process.send_signal(kind)
+                    _wait("it says so", lambda: "ending live requests, for at most 30 s" in server.log.read_text())
+    return lines
+
+
+def test_ctrl_c_ends_live_streams_first_and_leaves_nothing_behind(server):
     """The last test of that server: it ends it."""
     family = psutil.Process(server.process.pid).children(recursive=True)
     folder = Path(server.ray_environment["RAY_AUTH_TOKEN_PATH"]).parent
     assert len(family) > 5
     assert folder.is_dir()
-    server.process.send_signal(signal.SIGINT)
+    undisturbed = _text(_long_stream(server, max_tokens=400))
+    assert _text(_interrupted_stream(server, signal.SIGINT, 1, 400)) == undisturbed
     assert server.process.wait(60) == 0
     # Zombies are the init process's business
     _wait("processes gone", lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family))
@@ -393,6 +412,11 @@ def test_a_placement_reaches_the_workers_by_its_content(tmp_path):
             psutil.wait_procs([gone], timeout=30)
         assert client.generate("import os\n", temperature=0, max_tokens=24).text == wanted
         client.close()
+        # SIGTERM is as good as Ctrl-C, and the second of them cuts off what the first would let end
+        last = _interrupted_stream(server, signal.SIGTERM, 2, 2000)[-1]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert (error["code"], error["type"]) == ("engine_dead", "server_error")
+        assert server.process.wait(60) == 0
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""Build a transformers model that holds one rank's experts, reading no other expert's bytes."""
+"""Build a transformers model that holds one rank's experts, reading no other expert's bytes.
+
+In two steps: the dense part, which every rank has, and a rank's experts. A process that does not know yet which rank it
+will be takes the first.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +43,17 @@ class EmptyModel:
     def num_experts(self) -> int:
         """Experts of a MoE layer."""
         return int(self.expert_modules[0].num_experts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseModel:
+    """A model that has all but its experts, whose modules are whole and without storage."""
+
+    empty: EmptyModel
+    device: torch.device
+    found: Any
+    """What is missing or does not fit, as transformers tells it; all experts are missing yet."""
+    bytes_read: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +113,47 @@ def load(directory: Path, empty: EmptyModel, device: torch.device, placement: Pl
     The experts modules are cut to the owned experts, and transformers' own converter fed with lazy slices of just
     those. Raises ``ValueError`` naming ``model`` for missing, unknown or misshapen tensors.
     """
+    return load_experts(directory, load_dense(directory, empty, device), placement, rank)
+
+
+def load_dense(directory: Path, empty: EmptyModel, device: torch.device) -> DenseModel:
+    """Load all but the experts into ``empty``, which is used up. What does not fit is left to `load_experts` to say."""
+    with CheckpointReader(directory) as reader:
+        found = _convert(directory, reader, empty, device, empty.num_experts, None)
+        return DenseModel(empty, device, found, reader.bytes_read)
+
+
+def load_experts(directory: Path, dense: DenseModel, placement: Placement, rank: int) -> LoadedModel:
+    """Load ``rank``'s experts into ``dense``, which is used up; see `load`."""
+    empty, model = dense.empty, dense.empty.model
+    owned = [placement.experts_of(layer, rank) for layer in range(placement.num_layers)]
+    for module, numbers in zip(empty.expert_modules, owned, strict=True):
+        _shrink(module, placement.num_experts, len(numbers))
+    with CheckpointReader(directory) as reader:
+        info = _convert(directory, reader, empty, dense.device, placement.num_experts, owned)
+        bytes_read, total = dense.bytes_read + reader.bytes_read, reader.total_bytes
+    _add(info, dense.found)
+    model.mark_tied_weights_as_initialized(info)
+    missing = info.missing_keys - set(model.all_tied_weights_keys)
+    model._adjust_missing_and_unexpected_keys(info)
+    _check(directory, missing, info)
+    model._move_missing_keys_from_meta_to_device(info.missing_keys, {"": dense.device}, None, None)
+    model._initialize_missing_keys(False)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model.eval()
+    model.requires_grad_(False)
+    return LoadedModel(model, empty.config, empty.expert_modules, empty.routers, bytes_read, total)
+
+
+def _convert(
+    directory: Path,
+    reader: CheckpointReader,
+    empty: EmptyModel,
+    device: torch.device,
+    num_experts: int,
+    owned: list[list[int]] | None,
+) -> Any:
+    """Load the owned experts of each layer, or with None all other tensors; return what transformers found of it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -105,36 +161,30 @@ def load(directory: Path, empty: EmptyModel, device: torch.device, placement: Pl
 
     # Every rank would print one; whoever started the ranks shows their progress
     disable_progress_bar()
-    model, config, dtype = empty.model, empty.config, empty.dtype
-    owned = [placement.experts_of(layer, rank) for layer in range(placement.num_layers)]
-    for module, numbers in zip(empty.expert_modules, owned, strict=True):
-        _shrink(module, placement.num_experts, len(numbers))
-
+    model, dtype = empty.model, empty.dtype
     mapping = get_model_conversion_mapping(model)
-    with CheckpointReader(directory) as reader:
-        weights = open_weights(reader, config, dtype)
-        tensors = _owned_tensors(weights, empty, mapping, placement.num_experts, owned)
-        load_config_ = LoadStateDictConfig(
-            weight_mapping=mapping,  # type: ignore[arg-type]
-            dtype=dtype,
-            dtype_plan=model._get_dtype_plan(dtype),
-            device_map={"": device},
-        )
-        try:
-            info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config_)
-        except Exception as error:  # the converter raises what safetensors and its operations raise
-            raise ValueError(f"model: the weights in {directory} cannot be loaded: {error}") from error
-        model.mark_tied_weights_as_initialized(info)
-        missing = info.missing_keys - set(model.all_tied_weights_keys)
-        model._adjust_missing_and_unexpected_keys(info)
-        _check(directory, missing, info)
-        model._move_missing_keys_from_meta_to_device(info.missing_keys, {"": device}, None, None)
-        model._initialize_missing_keys(False)
-        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-        bytes_read, total = reader.bytes_read, reader.total_bytes
-    model.eval()
-    model.requires_grad_(False)
-    return LoadedModel(model, config, empty.expert_modules, empty.routers, bytes_read, total)
+    weights = open_weights(reader, empty.config, dtype)
+    tensors = _tensors(weights, empty, mapping, num_experts, owned)
+    settings = LoadStateDictConfig(
+        weight_mapping=mapping,  # type: ignore[arg-type]
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        device_map={"": device},
+    )
+    try:
+        found, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
+    except Exception as error:  # the converter raises what safetensors and its operations raise
+        raise ValueError(f"model: the weights in {directory} cannot be loaded: {error}") from error
+    return found
+
+
+def _add(info: Any, other: Any) -> None:
+    """Make ``info`` that of both loadings: missing is what neither found."""
+    info.missing_keys &= other.missing_keys
+    info.unexpected_keys |= other.unexpected_keys
+    info.mismatched_keys |= other.mismatched_keys
+    info.conversion_errors.update(other.conversion_errors)
+    info.error_msgs.extend(other.error_msgs)
 
 
 def _moe_modules(model: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
@@ -169,10 +219,10 @@ def _shrink(module: torch.nn.Module, num_experts: int, num_local: int) -> None:
     module.num_experts = num_local  # type: ignore[assignment]
 
 
-def _owned_tensors(
-    weights: Weights, empty: EmptyModel, mapping: list[Any], num_experts: int, owned: list[list[int]]
+def _tensors(
+    weights: Weights, empty: EmptyModel, mapping: list[Any], num_experts: int, owned: list[list[int]] | None
 ) -> dict[str, Any]:
-    """Return the tensors to load: dense ones whole, each layer's owned experts renumbered or sliced, no others."""
+    """Return the tensors to load: each layer's owned experts, renumbered or sliced; with None all dense ones, whole."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     layers = {id(module): layer for layer, module in enumerate(empty.expert_modules)}
@@ -190,27 +240,28 @@ def _owned_tensors(
         target, _ = rename_source_key(key, renamings, converters, empty.model.base_model_prefix, parameters)
         return layer_of.get(target)
 
-    local = [{expert: number for number, expert in enumerate(numbers)} for numbers in owned]
+    local = [{expert: number for number, expert in enumerate(numbers)} for numbers in owned or ()]
     layer_of_head: dict[str, int | None] = {}
     tensors: dict[str, Any] = {}
     for key in weights.keys():  # noqa: SIM118 - no mapping
         numbered = _EXPERT_KEY.match(key)
         if numbered:
-            number, head = int(numbered["number"]), numbered["head"]
-            if number >= num_experts:
+            head = numbered["head"]
+            if int(numbered["number"]) >= num_experts:
                 raise ValueError(f"model: the weights hold {key}, but config.json names {num_experts} experts")
             if head not in layer_of_head:
                 layer_of_head[head] = layer_named(key)
-            layer = layer_of_head[head]
-            if layer is None:  # of a layer that the model does not have
-                tensors[key] = weights.lazy(key)
-            elif number in local[layer]:
-                tensors[f"{head}{local[layer][number]}{numbered['tail']}"] = weights.lazy(key)
+            layer = layer_of_head[head]  # None: of a layer that the model does not have
+        else:
+            layer = layer_named(key) if weights.shape(key)[:1] == [num_experts] else None
+        if (layer is None) != (owned is None):
             continue
-        experts = None
-        if weights.shape(key)[:1] == [num_experts] and (layer := layer_named(key)) is not None:
-            experts = owned[layer]
-        tensors[key] = weights.lazy(key, experts)
+        if layer is None or owned is None:
+            tensors[key] = weights.lazy(key)
+        elif not numbered:
+            tensors[key] = weights.lazy(key, owned[layer])
+        elif (number := local[layer].get(int(numbered["number"]))) is not None:
+            tensors[f"{numbered['head']}{number}{numbered['tail']}"] = weights.lazy(key)
     return tensors
 
 

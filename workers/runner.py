@@ -27,7 +27,7 @@ from .expert_mover import ExpertMover
 from .expert_parallel import ExpertParallel
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
-from .loader import build, inspect, load, resolve_dtype
+from .loader import DenseModel, build, inspect, load_dense, load_experts, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
@@ -48,7 +48,8 @@ class ModelRunner:
     """Loads a shard on construction; ``step`` is called from one thread, on all ranks in lock-step.
 
     ``placement``: which ranks hold which experts, equal runs of them when None. ``moved_bytes``: most bytes of experts
-    that reach a rank in a step; None where they stay where they are. ``enforce_eager``: replay no graphs. Raises
+    that reach a rank in a step; None where they stay where they are. ``enforce_eager``: replay no graphs. ``dense``:
+    this model without its experts, on the rank's device, if it has been loaded already; it is used up. Raises
     ``ValueError`` naming the field for a model that cannot be served or a pool too small for ``max_model_len``.
     """
 
@@ -69,6 +70,7 @@ class ModelRunner:
         enforce_eager: bool = False,
         placement: Placement | None = None,
         moved_bytes: int | None = None,
+        dense: DenseModel | None = None,
     ) -> None:
         started = time.perf_counter()
         self.rank, self.num_ranks = rank, num_ranks
@@ -81,9 +83,9 @@ class ModelRunner:
         limit = int(text_config.max_position_embeddings)
         if max_model_len is not None and max_model_len > limit:
             raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
-        empty = build(config, self.dtype)
-        placement = placement or contiguous(len(empty.expert_modules), num_experts, num_ranks)
-        loaded = load(directory, empty, self.device, placement, rank)
+        dense = dense or load_dense(directory, build(config, self.dtype), self.device)
+        placement = placement or contiguous(len(dense.empty.expert_modules), num_experts, num_ranks)
+        loaded = load_experts(directory, dense, placement, rank)
         self.model = loaded.model
         all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
         self.hidden_size = int(text_config.hidden_size)
@@ -171,9 +173,10 @@ class ModelRunner:
     def _relocate(self, layers: Sequence[int]) -> None:
         for layer in layers:
             self.layers[layer] = self._layer_ranks(layer)
-        if layers and isinstance(self.experts.dispatcher, AllToAllDispatcher):
-            self.experts.dispatcher.relocate(self.placement, layers)
-            self.static_dispatcher.relocate(self.placement, layers)
+        if layers:
+            for dispatcher in (self.experts.dispatcher, self.static_dispatcher):
+                if isinstance(dispatcher, AllToAllDispatcher):
+                    dispatcher.relocate(self.placement, layers)
             self.graphs.clear()
 
     def _layer_ranks(self, layer: int) -> LayerRanks:

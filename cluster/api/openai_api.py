@@ -18,6 +18,7 @@ from ...workers.sampling_params import SamplingParams
 from ..engine.backend import EngineDeadError
 from ..speculation.options import SpeculationOptions
 from . import model_api, tokenization_api
+from .admission import Admission, AdmissionMiddleware
 from .api_error import ApiError
 from .chat_format import ChatFormat
 from .choices import merge
@@ -34,16 +35,20 @@ from .serving_state import ServingState, serving
 from .text_stream import TextDelta, stream_text
 
 
-def create_app(state: ServingState | None = None, *, api_key: str | None = None) -> FastAPI:
+def create_app(
+    state: ServingState | None = None, *, api_key: str | None = None, admission: Admission | None = None
+) -> FastAPI:
     """Return the application; with ``state`` it serves at once, else when ``app.state.serving`` is set.
 
-    With ``api_key`` it answers those alone who bring it. It holds locks and so cannot be pickled: build it in the
-    process that serves.
+    With ``api_key`` it answers those alone who bring it, with ``admission`` as long as that is open. It holds locks and
+    so cannot be pickled: build it in the process that serves.
     """
     app = FastAPI(title="Penstock", docs_url=None, redoc_url=None)
     app.state.serving = state
     if api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=api_key)
+    if admission is not None:
+        app.add_middleware(AdmissionMiddleware, admission=admission)
     app.add_middleware(RequestIdMiddleware)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -22,6 +22,7 @@ from .queue_limit import QueueLimit
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_IDLE_S = 2.0
 
 
 class EngineThread:
@@ -32,12 +33,22 @@ class EngineThread:
 
     Requests and aborts take effect between steps, in the order in which they came. A request that finds the queue full
     is refused at once; totals are those after the last step and can be read at any time.
+
+    ``tend`` is called in the thread, between steps, when `look_after` asks for it, and every ``idle_s`` while there is
+    nothing to step; it may raise ``EngineDeadError``, which ends the engine.
     """
 
     def __init__(
-        self, engine: Engine, deliver: Callable[[list[RequestOutput]], None], *, overlap: bool = False
+        self,
+        engine: Engine,
+        deliver: Callable[[list[RequestOutput]], None],
+        *,
+        overlap: bool = False,
+        tend: Callable[[], object] | None = None,
+        idle_s: float = _IDLE_S,
     ) -> None:
         self._engine, self._deliver, self._overlap = engine, deliver, overlap
+        self._tend, self._idle_s = tend, idle_s if tend is not None else None
         self._outputs: list[RequestOutput] = []
         """Of the last step, to be delivered."""
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -129,6 +140,14 @@ class EngineThread:
         self._inbox.put(run)
         return future
 
+    def look_after(self) -> None:
+        """Have ``tend`` called soon; if a step runs, after that."""
+        self._inbox.put(self._tend_once)
+
+    def _tend_once(self) -> None:
+        if self._tend is not None and self._death is None:
+            self._tend()
+
     def check_health(self) -> None:
         """Raise ``EngineDeadError`` if the engine gave up."""
         if self._death is not None:
@@ -171,11 +190,17 @@ class EngineThread:
                 if self._engine.has_requests:
                     return True
                 self._hand_over()
-                command = self._inbox.get()
+                command = self._next()
             if command is None:
                 self._hand_over()
                 return False
             command()
+
+    def _next(self) -> Callable[[], object] | None:
+        try:
+            return self._inbox.get(timeout=self._idle_s)
+        except queue.Empty:
+            return self._tend_once
 
     def meanwhile(self) -> None:
         """Do what is not to hold up ranks, readers first. Called in the thread, while ranks run a step."""

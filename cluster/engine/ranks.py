@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
+
 from ...kernels.fused_moe import kernel
 from ...router.placement import Placement
-from ...workers.loader import build, inspect, resolve_dtype
+from ...workers.loader import DenseModel, build, inspect, load_dense, resolve_dtype
 from ...workers.model_info import RankInfo
 from ...workers.packed_weights import packs_weights
 from ...workers.plan import StepFailedError, StepPlan, StepResult
@@ -63,8 +65,13 @@ class MovableRanks(Ranks, Protocol):
     """Where experts are, which a rank that is replaced loads; whoever moves them sets it. None: they stay."""
 
 
-def make_runner(config: EngineConfig, rank: int, placement: Placement | None = None) -> ModelRunner:
-    """Load ``rank``'s shard as ``config`` says; ``placement``: what `placement_of` made of it, or came of that."""
+def make_runner(
+    config: EngineConfig, rank: int, placement: Placement | None = None, dense: DenseModel | None = None
+) -> ModelRunner:
+    """Load ``rank``'s shard as ``config`` says; ``placement``: what `placement_of` made of it, or came of that.
+
+    ``dense``: what `prepare` returned.
+    """
     named = config.placement is not None or config.enable_eplb
     assert (placement is None) == (not named), "whoever starts the ranks reads the file"
     return ModelRunner(
@@ -82,22 +89,29 @@ def make_runner(config: EngineConfig, rank: int, placement: Placement | None = N
         enforce_eager=config.enforce_eager,
         placement=placement,
         moved_bytes=config.eplb_bytes_per_step if config.enable_eplb else None,
+        dense=dense,
     )
 
 
-def prepare(config: EngineConfig) -> None:
-    """Do all that loading a shard needs but for the weights, so that `make_runner` is quick in this process.
+def prepare(config: EngineConfig) -> DenseModel | None:
+    """Load all that every rank has alike, so that `make_runner` need only read one rank's experts.
 
-    What cannot be done, such as reading a checkpoint that is not there, is left to the loading to complain about.
+    Returns None where that cannot be: on one of several GPUs, since which of them is a matter of the rank, and with a
+    checkpoint that cannot be read, which is left to the loading to complain about.
     """
     try:
-        _, model_config = inspect(config.model, config.revision)
+        directory, model_config = inspect(config.model, config.revision)
         dtype = resolve_dtype(model_config, config.dtype)
-        build(model_config, dtype)
-        if packs_weights(dtype, resolve_device(config.device, 0)):
+        device = resolve_device(config.device, 0)
+        empty = build(model_config, dtype)
+        if packs_weights(dtype, device):
             kernel()
+        if device.type == "cuda" and torch.cuda.device_count() > 1:
+            return None
+        return load_dense(directory, empty, device)
     except (OSError, ValueError) as error:
         logger.warning("a spare could not prepare itself: %s", error)
+        return None
 
 
 class LocalRanks:

@@ -64,7 +64,10 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
         serve.ingress(build_asgi_app)(Ingress),
         name=INGRESS,
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0.1, **({"resources": {HEAD_NODE_RESOURCE_NAME: 0.001}} if address else {})},
+        # On the head it asks for no CPU: ranks may have taken all that are there, and it cannot be elsewhere
+        ray_actor_options={"num_cpus": 0.0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
+        if address
+        else {"num_cpus": 0.1},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_wait_loop_s=_DRAIN_LOOK_S,
         # With an address it ends when the server does, and then requests do not hold that up

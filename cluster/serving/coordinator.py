@@ -68,8 +68,9 @@ class Coordinator:
         events = EventLog(self._earlier, lambda event: loop.call_soon_threadsafe(self._newsletter.event, event))
         node = ray.util.get_node_ip_address()
         self._pool = WorkerPool(self._workers, node, self._newsletter.vacancy, self._look_after)
-        # On one machine nothing need be heard outside it
-        is_alone = {worker.where.node for worker in self._workers} == {node}
+        # On one machine nothing need be heard outside it; a worker that is yet to come may come elsewhere
+        is_complete = len(self._workers) == self._config.expert_parallel_size + self._config.num_spares
+        is_alone = is_complete and {worker.where.node for worker in self._workers} == {node}
         host = LOOPBACK if is_alone else node
         self._ranks = RemoteRanks(
             self._config,
@@ -85,7 +86,7 @@ class Coordinator:
         summary = load_summary(self._ranks.infos, self._config.block_size)
         logger.info("loaded\n%s\n%s", summary, rank_summary(await self.nodes()))
         self._engine = Engine(self._config, self._ranks, budgets=self._budgets, events=events)
-        self._thread = EngineThread(self._engine, self._deliver, overlap=True)
+        self._thread = EngineThread(self._engine, self._deliver, overlap=True, tend=self._tend)
         self._ranks.meanwhile = self._thread.meanwhile
         self._requests = RequestServer(host, self._thread)
         self._attachments = Attachments(self._requests)
@@ -117,17 +118,14 @@ class Coordinator:
 
     def _look_after(self) -> None:
         """Have the engine mend its ranks between steps; if one runs, that notices by itself."""
-        if self._thread is None:
-            return
-        ranks, engine = self._ranks, self._engine
-        assert ranks is not None
-        assert engine is not None
+        if self._thread is not None:
+            self._thread.look_after()
 
-        def mend() -> None:
-            if ranks.tend():
-                engine.recover()
-
-        self._thread.call(mend)
+    def _tend(self) -> None:
+        assert self._ranks is not None
+        assert self._engine is not None
+        if self._ranks.tend(ping=not self._engine.has_requests):
+            self._engine.recover()
 
     async def attach(self, reader_id: str) -> AsyncIterator[Ticket | str]:
         """Yield what ``reader_id`` connects to the request plane with, then `DRAINING` if the gang is to stop.

@@ -24,7 +24,9 @@ from .gang_directory import GangDirectory
 from .http_server import Address
 from .resources import bundles, num_ranks
 
+logger = logging.getLogger(__name__)
 _POLL_S = 0.2
+_ANSWER_S = 5.0
 _VALUE_ERROR = re.compile(r"^\S*ValueError\S*: (?P<message>[a-z_\[\]0-9.]+: .*)$", re.MULTILINE)
 
 
@@ -123,6 +125,22 @@ def gang_nodes(app_name: str = "default") -> list[list[str]]:
         with suppress(RayError):
             nodes.append(ray.get(coordinator.nodes.remote(), timeout=5))
     return nodes
+
+
+def drain(timeout_s: float, app_name: str = "default") -> None:
+    """Have the ingress refuse what comes and end what it has; return when it has, or ``timeout_s`` has passed.
+
+    Interrupted, it leaves requests to be cut off by `undeploy`.
+    """
+    try:
+        response = serve.get_app_handle(app_name).drain.remote(timeout_s)
+        try:
+            response.result(timeout_s=timeout_s + _ANSWER_S)
+        except KeyboardInterrupt:
+            response.cancel()  # Serve would wait for it before it ends the ingress
+            raise
+    except Exception as error:  # Ray and Serve raise many types; there is nothing to wait for then
+        logger.warning("the ingress could not end its requests: %s", error)
 
 
 def undeploy(app_name: str = "default") -> None:

@@ -179,6 +179,8 @@ class Gang:
 
     async def _restart(self) -> None:
         while True:
+            # What Ray takes for dead may be out of reach: it must not hold its place, or act, when it comes back
+            ray.kill(self._coordinator)
             try:
                 self._forwarding = await self._start_coordinator(adopt=True)
                 return

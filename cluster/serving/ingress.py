@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from ..api.admission import Admission
 from ..api.chat_tokenizer import ChatTokenizer
 from ..api.openai_api import create_app
 from ..api.serving_state import ServingState
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
 # has its process to itself, so the constructor leaves its state here.
 _state: ServingState | None = None
 _api_key: str | None = None
+_admission: Admission | None = None
 
 
 def build_asgi_app() -> FastAPI:
     """Return this replica's application."""
-    return create_app(_state, api_key=_api_key)
+    return create_app(_state, api_key=_api_key, admission=_admission)
 
 
 class Ingress:
@@ -44,7 +46,7 @@ class Ingress:
     async def __init__(  # type: ignore[misc]
         self, gang: Any, config: EngineConfig, address: Address | None = None
     ) -> None:
-        global _state, _api_key
+        global _state, _api_key, _admission
         from ray import serve
 
         tokenizer = ChatTokenizer(config.tokenizer_source, config.revision)
@@ -54,6 +56,7 @@ class Ingress:
         )
         await backend.attached()
         _api_key = config.api_key
+        self._admission = _admission = Admission()
         self._state = _state = await ServingState.create(
             backend, tokenizer, config.model_names, config.model, config.budgets
         )
@@ -66,10 +69,15 @@ class Ingress:
         Raises ``ValueError`` naming the field, ``EngineDeadError``, ``QueueFullError``, ``RequestTimeoutError``.
         """
         state = self._state
-        deltas = stream_prompt(state.backend, state.tokenizer, state.max_model_len, prompt, params)
-        async with aclosing(deltas):
-            async for delta in deltas:
-                yield delta
+        with self._admission.admitted():
+            deltas = stream_prompt(state.backend, state.tokenizer, state.max_model_len, prompt, params)
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    yield delta
+
+    async def drain(self, timeout_s: float) -> int:
+        """Refuse what comes from now on; return how many requests are left when all have ended or time is up."""
+        return await self._admission.close(timeout_s)
 
     async def stats(self) -> dict[str, float]:
         """Return the engines' metrics by name, all gangs together."""

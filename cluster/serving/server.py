@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -25,6 +25,7 @@ from .resources import num_ranks
 
 console = Console(soft_wrap=True, highlight=False)
 SAMPLE_QUESTION = "438 + 275"
+SHUTDOWN_TIMEOUT_S = 30.0
 _WATCH_S = 2.0
 NO_TOKEN = (
     "[bold yellow]warning:[/] this Ray cluster asks for no token: whoever reaches its ports runs programs on its nodes "
@@ -32,12 +33,22 @@ NO_TOKEN = (
 )
 
 
-def run_server(config: EngineConfig, *, host: str, port: int, address: str | None = None, sample: bool = False) -> None:
-    """Serve until interrupted, then leave nothing behind.
+def run_server(
+    config: EngineConfig,
+    *,
+    host: str,
+    port: int,
+    address: str | None = None,
+    sample: bool = False,
+    shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S,
+) -> None:
+    """Serve until interrupted, end live requests within ``shutdown_timeout_s``, then leave nothing behind.
 
     ``address``: a running Ray cluster to join; one is started on this machine when None. ``sample``: show one answer.
     Raises ``ValueError`` naming the field for what the user can mend.
     """
+    if not shutdown_timeout_s >= 0:
+        raise ValueError(f"shutdown_timeout_s: {shutdown_timeout_s:g} is not 0 or more")
     # Refuse before Ray starts what can be refused
     drafter_factory(config.drafter)
     inspect(config.model, config.revision)
@@ -46,6 +57,7 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
     placement_of(config)
     if address is None:
         check_port(host, port)
+    finish: Callable[[float], None] | None = None
     with ExitStack() as stack:
         try:
             with _progress() as progress:
@@ -56,6 +68,7 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
                     application_status,
                     attach,
                     deploy,
+                    drain,
                     gang_nodes,
                     has_token,
                     head_address,
@@ -77,6 +90,7 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
                     ),
                 )
                 stack.callback(undeploy)
+                finish = drain
             shown, elsewhere = (host, False) if address is None else seen_from_here(host, *head_address())
             url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
             if infos := loaded_ranks():
@@ -93,8 +107,17 @@ def run_server(config: EngineConfig, *, host: str, port: int, address: str | Non
             console.print("Ctrl-C ends the server.")
             _watch(application_status)
         except KeyboardInterrupt:
+            if finish is not None and shutdown_timeout_s > 0:
+                _finish(finish, shutdown_timeout_s)
             uninterruptible()
             console.print("\nshutting down")
+
+
+def _finish(drain: Callable[[float], None], timeout_s: float) -> None:
+    """Let live requests end, unless interrupted once more."""
+    console.print(f"\nending live requests, for at most {timeout_s:g} s; Ctrl-C cuts them off")
+    with suppress(KeyboardInterrupt):
+        drain(timeout_s)
 
 
 def seen_from_here(host: str, head: str, is_remote: bool) -> tuple[str, bool]:

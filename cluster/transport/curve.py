@@ -12,6 +12,18 @@ _LINGER_MS = 1000
 """What was said last, such as to close or why one refused, must still get out when its socket closes."""
 
 
+_GONE_S = 60
+"""A peer whose machine has not answered for so long is gone without a word; deadlines have given it up long before."""
+
+
+def _notice_silence(socket: zmq.Socket[bytes]) -> None:
+    """Have the kernel close connections to machines that do not answer; a stopped process' machine does."""
+    socket.tcp_keepalive = 1
+    socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = _GONE_S // 6
+    socket.tcp_keepalive_cnt = 5
+    socket.tcp_maxrt = 1000 * _GONE_S
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """What a peer needs to connect; it holds a secret key, so it travels over trusted channels only."""
@@ -37,6 +49,7 @@ class CurveRouter:
         self._auth.configure_curve_callback("*", credentials_provider=self)
         self.socket = self._context.socket(zmq.ROUTER)
         self.socket.linger = _LINGER_MS
+        _notice_silence(self.socket)
         self.socket.router_mandatory = True
         self.socket.curve_server = True
         self.socket.curve_publickey, self.socket.curve_secretkey = public, secret
@@ -74,6 +87,7 @@ class CurveDealer:
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.linger = _LINGER_MS
+        _notice_silence(self.socket)
         self.socket.setsockopt(zmq.IDENTITY, ticket.identity.encode())
         self.socket.curve_serverkey = ticket.server_key.encode()
         self.socket.curve_publickey = ticket.public_key.encode()

@@ -37,6 +37,12 @@ class Assign(msgspec.Struct, tag=True, frozen=True):
     placed: PlacementVersion | None = None
 
 
+class Ping(msgspec.Struct, tag=True, frozen=True):
+    """Say that you are there: `Pong` with the same ``number``."""
+
+    number: int
+
+
 class Close(msgspec.Struct, tag=True, frozen=True):
     """Stop serving."""
 
@@ -49,6 +55,12 @@ class Assigned(msgspec.Struct, tag=True, frozen=True):
     """A spare has heard which rank it is."""
 
     rank: int
+
+
+class Pong(msgspec.Struct, tag=True, frozen=True):
+    """The process waits for what comes next."""
+
+    number: int
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):
@@ -83,5 +95,5 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     error: RankError
 
 
-Command = Run | Regroup | Assign | Close
-Answer = Ready | Assigned | Loaded | Refused | Regrouped | Done | Failed
+Command = Run | Regroup | Assign | Ping | Close
+Answer = Ready | Assigned | Pong | Loaded | Refused | Regrouped | Done | Failed

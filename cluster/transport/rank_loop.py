@@ -10,14 +10,31 @@ import torch
 
 from ...router.placement import Placement
 from ...workers import process_group
+from ...workers.loader import DenseModel
 from ...workers.plan import RankError, RankPlan
 from ...workers.rebalance_plan import PlacementVersion
 from ...workers.runner import ModelRunner
 from ..config import EngineConfig
 from ..engine.ranks import make_runner, prepare
 from .curve import Ticket
-from .messages import Answer, Assign, Assigned, Done, Failed, Loaded, Ready, Refused, Regroup, Regrouped, Run
+from .messages import (
+    Answer,
+    Assign,
+    Assigned,
+    Done,
+    Failed,
+    Loaded,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    Regroup,
+    Regrouped,
+    Run,
+)
 from .step_plane import RankPlane
+
+MakeRunner = Callable[[EngineConfig, int, Placement | None, DenseModel | None], ModelRunner]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +54,11 @@ class RankSettings:
 class RankLoop:
     """One process of a gang. It keeps its shard from one coordinator to the next."""
 
-    def __init__(self, make: Callable[[EngineConfig, int, Placement | None], ModelRunner] = make_runner) -> None:
+    def __init__(self, make: MakeRunner = make_runner) -> None:
         self._make = make
         self._runner: ModelRunner | None = None
+        self._dense: DenseModel | None = None
+        """What a spare has of the model."""
 
     def serve(self, settings: RankSettings, closed: Callable[[], bool] = lambda: False) -> None:
         """Serve a coordinator until it says to close, or until ``closed`` says that it is gone."""
@@ -52,7 +71,7 @@ class RankLoop:
             elif settings.rank is not None:
                 plane.send(self._load(settings, settings.rank, settings.placed))
             else:
-                prepare(settings.config)
+                self._dense = prepare(settings.config)
                 plane.send(Ready())
             while True:
                 command = plane.receive(closed)
@@ -63,6 +82,8 @@ class RankLoop:
                 elif isinstance(command, Assign):
                     plane.send(Assigned(command.rank))
                     plane.send(self._load(settings, command.rank, command.placed or settings.placed))
+                elif isinstance(command, Ping):
+                    plane.send(Pong(command.number))
                 else:
                     return
         finally:
@@ -74,8 +95,9 @@ class RankLoop:
         return self._runner
 
     def _load(self, settings: RankSettings, rank: int, placed: PlacementVersion | None) -> Answer:
+        dense, self._dense = self._dense, None
         try:
-            self._runner = self._make(settings.config, rank, placed.placement if placed else None)
+            self._runner = self._make(settings.config, rank, placed.placement if placed else None, dense)
         except ValueError as error:
             return Refused(str(error))
         except Exception:  # a broken installation or too little memory: say it where it can be read
@@ -88,7 +110,7 @@ class RankLoop:
 def run_rank(
     settings: RankSettings,
     closed: Callable[[], bool] = lambda: False,
-    make: Callable[[EngineConfig, int, Placement | None], ModelRunner] = make_runner,
+    make: MakeRunner = make_runner,
 ) -> None:
     """Be a process of a gang for one coordinator; see `RankLoop.serve`."""
     RankLoop(make).serve(settings, closed)

@@ -21,7 +21,22 @@ from ..engine.events import DIED, FAULT, SILENT, UNREACHABLE, Event, EventLog
 from ..engine.ranks import Replacement
 from .curve import Ticket
 from .deadline import Deadline
-from .messages import Assign, Assigned, Close, Command, Done, Failed, Loaded, Ready, Refused, Regroup, Regrouped, Run
+from .messages import (
+    Assign,
+    Assigned,
+    Close,
+    Command,
+    Done,
+    Failed,
+    Loaded,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    Regroup,
+    Regrouped,
+    Run,
+)
 from .rank_loop import RankSettings
 from .roster import Member, RankProcess, Roster
 from .step_plane import CoordinatorPlane
@@ -31,6 +46,8 @@ _POLL_S = 0.02
 """How soon the end of a process is noticed while its answer is awaited."""
 _ASSIGNED_S = 1.0
 """A spare does nothing but wait, so one that does not say at once that it has heard is stuck."""
+_PONG_S = 5.0
+"""As long as that only while nothing runs, for a spare that is lost without need costs as much as one that is."""
 _ATTEMPTS = 5
 """Times in one recovery that ranks are lost again or do not find each other; then the gang is given up."""
 _SPARES_LOST = 3
@@ -72,6 +89,7 @@ class RemoteRanks:
         """Ranks that were lost and have no process group with the others yet."""
         self._num_spares_lost = 0
         """In a row, before they were ready."""
+        self._num_pings = 0
         self._generation = 0
         self._store: dist.TCPStore | None = None
         self._epoch = 0
@@ -144,11 +162,37 @@ class RemoteRanks:
             raise StepFailedError("; ".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
         return StepResult(results, time.perf_counter() - started)
 
-    def tend(self) -> bool:
-        """Notice processes that have ended while nothing ran; whether that calls for `recover`."""
+    def tend(self, *, ping: bool = True) -> bool:
+        """Notice processes that have ended while nothing ran, and with ``ping`` those that are stopped or out of reach.
+
+        Returns whether that calls for `recover`.
+        """
         self._check_processes()
+        if ping and not self._lost:
+            self._ping()
         self._refill_spares()
         return bool(self._lost)
+
+    def _ping(self) -> None:
+        """Ask all processes that wait whether they are there."""
+        self._num_pings += 1
+        asked_s = time.monotonic()
+        for spare in [spare for spare in self._roster.spares if spare.is_ready]:
+            try:
+                self._plane.send(spare.name, Ping(self._num_pings))
+            except ConnectionError:
+                self._lose(spare, UNREACHABLE, "a spare is not connected", asked_s)
+        for rank in range(self._num_ranks):
+            self._send(rank, Ping(self._num_pings))
+
+        def take(_: Member, answer: Any) -> Any:
+            return answer if isinstance(answer, Pong) and answer.number == self._num_pings else None
+
+        self._round(take, "answer")
+        while waiting := [spare for spare in self._roster.spares if spare.is_ready and spare.ponged < self._num_pings]:
+            if self._receive(asked_s + _PONG_S) is None and time.monotonic() > asked_s + _PONG_S:
+                for spare in waiting:
+                    self._lose(spare, SILENT, "a spare did not answer", asked_s)
 
     def recover(self, generation: int) -> Sequence[Replacement]:
         """Replace lost ranks and have all meet in a new process group; a single rank needs none.
@@ -286,8 +330,10 @@ class RemoteRanks:
         if member is None:
             return None
         if isinstance(answer, Ready):
-            member.is_ready = True
+            member.is_ready, member.ponged = True, self._num_pings
             self._num_spares_lost = 0
+        elif isinstance(answer, Pong):
+            member.ponged = answer.number
         return member, answer
 
     def _check_processes(self) -> None:

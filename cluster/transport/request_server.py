@@ -34,7 +34,7 @@ from .request_messages import (
 )
 
 logger = logging.getLogger(__name__)
-LEASE_S = 30.0
+LEASE_S = 10.0
 """A side that is silent for so long is taken for dead by the other, where neither Ray nor the connection has told."""
 RENEWALS = 5
 """In the time of a lease. Silence is counted in these: a side that was held up must not take that for the other's."""

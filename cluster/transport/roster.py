@@ -35,6 +35,8 @@ class Member:
     """What it has loaded."""
     is_ready: bool = False
     """A spare that waits for a rank."""
+    ponged: int = 0
+    """The last ping that it has answered."""
 
 
 class Roster:

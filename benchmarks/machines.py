@@ -1,11 +1,13 @@
 """Machines on one machine: network namespaces, each with an eth0 of its own on a common bridge.
 
-Nothing of the machine's own network is touched: the bridge is in a namespace too. Needs root and iproute2's `ip`.
+Nothing of the machine's own network is touched: the bridge is in a namespace too. Needs root and iproute2's `ip` and
+`bridge`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -13,16 +15,22 @@ import subprocess
 import time
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 PREFIX = "10.77.0"
 _COUNTER = count()
+_CLONE_NEWNET = 0x40000000
+_DISABLED, _FORWARDING = "0", "3"
+"""States of a bridge's port."""
 
 
 def objection() -> str | None:
     """Return why there can be no namespaces here; None if there can."""
-    if shutil.which("ip") is None:
-        return "no `ip` command (Debian's iproute2)"
+    if shutil.which("ip") is None or shutil.which("bridge") is None:
+        return "no `ip` or no `bridge` command (Debian's iproute2)"
     if os.geteuid() != 0:
         return "network namespaces need root"
     name = f"penstock-{os.getpid()}-probe"
@@ -37,7 +45,11 @@ def objection() -> str | None:
 
 
 def _ip(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True, timeout=30)
+    return _run("ip", *arguments, check=check)
+
+
+def _run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, check=check, capture_output=True, text=True, timeout=30)
 
 
 class Machines:
@@ -81,15 +93,63 @@ class Machines:
         """Return the processes on machine ``i``."""
         return [int(pid) for pid in _ip("netns", "pids", self.names[i], check=False).stdout.split()]
 
+    def processes(self, i: int) -> list[psutil.Process]:
+        """Return the processes on machine ``i``."""
+        found = []
+        for pid in self.pids(i):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(pid))
+        return found
+
+    def kill_all(self, i: int) -> None:
+        """End every process on machine ``i``."""
+        deadline = time.monotonic() + 30
+        while (pids := self.pids(i)) and time.monotonic() < deadline:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    def silence(self, i: int) -> None:
+        """Drop all that machine ``i`` sends or is sent: its link looks well, and nobody is told."""
+        self._set_port(i, _DISABLED)
+
+    def hear(self, i: int) -> None:
+        """Undo `silence`."""
+        self._set_port(i, _FORWARDING)
+
+    def _set_port(self, i: int, state: str) -> None:
+        _run("bridge", "-n", self.switch, "link", "set", "dev", f"port{i}", "state", state)
+
+    def unplug(self, i: int) -> None:
+        """Take machine ``i``'s interface down, of which machine ``i`` knows."""
+        _ip("-n", self.names[i], "link", "set", "eth0", "down")
+
+    def plug_in(self, i: int) -> None:
+        """Undo `unplug`."""
+        _ip("-n", self.names[i], "link", "set", "eth0", "up")
+
+    @contextlib.contextmanager
+    def inside(self, i: int) -> Iterator[None]:
+        """Have this thread, and those that it starts, use the network of machine ``i`` until the end of the block."""
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        def enter(path: Path) -> None:
+            with path.open() as network:
+                if libc.setns(network.fileno(), _CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), f"cannot enter the network {path}")
+
+        with Path("/proc/thread-self/ns/net").open() as own:
+            enter(Path("/run/netns") / self.names[i])
+            try:
+                yield
+            finally:
+                libc.setns(own.fileno(), _CLONE_NEWNET)
+
     def end(self) -> None:
         """End every process on them, and them."""
-        deadline = time.monotonic() + 30
         for i, name in enumerate(self.names):
-            while (pids := self.pids(i)) and time.monotonic() < deadline:
-                for pid in pids:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                time.sleep(0.05)
+            self.kill_all(i)
             _ip("netns", "del", name, check=False)
         _ip("netns", "del", self.switch, check=False)
 
