@@ -81,7 +81,7 @@ class Simulation:
         self.key = self.generation = self.step_id = 0
 
     def add(self) -> None:
-        pool = self.scheduler.pools[0]
+        pool = min(self.scheduler.pools, key=lambda pool: pool.num_blocks)  # every pool holds the longest request
         largest = min(40, pool.num_blocks * pool.block_size)
         total = self.rng.randint(2, largest)
         num_prompt = self.rng.randint(1, total - 1)
