@@ -67,7 +67,7 @@ OWN_LISTS = (
     "coverage=0.9",
 )
 SHARED_LISTS = ("experts=12,scope=source",)
-EVEN = f"{RECOMMENDED},max_experts_per_rank=7"
+EVEN = f"{RECOMMENDED},rank_balance=0.5"
 """The same where the experts are on two ranks."""
 EVEN_RANKS = 2
 QUICK_LISTS = (PAPER, RECOMMENDED, "coverage=0.9")

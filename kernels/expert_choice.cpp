@@ -22,8 +22,8 @@ struct Budget {
     float coverage;
     int32_t substitutes, limits_ranks;
     float min_rank_share;
+    float beyond_part;  // share of its worth that an expert beyond its rank's part keeps
     int64_t experts;
-    int64_t max_of_rank;  // of them, on one rank; 0 for each rank's part of them
     int64_t max_ranks;  // other ranks that a row may visit
 };
 
@@ -117,18 +117,30 @@ void most_important(const float *worth, int64_t num_experts, int64_t wanted, uin
     for (int64_t i = 0; i < wanted; i++) kept[order[i]] = 1;
 }
 
-void most_important_of_owners(const float *worth, int64_t num_experts, int64_t wanted, int64_t max_of_rank,
-                              const Ranks &ranks, uint8_t *kept) {
-    std::vector<int64_t> order, left(ranks.num_ranks, max_of_rank);
-    int64_t total = wanted;
-    if (!max_of_rank) {
-        for (int64_t e = 0; e < num_experts; e++) left[ranks.owner[e]] += wanted;
-        for (int64_t &number : left) number = (number + num_experts - 1) / num_experts;
-        total = num_experts;  // parts are rounded up
-    }
+// is_part [E]: whether an expert is among the best of its rank that make up the rank's part of those wanted
+void parts_of_ranks(const float *worth, int64_t num_experts, int64_t wanted, const Ranks &ranks, uint8_t *is_part) {
+    std::vector<int64_t> order, left(ranks.num_ranks);
+    for (int64_t e = 0; e < num_experts; e++) left[ranks.owner[e]] += wanted;
+    for (int64_t &number : left) number = (number + num_experts - 1) / num_experts;
     best_first(worth, num_experts, num_experts, order);
-    for (int64_t e : order)
-        if (total > 0 && left[ranks.owner[e]]-- > 0) kept[e] = 1, total--;
+    for (int64_t e : order) is_part[e] = left[ranks.owner[e]]-- > 0;
+}
+
+void most_important_of_owners(const float *worth, int64_t num_experts, int64_t wanted, const Ranks &ranks,
+                              uint8_t *kept) {
+    std::vector<uint8_t> is_part(num_experts);
+    parts_of_ranks(worth, num_experts, wanted, ranks, is_part.data());
+    for (int64_t e = 0; e < num_experts; e++) kept[e] |= is_part[e];
+}
+
+void most_important_evenly(const float *worth, int64_t num_experts, int64_t wanted, float beyond_part,
+                           const Ranks &ranks, uint8_t *kept) {
+    std::vector<uint8_t> is_part(num_experts);
+    std::vector<float> discounted(worth, worth + num_experts);
+    parts_of_ranks(worth, num_experts, wanted, ranks, is_part.data());
+    for (int64_t e = 0; e < num_experts; e++)
+        if (!is_part[e]) discounted[e] *= beyond_part;
+    most_important(discounted.data(), num_experts, wanted, kept);
 }
 
 void covering(const float *worth, const float *loaded, int64_t num_experts, float coverage, int64_t min_experts,
@@ -153,7 +165,9 @@ void shortlists(const Budget &budget, const Rows &rows, const Routing &routing, 
         if (budget.list == COVERING)
             covering(worth, loaded, num_experts, budget.coverage, std::min(routing.top_k, num_experts), kept);
         else if (budget.list == MOST_IMPORTANT_OF_OWNERS)
-            most_important_of_owners(worth, num_experts, budget.experts, budget.max_of_rank, ranks, kept);
+            most_important_of_owners(worth, num_experts, budget.experts, ranks, kept);
+        else if (budget.beyond_part != 1)
+            most_important_evenly(worth, num_experts, std::min(budget.experts, num_experts), budget.beyond_part, ranks, kept);
         else
             most_important(worth, num_experts, std::min(budget.experts, num_experts), kept);
     }

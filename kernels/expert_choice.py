@@ -26,7 +26,10 @@ LISTS = ("all", "covering", "most_important", "most_important_of_owners")
 
 
 class Budget(ctypes.Structure):
-    """The rules: ``score`` and ``list`` are places in `SCORES` and `LISTS`; ``max_of_rank`` 0 is each rank's part."""
+    """The rules: ``score`` and ``list`` are places in `SCORES` and `LISTS`.
+
+    ``beyond_part``: share of its worth that an expert beyond its rank's part keeps.
+    """
 
     _fields_ = (
         ("score", _INT),
@@ -35,8 +38,8 @@ class Budget(ctypes.Structure):
         ("substitutes", _INT),
         ("limits_ranks", _INT),
         ("min_rank_share", _FLOAT),
+        ("beyond_part", _FLOAT),
         ("experts", _COUNT),
-        ("max_of_rank", _COUNT),
         ("max_ranks", _COUNT),
     )
 

@@ -18,7 +18,7 @@ from .expert_budget import ExpertBudget
 from .importance import group_importance, loaded_anyway
 from .order import best_first, row_sums
 from .routing import BudgetedRows, Routing, row_shares
-from .shortlist import covering, most_important, most_important_of_owners
+from .shortlist import covering, discounted, most_important, most_important_of_owners
 from .traffic import visited_ranks
 
 Reduce = Callable[[torch.Tensor], None]
@@ -119,10 +119,10 @@ def _shortlist(
         return covering(importance, loaded, budget.coverage, top_k)
     assert budget.experts is not None, "a budget without a number covers a share"
     number = budget.experts if num_experts is None else num_experts
-    if budget.is_per_owner:
-        return most_important_of_owners(
-            importance, loaded, number, ranks.owner, ranks.num_ranks, budget.max_experts_per_rank
-        )
+    if budget.scope == "owner":
+        return most_important_of_owners(importance, loaded, number, ranks.owner, ranks.num_ranks)
+    if budget.rank_balance:
+        importance = discounted(importance, number, ranks.owner, ranks.num_ranks, budget.rank_balance)
     return most_important(importance, loaded, number)
 
 

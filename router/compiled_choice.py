@@ -90,7 +90,7 @@ def _rules(budget: ExpertBudget) -> Budget:
     elif budget.coverage is not None:
         kept = "covering"
     else:
-        kept = "most_important_of_owners" if budget.is_per_owner else "most_important"
+        kept = "most_important_of_owners" if budget.scope == "owner" else "most_important"
     return Budget(
         score=SCORES.index(budget.score),
         list=LISTS.index(kept),
@@ -98,8 +98,8 @@ def _rules(budget: ExpertBudget) -> Budget:
         substitutes=budget.rest == "substitution",
         limits_ranks=budget.limits_ranks,
         min_rank_share=budget.min_rank_share,
+        beyond_part=1 - budget.rank_balance,
         experts=budget.experts or 0,
-        max_of_rank=budget.max_experts_per_rank or 0,
         max_ranks=_EVERY_RANK if budget.max_ranks_per_row is None else budget.max_ranks_per_row,
     )
 

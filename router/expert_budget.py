@@ -35,8 +35,9 @@ class ExpertBudget:
     scope: str = "source"
     """Who shares a list of kept experts: the rows of a request, those of a rank (source), those of a rank with a list
     for each owner (owner: loads stay even), or those of all ranks (global: one small all-reduce a layer)."""
-    max_experts_per_rank: int | None = None
-    """Most of the ``experts`` kept on any one rank, at least 1: a step waits for the rank that reads most."""
+    rank_balance: float = 0.0
+    """Share of their worth, in [0, 1), that experts beyond a rank's part of ``experts`` lose when they are ranked: a
+    step waits for the rank that reads most."""
     protect_first_row: bool = False
     """Leave a request's first row, whose token is sure to be used, to the model."""
     max_ranks_per_row: int | None = None
@@ -60,13 +61,12 @@ class ExpertBudget:
             raise ValueError(f"expert_budget: min_rank_share {self.min_rank_share!r} is not in [0, 1)")
         if self.coverage is not None and self.scope == "owner":
             raise ValueError("expert_budget: coverage has no scope owner; choose experts, or another scope")
-        if self.max_experts_per_rank is not None:
-            if self.max_experts_per_rank < 1:
-                raise ValueError(f"expert_budget: max_experts_per_rank {self.max_experts_per_rank} is not at least 1")
-            if self.experts is None or self.scope == "owner":
-                raise ValueError(
-                    "expert_budget: max_experts_per_rank limits experts, at another scope than owner, which has it even"
-                )
+        if not 0 <= self.rank_balance < 1:
+            raise ValueError(f"expert_budget: rank_balance {self.rank_balance!r} is not in [0, 1)")
+        if self.rank_balance and (self.experts is None or self.scope == "owner"):
+            raise ValueError(
+                "expert_budget: rank_balance goes with experts, and with another scope than owner, where ranks are even"
+            )
 
     @classmethod
     def parse(cls, text: str) -> ExpertBudget:
@@ -103,7 +103,7 @@ class ExpertBudget:
     @property
     def is_per_owner(self) -> bool:
         """Whether what is kept depends on which rank holds an expert."""
-        return self.scope == "owner" or self.max_experts_per_rank is not None
+        return self.scope == "owner" or self.rank_balance > 0
 
     @property
     def keeps_some(self) -> bool:
@@ -113,7 +113,7 @@ class ExpertBudget:
     @property
     def allows_top_k(self) -> bool:
         """Whether every row gets as many experts as it would use without it, of those that it allows."""
-        return self.rest == "substitution" and not self.limits_ranks and self.max_experts_per_rank is None
+        return self.rest == "substitution" and not self.limits_ranks
 
     @property
     def limits_ranks(self) -> bool:
@@ -136,7 +136,6 @@ class ExpertBudget:
     def is_void(self, num_experts: int, num_ranks: int) -> bool:
         """Whether it can change nothing."""
         all_experts = not self.limits_experts or self.experts == num_experts or self.coverage == 1
-        all_experts &= self.max_experts_per_rank is None or self.max_experts_per_rank >= num_experts
         all_ranks = not self.min_rank_share and (self.max_ranks_per_row or num_ranks) >= num_ranks - 1
         return all_experts and (all_ranks or num_ranks == 1)
 
@@ -147,7 +146,7 @@ _READERS: dict[str, Callable[[str], object]] = {
     "score": str,
     "rest": str,
     "scope": str,
-    "max_experts_per_rank": int,
+    "rank_balance": float,
     "protect_first_row": {"true": True, "false": False}.__getitem__,
     "max_ranks_per_row": int,
     "min_rank_share": float,

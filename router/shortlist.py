@@ -23,29 +23,38 @@ def most_important(importance: torch.Tensor, loaded: torch.Tensor, num_experts: 
 
 
 def most_important_of_owners(
-    importance: torch.Tensor,
-    loaded: torch.Tensor,
-    num_experts: int | torch.Tensor,
-    owner: torch.Tensor,
-    num_ranks: int,
-    most_of_rank: int | None = None,
+    importance: torch.Tensor, loaded: torch.Tensor, num_experts: int | torch.Tensor, owner: torch.Tensor, num_ranks: int
 ) -> torch.Tensor:
-    """Keep the ``num_experts`` that are worth most with at most ``most_of_rank`` on a rank, and what is loaded anyway.
+    """Keep on every rank its part of ``num_experts``, rounded up, and what is loaded anyway.
 
-    Without ``most_of_rank`` every rank keeps its part of ``num_experts``, rounded up. No rank then computes much more
-    than others. ``owner`` [E]: the rank of each expert.
+    No rank then computes much more than others. ``owner`` [E]: the rank of each expert.
     """
     order = best_first(importance)
-    owners = owner[order]  # [G, E] best first
+    is_part = _is_part(order, num_experts, owner, num_ranks)
+    return torch.zeros_like(loaded).scatter(1, order, is_part) | loaded
+
+
+def discounted(
+    importance: torch.Tensor, num_experts: int | torch.Tensor, owner: torch.Tensor, num_ranks: int, balance: float
+) -> torch.Tensor:
+    """Return ``importance``, less the share ``balance`` for experts beyond their rank's part of ``num_experts``.
+
+    The list of those that are then worth most is nearly even, and leaves out nothing that much depends on.
+    """
+    order = best_first(importance)
+    worth = importance.gather(1, order)
+    worth = torch.where(_is_part(order, num_experts, owner, num_ranks), worth, worth * (1 - balance))
+    return torch.empty_like(importance).scatter(1, order, worth)
+
+
+def _is_part(order: torch.Tensor, num_experts: int | torch.Tensor, owner: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """Return [G, E] bool: whether each expert of ``order`` [G, E], best first, is within its rank's part."""
+    held = owner.new_zeros(num_ranks).index_add_(0, owner, torch.ones_like(owner))
+    limits = -(-num_experts * held // owner.shape[0])
+    owners = owner[order]
     is_of = owners[:, :, None] == torch.arange(num_ranks, device=owner.device)
     place = is_of.cumsum(dim=1).gather(2, owners[:, :, None])[:, :, 0]  # 1 for the best of its owner
-    if most_of_rank is None:
-        held = owner.new_zeros(num_ranks).index_add_(0, owner, torch.ones_like(owner))
-        fits = place <= (-(-num_experts * held // owner.shape[0]))[owners]
-    else:
-        fits = place <= most_of_rank
-        fits &= fits.cumsum(dim=1) <= num_experts
-    return torch.zeros_like(loaded).scatter(1, order, fits) | loaded
+    return place <= limits[owners]
 
 
 def covering(importance: torch.Tensor, loaded: torch.Tensor, coverage: float, min_experts: int) -> torch.Tensor:

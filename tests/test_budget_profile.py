@@ -64,7 +64,7 @@ SHARED = replace(FINE, budget="experts=6")
 UNTRIED = replace(FINE, budget="experts=7,scope=request", kept_weight=None)
 SILENT = replace(FINE, budget="coverage=0.7,scope=request", num_tokens=0)
 OWNERS = replace(FINE, budget="experts=6,scope=owner", conditions=replace(CONDITIONS, num_ranks=2))
-EVEN = replace(OWNERS, budget="experts=5,scope=request,max_experts_per_rank=3")
+EVEN = replace(OWNERS, budget="experts=5,scope=request,rank_balance=0.5")
 
 
 @pytest.fixture

@@ -127,10 +127,10 @@ def test_ties_send_no_row_to_more_ranks_than_allowed() -> None:
     assert int(limit(budget, routing, rows_of([True]), ranks).allowed[0, 1:].sum()) == 2
 
 
-@pytest.mark.parametrize(("most", "ranks"), [(None, ONE_RANK), (1, FOUR_RANKS)])
-def test_requests_with_lists_of_their_own_do_not_see_each_other(most: int | None, ranks: LayerRanks) -> None:
+@pytest.mark.parametrize(("balance", "ranks"), [(0.0, ONE_RANK), (0.5, FOUR_RANKS)])
+def test_requests_with_lists_of_their_own_do_not_see_each_other(balance: float, ranks: LayerRanks) -> None:
     routing = softmax_routing()
-    budget = ExpertBudget(experts=3, scope="request", max_experts_per_rank=most)
+    budget = ExpertBudget(experts=3, scope="request", rank_balance=balance)
     together = limit(budget, routing, rows_of([True] * T, [0, 0, 0, 1, 1, 1]), ranks)
     for part in (slice(0, 3), slice(3, 6)):
         alone = Routing(*(tensor[part] for tensor in (routing.scores, routing.affinities, routing.values, routing.ids)))
@@ -149,18 +149,21 @@ def test_the_fewest_experts_that_cover_a_share_are_kept(coverage: float) -> None
     assert set(limits.allowed[0].nonzero()[:, 0].tolist()) == set(ranked[: max(number, K)])
 
 
-@pytest.mark.parametrize(("num_experts", "most"), [(4, 1), (4, 2), (5, 2), (6, 3)])
-def test_no_rank_keeps_more_than_it_may(num_experts: int, most: int) -> None:
+@pytest.mark.parametrize("balance", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("num_experts", [4, 5, 6])
+def test_experts_beyond_a_ranks_part_are_worth_less(num_experts: int, balance: float) -> None:
     routing, rows = softmax_routing(12), rows_of([True] * 12)
     two_ranks = LayerRanks(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), 2, 0)
-    limits = limit(ExpertBudget(experts=num_experts, max_experts_per_rank=most), routing, rows, two_ranks)
+    limits = limit(ExpertBudget(experts=num_experts, rank_balance=balance), routing, rows, two_ranks)
     worth = importance_by_hand("squared", routing, rows, 0)
-    expected: list[int] = []
-    for expert in sorted(range(E), key=lambda e: -worth[e]):
-        if len(expected) < num_experts and sum(other // 4 == expert // 4 for other in expected) < most:
-            expected.append(expert)
-    assert set(limits.allowed[0].nonzero()[:, 0].tolist()) == set(expected)
-    assert len(expected) == min(num_experts, 2 * most)
+    ranked = sorted(range(E), key=lambda e: -worth[e])
+    part = math.ceil(num_experts / 2)
+    within = [e for rank in range(2) for e in [e for e in ranked if e // 4 == rank][:part]]
+    by_discount = sorted(range(E), key=lambda e: -worth[e] * (1 if e in within else 1 - balance))
+    kept = set(limits.allowed[0].nonzero()[:, 0].tolist())
+    assert kept == set(by_discount[:num_experts])
+    if balance == 0.99:
+        assert max(sum(e // 4 == rank for e in kept) for rank in range(2)) == part
 
 
 @pytest.mark.parametrize("num_experts", [4, 5, 6])

@@ -123,6 +123,8 @@ def budgets(top_k: int) -> list[ExpertBudget]:
             continue
         number = {"experts": top_k + kept["experts"]} if "experts" in kept else kept
         found.append(ExpertBudget(**number, **limits, score=score, rest=rest, scope=scope))
+        if "experts" in kept and scope != "owner" and not limits:
+            found.append(ExpertBudget(**number, score=score, rest=rest, scope=scope, rank_balance=0.4))
     return found
 
 

@@ -47,9 +47,9 @@ def test_spaces_and_order_do_not_matter() -> None:
         ("min_rank_share=1", r"min_rank_share 1.0 is not in \[0, 1\)"),
         ("experts=8,min_rank_share=-0.1", r"min_rank_share -0.1 is not in \[0, 1\)"),
         ("coverage=0.9,scope=owner", "coverage has no scope owner"),
-        ("experts=8,max_experts_per_rank=0", "max_experts_per_rank 0 is not at least 1"),
-        ("coverage=0.9,max_experts_per_rank=4", "max_experts_per_rank limits experts"),
-        ("experts=8,scope=owner,max_experts_per_rank=4", "max_experts_per_rank limits experts, at another scope"),
+        ("experts=8,rank_balance=1", r"rank_balance 1.0 is not in \[0, 1\)"),
+        ("coverage=0.9,rank_balance=0.5", "rank_balance goes with experts"),
+        ("experts=8,scope=owner,rank_balance=0.5", "rank_balance goes with experts, and with another scope than owner"),
     ],
 )
 def test_bad_input_names_the_field_and_the_range(text: str, message: str) -> None:
