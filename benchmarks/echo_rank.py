@@ -21,7 +21,7 @@ class EchoRunner:
 
     def __init__(self, config: EngineConfig, rank: int, placement: Placement | None, dense: DenseModel | None) -> None:
         self.rank, self.num_ranks = rank, config.expert_parallel_size
-        self.device = torch.device("cpu")
+        self.device, self.mover = torch.device("cpu"), None
         model = ModelInfo("Echo", "echo", "float32", 1, 1, NUM_MOE_LAYERS, NUM_MOE_LAYERS, 1, 1, 1, ())
         self.info = RankInfo(rank, model, [1], 0, 0, 0, 0, 1, 1, 0.0)
 

@@ -116,9 +116,8 @@ def _route(score: str | None) -> Case:
 def _pack() -> None:
     from ..kernels.rank_packing import add_from_ranks, pack_for_ranks
 
-    packed = pack_for_ranks(
-        _meta(8, 2048, dtype=torch.bfloat16), _meta(8, 8), _meta(8, 8, dtype=torch.float32), *[_meta(129)] * 2, _meta(8)
-    )
+    rows, ids, weights = _meta(8, 2048, dtype=torch.bfloat16), _meta(8, 8), _meta(8, 8, dtype=torch.float32)
+    packed = pack_for_ranks(rows, ids, weights, owner=_meta(129), local_ids=_meta(129), num_local=_meta(8))
     add_from_ranks(packed.hidden, packed.places)
 
 
@@ -127,7 +126,8 @@ def _choose() -> None:
     from ..kernels.tree_acceptance import DraftTrees, accept_trees
 
     tokens = choose_tokens(_meta(8, 151936, dtype=torch.float32), _meta(8, 2), _meta(8), _meta(8))
-    accept_trees(DraftTrees(_meta(8), _meta(8), *[_meta(1)] * 4, 8), tokens)
+    one = _meta(1)
+    accept_trees(DraftTrees(_meta(8), _meta(8), one, one, one, one, most_rows=8), tokens)
 
 
 def _cases(architecture: int, *, quick: bool) -> Iterator[Case]:

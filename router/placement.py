@@ -94,6 +94,14 @@ def owner(ranks: tuple[int, ...], expert: int, rank: int, num_ranks: int) -> int
     return ranks[(expert + run) % len(ranks)]
 
 
+@dataclass(frozen=True, slots=True)
+class PlacementVersion:
+    """A placement and its number; each switch raises that, and a number stands for one placement only."""
+
+    number: int
+    placement: Placement
+
+
 def contiguous(num_layers: int, num_experts: int, num_ranks: int) -> Placement:
     """Split every layer's experts into equal runs, the first ranks taking one more when they do not divide.
 

@@ -19,7 +19,7 @@ PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SERVE_OPTIONS = """
 --address --allow-uncalibrated --api-key --block-size --budget-profile --config --cpus-per-rank --device
 --downscale-delay-s --draft-len --drafter --drain-timeout-s --dtype
---enable-eplb --eplb-bytes-per-step --eplb-step-interval --eplb-timeout-s --eplb-window-size
+--enable-eplb --enforce-eager --eplb-bytes-per-step --eplb-step-interval --eplb-timeout-s --eplb-window-size
 --expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-draft-len
 --max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase --max-quality-loss
 --max-queued-requests --max-replicas --max-step-retries --min-replicas --num-redundant-experts --num-replicas
@@ -30,11 +30,12 @@ SERVE_OPTIONS = """
 --step-timeout-s --suffix-store-tokens --target-ongoing-requests --tokenizer --upscale-delay-s
 """
 TRACE_OPTIONS = """
---block-size --data --device --dtype --gpu-memory-utilization --kv-cache-bytes --max-model-len
+--block-size --data --device --dtype --enforce-eager --gpu-memory-utilization --kv-cache-bytes --max-model-len
 --max-num-batched-tokens --max-num-seqs --max-tokens --num-threads --output --revision --seed --temperature --tokenizer
 """
 CALIBRATE_OPTIONS = """
---block-size --budget --data --device --draft-len --drafter --dtype --expert-parallel-size --gpu-memory-utilization
+--block-size --budget --data --device --draft-len --drafter --dtype --enforce-eager --expert-parallel-size
+--gpu-memory-utilization
 --kv-cache-bytes --load-timeout-s --max-model-len --max-num-batched-tokens --max-num-seqs --max-step-retries
 --max-tokens --num-records --num-threads --output --placement --plot --prompt-lookup-max --prompt-lookup-min
 --revision --step-timeout-s --suffix-store-tokens --tokenizer

@@ -34,7 +34,7 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 OPTIONS = {
     "generate": """
         --allow-uncalibrated --api-key --block-size --budget-profile --chat --device --draft-len --drafter --dtype
-        --enable-eplb --eplb-bytes-per-step --eplb-step-interval --eplb-timeout-s --eplb-window-size
+        --enable-eplb --enforce-eager --eplb-bytes-per-step --eplb-step-interval --eplb-timeout-s --eplb-window-size
         --expert-budget --expert-parallel-size
         --frequency-penalty --gpu-memory-utilization --ignore-eos --json --kv-cache-bytes
         --load-timeout-s --local --max-draft-len --max-model-len --max-num-batched-tokens

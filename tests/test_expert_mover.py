@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.router.placement import Placement
+from penstock.router.placement import Placement, PlacementVersion
 from penstock.workers import packed_weights
 from penstock.workers.expert_mover import ExpertMover
 from penstock.workers.experts import ExpertShard
-from penstock.workers.rebalance_plan import PlacementVersion, RebalancePlan, Transfer
+from penstock.workers.rebalance_plan import RebalancePlan, Transfer
 
 from .test_experts import E, K, modules, rows
 

@@ -54,7 +54,8 @@ def test_the_largest_step_samples_every_row_and_reaches_no_expert(
     runner._run_largest_step(40)
     handle.remove()
     assert seen == [(1, 40)]
-    assert runner.experts.counts.rows == runner.experts.counts.experts == [0] * len(runner.experts.counts.rows)
+    counts = runner.experts.finish()
+    assert counts.rows == counts.experts == [0] * runner.info.model.num_moe_layers
 
 
 @pytest.mark.gpu

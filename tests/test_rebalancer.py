@@ -14,10 +14,10 @@ from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.events import FINISHED, INTERRUPTED, REBALANCE, TIMED_OUT, Event, EventLog
 from penstock.cluster.engine.load_window import LoadWindow
 from penstock.cluster.engine.rebalancer import Found, Rebalancer, find_moves
-from penstock.router.placement import Placement, contiguous
+from penstock.router.placement import Placement, PlacementVersion, contiguous
 from penstock.router.rebalance import imbalance, rank_loads
 from penstock.workers.plan import LayerCounts, RankPlan, RankResult, StepPlan, StepResult
-from penstock.workers.rebalance_plan import ExpertLoads, PlacementVersion, RebalancePlan
+from penstock.workers.rebalance_plan import ExpertLoads, RebalancePlan
 
 R, L, E, SIZE = 3, 2, 9, 100
 HOT = np.array([[90, 80, 70, 5, 5, 5, 5, 5, 5], [5, 5, 5, 5, 5, 5, 50, 60, 70]])

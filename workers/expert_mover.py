@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..router.placement import Placement
+from ..router.placement import Placement, PlacementVersion
 from .experts import ExpertShard, Tensors
-from .rebalance_plan import PlacementVersion, RebalancePlan, Transfer
+from .rebalance_plan import RebalancePlan, Transfer
 
 Exchange = Callable[[torch.Tensor, list[int], list[int]], tuple[torch.Tensor, dist.Work]]
 """Sends bytes, so many to each rank, and says where as many of each will be once the work is done."""

@@ -7,16 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..router.placement import Placement
-
-
-@dataclass(frozen=True, slots=True)
-class PlacementVersion:
-    """A placement and its number; each switch raises that, and a number stands for one placement only."""
-
-    number: int
-    placement: Placement
-
 
 @dataclass(frozen=True, slots=True)
 class Transfer:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ..kernels.fused_moe import kernel
 from ..router.budgeted_choice import LayerRanks
 from ..router.budgeted_selection import BudgetedSelection
-from ..router.placement import Placement, contiguous
+from ..router.placement import Placement, PlacementVersion, contiguous
 from ..router.topk import RouterSeam
 from . import attention
 from .adjustments import Texts, adjust
@@ -33,7 +33,7 @@ from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
 from .plan import Logprobs, RankPlan, RankResult, RequestPlan
-from .rebalance_plan import PlacementVersion, RebalancePlan
+from .rebalance_plan import RebalancePlan
 from .rows import PackedRows, pack
 from .sampler import accept, sample
 from .sampling_params import TokenSampling

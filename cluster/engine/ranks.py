@@ -11,12 +11,11 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from ...kernels.fused_moe import kernel
-from ...router.placement import Placement
+from ...router.placement import Placement, PlacementVersion
 from ...workers.loader import DenseModel, build, inspect, load_dense, resolve_dtype
 from ...workers.model_info import RankInfo
 from ...workers.packed_weights import packs_weights
 from ...workers.plan import StepFailedError, StepPlan, StepResult
-from ...workers.rebalance_plan import PlacementVersion
 from ...workers.runner import ModelRunner, resolve_device
 from ..config import EngineConfig
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ...router.moves import Move
-from ...router.placement import Placement
+from ...router.placement import Placement, PlacementVersion
 from ...router.rebalance import imbalance, rank_loads, rebalancing_moves
 from ...workers.plan import StepPlan, StepResult
-from ...workers.rebalance_plan import PlacementVersion, RebalancePlan
+from ...workers.rebalance_plan import RebalancePlan
 from ..config import EngineConfig
 from .balance import Balance
 from .events import FINISHED, INTERRUPTED, REBALANCE, TIMED_OUT, Event, EventLog

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from ...router.placement import PlacementVersion
 from ...workers.model_info import RankInfo
 from ...workers.plan import RankError, RankPlan, RankResult
 from ...workers.process_group import StoreAddress
-from ...workers.rebalance_plan import PlacementVersion
 
 
 class Run(msgspec.Struct, tag=True, frozen=True):

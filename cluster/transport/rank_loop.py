@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...router.placement import Placement
+from ...router.placement import Placement, PlacementVersion
 from ...workers import process_group
 from ...workers.loader import DenseModel
 from ...workers.plan import RankError, RankPlan
-from ...workers.rebalance_plan import PlacementVersion
 from ...workers.runner import ModelRunner
 from ..config import EngineConfig
 from ..engine.ranks import make_runner, prepare

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...router.placement import Placement
+from ...router.placement import Placement, PlacementVersion
 from ...workers.model_info import RankInfo
 from ...workers.plan import RankError, RankResult, StepFailedError, StepPlan, StepResult
 from ...workers.process_group import open_store
-from ...workers.rebalance_plan import PlacementVersion
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
 from ..engine.events import DIED, FAULT, SILENT, UNREACHABLE, Event, EventLog
