@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,23 @@ class Placement:
     def num_layers(self) -> int:
         """MoE layers."""
         return len(self.holders)
+
+    def without(self, absent: Collection[int]) -> Placement | None:
+        """Return it for the ranks that are left, numbered anew in their order; None if some expert has no holder then.
+
+        What each of them holds, and in which order, stays.
+        """
+        if not absent:
+            return self
+        left = [rank for rank in range(self.num_ranks) if rank not in absent]
+        number_of = {rank: number for number, rank in enumerate(left)}
+        holders = tuple(
+            tuple(tuple(number_of[rank] for rank in ranks if rank in number_of) for ranks in layer)
+            for layer in self.holders
+        )
+        if not left or not all(ranks for layer in holders for ranks in layer):
+            return None
+        return Placement(self.num_experts, len(left), holders)
 
     def moved(self, layers: Mapping[int, Mapping[int, tuple[int, ...]]]) -> Placement:
         """Return this placement with other holders for some experts of some ``layers``.

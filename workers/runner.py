@@ -108,6 +108,7 @@ class ModelRunner:
             )
         self.mover = None if moved_bytes is None else ExpertMover(self.experts.shards, placement, rank, moved_bytes)
         self._placement = placement
+        self._absent: tuple[int, ...] = ()
         steerable = config.model_type not in UNSTEERABLE
         self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
         self.layers = [self._layer_ranks(layer) for layer in range(placement.num_layers)]
@@ -174,20 +175,33 @@ class ModelRunner:
         for layer in layers:
             self.layers[layer] = self._layer_ranks(layer)
         if layers:
+            placement, _ = self._seat()
             for dispatcher in (self.experts.dispatcher, self.static_dispatcher):
                 if isinstance(dispatcher, AllToAllDispatcher):
-                    dispatcher.relocate(self.placement, layers)
+                    dispatcher.relocate(placement, layers)
             self.graphs.clear()
 
-    def _layer_ranks(self, layer: int) -> LayerRanks:
-        owner = self.placement.owner_table(layer, self.rank)
-        return LayerRanks(owner[:-1].to(self.device), self.num_ranks, self.rank)
+    def _seat(self) -> tuple[Placement, int]:
+        """Return where experts are in the process group, and this rank's number there."""
+        placement = self.placement.without(self._absent)
+        assert placement is not None, "a group has all experts"
+        return placement, self.rank - sum(rank < self.rank for rank in self._absent)
 
-    def connect(self, group: dist.ProcessGroup | None) -> None:
-        """Dispatch over ``group`` (the default group when None) from the next step on."""
+    def _layer_ranks(self, layer: int) -> LayerRanks:
+        placement, seat = self._seat()
+        return LayerRanks(placement.owner_table(layer, seat)[:-1].to(self.device), placement.num_ranks, seat)
+
+    def connect(self, group: dist.ProcessGroup | None, absent: Sequence[int] = ()) -> None:
+        """Dispatch over ``group`` (the default group when None) from the next step on.
+
+        ``absent``: ranks that are not in it, whose experts the others hold as well.
+        """
         assert self.num_ranks > 1, "one rank needs no process group"
         hidden_bytes = self.hidden_size * self.activation_dtype.itemsize
-        shared = self.placement, self.rank, group, self.log, self.device, hidden_bytes, self.top_k
+        self._absent = tuple(absent)
+        placement, seat = self._seat()
+        self.layers = [self._layer_ranks(layer) for layer in range(placement.num_layers)]
+        shared = placement, seat, group, self.log, self.device, hidden_bytes, self.top_k
         self.experts.dispatcher, self.static_dispatcher = AllToAllDispatcher(*shared), StaticAllToAll(*shared)
         self.graphs.clear()
 

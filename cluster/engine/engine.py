@@ -295,19 +295,25 @@ class Engine:
         if not replaced:
             return
         infos = self.ranks.infos
-        num_replayed = sum(self.scheduler.lose_kv(lost.rank, infos[lost.rank].num_kv_blocks) for lost in replaced)
+        num_replayed = sum(
+            self.scheduler.lose_kv(lost.rank, 0 if lost.is_absent else infos[lost.rank].num_kv_blocks)
+            for lost in replaced
+        )
         since = min(started, *(lost.lost_s for lost in replaced))
         lost_ranks = tuple(sorted(lost.rank for lost in replaced))
+        there = [lost for lost in replaced if not lost.is_absent]
         self.events.record(
             Event(
                 RECOVERY,
                 replaced[0].what,
                 f"rank {', '.join(map(str, lost_ranks))} is there again, "
-                f"{sum(lost.was_spare for lost in replaced)} from spares",
+                f"{sum(lost.was_spare for lost in replaced)} from spares"
+                if there
+                else f"the others go on without rank {', '.join(map(str, lost_ranks))}",
                 duration_s=time.monotonic() - since,
                 generation=self._generation,
                 ranks=lost_ranks,
-                expert_bytes_loaded=sum(infos[rank].expert_bytes for rank in lost_ranks),
+                expert_bytes_loaded=sum(infos[lost.rank].expert_bytes for lost in there),
                 num_requests_replayed=num_replayed,
             )
         )

@@ -33,6 +33,8 @@ class Replacement:
     """When that was noticed, by ``time.monotonic``."""
     was_spare: bool
     """Whether a spare took its place."""
+    is_absent: bool = False
+    """Whether nobody has taken it yet, and the others go on without it."""
 
 
 class Ranks(Protocol):

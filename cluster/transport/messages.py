@@ -24,6 +24,8 @@ class Regroup(msgspec.Struct, tag=True, frozen=True):
 
     epoch: int
     store: StoreAddress
+    absent: tuple[int, ...] = ()
+    """Ranks that are not to come; the others hold their experts as well."""
     placed: PlacementVersion | None = None
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
 
 from ...router.placement import Placement, PlacementVersion
 from ...workers.model_info import RankInfo
-from ...workers.plan import RankError, RankResult, StepFailedError, StepPlan, StepResult
+from ...workers.plan import LayerCounts, RankError, RankResult, StepFailedError, StepPlan, StepResult
 from ...workers.process_group import open_store
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
@@ -53,6 +53,32 @@ _SPARES_LOST = 3
 """Spares lost in a row before one was ready; then there will be no more."""
 
 
+@dataclass(slots=True)
+class _Absence:
+    """A rank that the others go on without while another process loads what it held."""
+
+    loss: Replacement
+    deadline_s: float
+    """By when it is to have loaded."""
+    has_loaded: bool = False
+
+
+def _nothing(other: RankResult, rank: int) -> RankResult:
+    """Return what a rank that is not there did in the step of ``other``."""
+    zeros = [0] * len(other.counts.rows)
+    counts = LayerCounts(zeros, zeros, zeros, zeros, zeros)
+    return replace(
+        other,
+        rank=rank,
+        token_ids=[],
+        counts=counts,
+        logprobs={},
+        prompt_logprobs={},
+        kept_weights={},
+        thread_time_s=0.0,
+    )
+
+
 class RemoteRanks:
     """All ranks of a gang and its spares, each a process that ``launch`` starts without waiting for it.
 
@@ -61,7 +87,8 @@ class RemoteRanks:
     else.
 
     A process that has ended, or does not answer by its deadline (`Deadline`), is lost: it is fenced, killed, and
-    `recover` puts another in its place, a spare if one is ready. The others keep weights and KV.
+    `recover` puts another in its place, a spare if one is ready. The others keep weights and KV. Where there is no
+    spare and the others hold all its experts, they go on without it until another process has loaded them.
     """
 
     def __init__(
@@ -86,6 +113,10 @@ class RemoteRanks:
         self._roster = Roster(self._plane, start)
         self._lost: dict[int, Replacement] = {}
         """Ranks that were lost and have no process group with the others yet."""
+        self._absent: dict[int, _Absence] = {}
+        """Ranks that the others go on without, by rank."""
+        self._num_absences_lost = 0
+        """Processes in a row that were to end an absence, and did not come."""
         self._num_spares_lost = 0
         """In a row, before they were ready."""
         self._num_pings = 0
@@ -144,8 +175,10 @@ class RemoteRanks:
         """Run one step on every rank; all answers are awaited even after a failure, so that none comes late."""
         started = time.perf_counter()
         self._generation = plan.generation
-        for rank, part in enumerate(plan.ranks):
-            self._send(rank, Run(part))
+        if self._returning:
+            raise StepFailedError(f"rank {', '.join(map(str, self._returning))} has loaded, and joins the others")
+        for rank in self._present:
+            self._send(rank, Run(plan.ranks[rank]))
         self.meanwhile()
 
         def take(_: Member, answer: Any) -> RankResult | RankError | None:
@@ -155,11 +188,22 @@ class RemoteRanks:
 
         answers = self._round(take, "answer a step")
         results = [said for _, said in sorted(answers.items()) if isinstance(said, RankResult)]
-        if len(results) < self._num_ranks:
+        if len(results) < len(self._present):
             errors = {rank: said.message for rank, said in answers.items() if isinstance(said, RankError)}
             errors |= {rank: f"lost ({loss.what})" for rank, loss in self._lost.items()}
             raise StepFailedError("; ".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
+        for rank in sorted(self._absent):
+            results.insert(rank, _nothing(results[0], rank))
         return StepResult(results, time.perf_counter() - started)
+
+    @property
+    def _present(self) -> list[int]:
+        return [rank for rank in range(self._num_ranks) if rank not in self._absent]
+
+    @property
+    def _returning(self) -> list[int]:
+        """Ranks that the others went on without, and that have loaded."""
+        return [rank for rank, absence in self._absent.items() if absence.has_loaded]
 
     def tend(self, *, ping: bool = True) -> bool:
         """Notice processes that have ended while nothing ran, and with ``ping`` those that are stopped or out of reach.
@@ -167,10 +211,12 @@ class RemoteRanks:
         Returns whether that calls for `recover`.
         """
         self._check_processes()
+        if self._absent:
+            self._receive(time.monotonic())
         if ping and not self._lost:
             self._ping()
         self._refill_spares()
-        return bool(self._lost)
+        return bool(self._lost or self._returning)
 
     def _ping(self) -> None:
         """Ask all processes that wait whether they are there."""
@@ -181,7 +227,7 @@ class RemoteRanks:
                 self._plane.send(spare.name, Ping(self._num_pings))
             except ConnectionError:
                 self._lose(spare, UNREACHABLE, "a spare is not connected", asked_s)
-        for rank in range(self._num_ranks):
+        for rank in self._present:
             self._send(rank, Ping(self._num_pings))
 
         def take(_: Member, answer: Any) -> Any:
@@ -203,18 +249,40 @@ class RemoteRanks:
         replaced: dict[int, Replacement] = {}
         for _ in range(_ATTEMPTS):
             self._check_processes()
+            for rank in self._returning:
+                replaced[rank] = self._absent.pop(rank).loss
+                self._num_absences_lost = 0
             losses = dict(self._lost)
+            if losses and self._can_do_without(losses):
+                for rank, loss in losses.items():
+                    self._lost.pop(rank)
+                    self._roster.start(rank)
+                    replaced[rank] = replace(loss, is_absent=True)
+                    self._absent[rank] = _Absence(loss, time.monotonic() + self._config.load_timeout_s)
+                losses = {}
             for rank, loss in losses.items():
                 replaced[rank] = replace(loss, was_spare=self._fill(rank, deadline_s))
             self._collect(losses, self._take_loaded, lambda: deadline_s)
             error = "ranks are lost again" if self._lost else self._regroup()
             if error is None and not self._lost:
-                self.infos[:] = [self._info(rank) for rank in range(self._num_ranks)]
+                present = {rank: self._info(rank) for rank in self._present}
+                self.infos[:] = [present.get(rank) or self.infos[rank] for rank in range(self._num_ranks)]
                 self._refill_spares()
                 return list(replaced.values())
             if time.monotonic() > deadline_s:
                 break
         raise EngineDeadError(f"the ranks cannot be brought together: {error}")
+
+    def _can_do_without(self, lost: Iterable[int]) -> bool:
+        """Whether the others hold all experts, and nobody is there to take a place sooner than a new process.
+
+        Experts that move would have to be followed, so they are waited for.
+        """
+        if self.placed is None or self._config.enable_eplb or self._roster.spares or not self.infos:
+            return False
+        if self._num_absences_lost >= _ATTEMPTS:
+            return False
+        return self.placed.placement.without({*lost, *self._absent}) is not None
 
     def _fill(self, rank: int, deadline_s: float) -> bool:
         """Put a process in ``rank``'s place; whether it was a spare."""
@@ -260,8 +328,8 @@ class RemoteRanks:
             return None
         self._epoch += 1
         self._store, address = open_store(self._host)
-        for rank in range(self._num_ranks):
-            self._send(rank, Regroup(self._epoch, address, self._moved))
+        for rank in self._present:
+            self._send(rank, Regroup(self._epoch, address, tuple(sorted(self._absent)), self._moved))
             if self._lost:  # nobody need wait for it
                 return "ranks are lost again"
 
@@ -275,7 +343,7 @@ class RemoteRanks:
         """Collect the answer of every rank to what they were just told."""
         deadline = Deadline(self._config.step_timeout_s, time.monotonic(), alone=self._num_ranks == 1)
         return self._collect(
-            range(self._num_ranks),
+            self._present,
             take,
             lambda: deadline.at_s,
             lambda _: deadline.answered(time.monotonic()),
@@ -333,9 +401,25 @@ class RemoteRanks:
             self._num_spares_lost = 0
         elif isinstance(answer, Pong):
             member.ponged = answer.number
+        elif member.rank in self._absent:
+            self._hear_absent(member, answer)
         return member, answer
 
+    def _hear_absent(self, member: Member, answer: Any) -> None:
+        if isinstance(answer, Loaded) and member.rank is not None:
+            member.info = answer.info
+            self._absent[member.rank].has_loaded = True
+        elif isinstance(answer, Refused):
+            logger.error("a replacement of rank %s cannot load: %s", member.rank, answer.message)
+            self._lose(member, DIED, f"a replacement of rank {member.rank} could not load", time.monotonic())
+
     def _check_processes(self) -> None:
+        now_s = time.monotonic()
+        for rank in [rank for rank, absence in self._absent.items() if not absence.has_loaded]:
+            if now_s > self._absent[rank].deadline_s:
+                self._lose(
+                    self._roster.of_rank[rank], SILENT, f"a replacement of rank {rank} did not load in time", now_s
+                )
         for member, how in self._roster.ended():
             who = "a spare" if member.rank is None else f"rank {member.rank}"
             self._lose(member, DIED, f"the process of {who} {how}", time.monotonic())
@@ -356,8 +440,10 @@ class RemoteRanks:
         if rank is None:
             self._num_spares_lost += not member.is_ready
         else:
-            # Ranks that wait for it to join them need not wait for their timeout
-            self._store = None
+            if rank not in self._absent:
+                # Ranks that wait for it to join them need not wait for their timeout
+                self._store = None
+            self._num_absences_lost += self._absent.pop(rank, None) is not None
             self._lost[rank] = Replacement(rank, what, now_s, was_spare=False)
         self.events.record(
             Event(
