@@ -214,6 +214,10 @@ def test_what_can_change_nothing_needs_no_profile(model: Path, budget: str | Non
             "placement: .*test_budget_profile.py is not what experts=6,scope=owner was calibrated with, or measure it",
         ),
         (
+            {"expert_budget": EVEN.budget, "expert_parallel_size": 2, "enable_eplb": True},
+            "enable_eplb: it moves experts",
+        ),
+        (
             {"expert_budget": "experts=6,scope=owner", "expert_parallel_size": 2, "enable_eplb": True},
             "enable_eplb: it moves experts, and experts=6,scope=owner was calibrated where they stay",
         ),

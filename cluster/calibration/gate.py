@@ -200,7 +200,7 @@ def _problem(entry: CalibratedBudget, config: EngineConfig, budget: ExpertBudget
             f"expert_parallel_size: {config.expert_parallel_size} is not {measured.num_ranks}, the number of ranks "
             f"that {budget} was calibrated on"
         )
-    if config.enable_eplb and (budget.limits_ranks or budget.scope == "owner"):
+    if config.enable_eplb and (budget.limits_ranks or budget.is_per_owner):
         return f"enable_eplb: it moves experts, and {budget} was calibrated where they stay"
     if ranks_matter and measured.placement_sha256 != placement_sha256(config):
         return f"placement: {config.placement} is not what {budget} was calibrated with"
