@@ -23,8 +23,7 @@ ARCHITECTURES = {80: "Ampere", 90: "Hopper", 100: "Blackwell"}
 _SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 """Of a processor; its programs share it, and each takes 1 KiB besides."""
 _MOST_REGISTERS = 168
-"""Of a thread of the product, which reads the weights: three programs of four warps then share a processor."""
-_ALL_REGISTERS = 255
+"""Of a thread: three programs of four warps then share a processor."""
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 Case = tuple[str, Callable[[], Any]]
@@ -116,8 +115,8 @@ def _route(score: str | None) -> Case:
 def _pack() -> None:
     from ..kernels.rank_packing import add_from_ranks, pack_for_ranks
 
-    rows, ids, weights = _meta(8, 2048, dtype=torch.bfloat16), _meta(8, 8), _meta(8, 8, dtype=torch.float32)
-    packed = pack_for_ranks(rows, ids, weights, owner=_meta(129), local_ids=_meta(129), num_local=_meta(8))
+    hidden, weights = _meta(8, 2048, dtype=torch.bfloat16), _meta(8, 8, dtype=torch.float32)
+    packed = pack_for_ranks(hidden, _meta(8, 8), weights, _meta(129), _meta(129), _meta(8))
     add_from_ranks(packed.hidden, packed.places)
 
 
@@ -126,8 +125,7 @@ def _choose() -> None:
     from ..kernels.tree_acceptance import DraftTrees, accept_trees
 
     tokens = choose_tokens(_meta(8, 151936, dtype=torch.float32), _meta(8, 2), _meta(8), _meta(8))
-    one = _meta(1)
-    accept_trees(DraftTrees(_meta(8), _meta(8), one, one, one, one, most_rows=8), tokens)
+    accept_trees(DraftTrees(_meta(8), _meta(8), _meta(1), _meta(1), _meta(1), _meta(1), 8), tokens)
 
 
 def _cases(architecture: int, *, quick: bool) -> Iterator[Case]:
@@ -187,13 +185,12 @@ def measure(options: Options) -> Measurement:
         finally:
             compiler.close()
 
-    def over(name: str, kernel: str | None = None) -> list[float]:
-        return [float(row[name]) for row in rows if kernel in (None, row["kernel"])]  # type: ignore[arg-type]
+    def over(name: str) -> list[float]:
+        return [float(row[name]) for row in rows]  # type: ignore[arg-type]
 
     targets = [
         Target("bytes spilled by any kernel", max(over("spilled_bytes")), at_most=0),
-        Target("registers of a thread of the product", max(over("registers", "product")), at_most=_MOST_REGISTERS),
-        Target("registers of a thread", max(over("registers")), at_most=_ALL_REGISTERS),
+        Target("registers of a thread", max(over("registers")), at_most=_MOST_REGISTERS),
         Target("programs for whose shared memory a processor has room", min(over("programs_by_shared")), at_least=2),
     ]
     return Measurement(rows, targets, "as named", 1)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 _PAIRS = 64
-_OTHERS = 128
+_OTHERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +116,13 @@ def _group_pairs(
 
 @triton.jit
 def _place_pairs(expert_ids, order, pairs, num_pairs, num_experts, OTHERS: tl.constexpr):
-    mine = tl.minimum(tl.load(expert_ids + pairs, mask=pairs < num_pairs, other=num_experts), num_experts)
+    mine = tl.load(expert_ids + pairs, mask=pairs < num_pairs, other=num_experts)
+    mine = tl.minimum(mine, num_experts).to(tl.int32)
     places = tl.zeros_like(pairs)
     for first in range(0, num_pairs, OTHERS):
         others = first + tl.arange(0, OTHERS)
         ids = tl.load(expert_ids + others, mask=others < num_pairs, other=num_experts)
-        ids = tl.minimum(ids, num_experts)[None, :]
+        ids = tl.minimum(ids, num_experts).to(tl.int32)[None, :]
         is_before = (ids < mine[:, None]) | ((ids == mine[:, None]) & (others[None, :] < pairs[:, None]))
         places += tl.sum((is_before & (others < num_pairs)[None, :]).to(tl.int32), axis=1)
     tl.store(order + places, pairs, mask=pairs < num_pairs)

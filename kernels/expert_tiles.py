@@ -46,7 +46,7 @@ class LayerTiles:
 
 
 MEASURED: dict[tuple[int, int, int, float], LayerTiles] = {}
-"""By (hidden, intermediate, experts per row, bytes of a weight): what was measured to be best; empty until it is."""
+"""By (hidden, intermediate, experts per row, bytes of a weight): what `benchmarks/gpu_experts --tune` found best."""
 
 
 def layer_tiles(

@@ -67,7 +67,7 @@ def choose_tokens_reference(
 
 @triton.jit
 def uniform_quads(low, high, choice, position, quads):
-    """Return four f32 in (0, 1) for each of ``quads``: 23 bits and a half step, exact, as in `philox.gumbel_quads`."""
+    """Return four f32 in (0, 1) for each of ``quads``: 23 bits and a half step, exact, as `gumbel_quads` makes them."""
     seed = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
     # No number of its own: an argument of one bit width for all four counters
     none = quads * 0

@@ -26,7 +26,7 @@ SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 0x0123456789ABCDEF]
 
 
 @triton.jit
-def _store_uniform(seeds, choices, positions, output, QUADS: tl.constexpr):  # noqa: N803
+def _store_uniform(seeds, choices, positions, output, QUADS: tl.constexpr):
     row = tl.program_id(0)
     quads = tl.arange(0, QUADS)
     low, high = tl.load(seeds + 2 * row), tl.load(seeds + 2 * row + 1)

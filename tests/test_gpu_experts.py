@@ -1,0 +1,95 @@
+"""The experts' benchmark, and the kernels at real models' shapes, for which a GPU is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no build for this system")
+
+from penstock.benchmarks.expert_layers import MODELS, LayerShape, draw, module_of, stored
+from penstock.kernels.expert_weights import ExpertWeights
+from penstock.kernels.grouped_experts import Gate, grouped_experts, grouped_experts_reference
+
+CUDA = torch.cuda.is_available()
+CPU = torch.device("cpu")
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
+
+
+@pytest.mark.skipif(CUDA, reason="there it runs")
+def test_the_benchmark_refuses_a_machine_without_a_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock.benchmarks.gpu_experts"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "gpu_experts: there is no CUDA device here, and a CPU's figures would say nothing of one"
+    )
+
+
+def test_skewed_rows_share_experts() -> None:
+    shape = LayerShape("small", 16, 16, 64, 8)
+    active = {}
+    for routing in ("uniform", "skewed"):
+        draws = [draw(shape, 16, routing, CPU, seed) for seed in range(20)]
+        active[routing] = sum(rows.num_active for rows in draws) / len(draws)
+        for rows in draws:
+            assert rows.num_active == len(set(rows.expert_ids.flatten().tolist()))
+            assert all(len(set(ids)) == 8 for ids in rows.expert_ids.tolist())
+            torch.testing.assert_close(rows.weights.sum(dim=1), torch.ones(16))
+    assert active["skewed"] < 0.85 * active["uniform"]
+
+
+def layer(shape: LayerShape, device: torch.device, *, as_stored: bool) -> tuple[ExpertWeights, ExpertWeights, Gate]:
+    from penstock.workers.gpu_experts import fused
+
+    if as_stored:
+        return *stored(shape, device), Gate("clamped", interleaved=True) if shape.is_oss else Gate()
+    return fused(module_of(shape, device)).args  # type: ignore[attr-defined]
+
+
+CASES = [(shape, as_stored) for shape in MODELS for as_stored in (False, True) if shape.stored_as or not as_stored]
+
+
+class TestOnAGpu:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize(("shape", "as_stored"), CASES, ids=str)
+    @torch.inference_mode()
+    def test_real_layers_equal_their_reference(self, shape: LayerShape, as_stored: bool) -> None:
+        device = torch.device("cuda")
+        parts = layer(shape, device, as_stored=as_stored)
+        for num_rows in (1, 8, 20, 64, 130):
+            rows = draw(shape, num_rows, "skewed", device, seed=num_rows)
+            inputs = (rows.hidden, rows.expert_ids, rows.weights)
+            result, num_active = grouped_experts(*parts, *inputs)
+            expected, _ = grouped_experts_reference(*parts, *inputs)
+            assert (result - expected).float().norm() <= 1e-2 * expected.float().norm()
+            assert int(num_active) == rows.num_active
+            alone, _ = grouped_experts(*parts, *(part[-1:] for part in inputs))
+            assert torch.equal(alone[0], result[-1])
+
+    @torch.inference_mode()
+    def test_the_host_waits_for_nothing_and_a_graph_takes_other_rows(self) -> None:
+        device, shape = torch.device("cuda"), MODELS[1]
+        parts = layer(shape, device, as_stored=False)
+        first, second = (draw(shape, 8, "skewed", device, seed) for seed in range(2))
+        inputs = [part.clone() for part in (first.hidden, first.expert_ids, first.weights)]
+        grouped_experts(*parts, *inputs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            grouped_experts(*parts, *inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output, num_active = grouped_experts(*parts, *inputs)
+        for place, part in zip(inputs, (second.hidden, second.expert_ids, second.weights), strict=True):
+            place.copy_(part)
+        graph.replay()
+        expected, num_expected = grouped_experts(*parts, second.hidden, second.expert_ids, second.weights)
+        assert torch.equal(output, expected)
+        assert int(num_active) == int(num_expected) == second.num_active
