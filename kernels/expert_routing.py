@@ -155,7 +155,7 @@ def _affinities(logits, rows, experts, is_number, num_experts, SIGMOID: tl.const
         largest = tl.max(numbers, axis=1)[:, None]
         # A row that is not there is all -inf, and -inf less itself is not a number
         powers = tl.exp(numbers - tl.where(largest == float("-inf"), 0.0, largest))
-        affinities = powers / tl.maximum(tl.sum(powers, axis=1), 1e-38)[:, None]
+        affinities = powers / tl.maximum(tl.sum(powers, axis=1), 1e-37)[:, None]
     return tl.where(is_number, affinities, 0.0)
 
 
@@ -224,19 +224,20 @@ def _route(
             scores = tl.where(is_expert[None, :], affinities + lift[None, :], float("-inf"))
             _, own, is_chosen = _best(scores, affinities, experts, TOP_K, COLUMNS)
             if SCORE == 0:
-                shares = affinities / tl.maximum(tl.sum(affinities, axis=1), 1.1754943508222875e-38)[:, None]
+                shares = affinities / tl.maximum(tl.sum(affinities, axis=1), 1e-37)[:, None]
             else:
                 shares = tl.where(is_chosen, affinities, 0.0)
-                shares = shares / tl.maximum(tl.sum(own, axis=1), 1.1754943508222875e-38)[:, None]
+                shares = shares / tl.maximum(tl.sum(own, axis=1), 1e-37)[:, None]
                 if SCORE >= 2:
                     shares = shares * shares
                 if SCORE == 3:
                     shares = shares * tl.load(reach + rows, mask=is_row, other=0.0)[:, None]
             importance += tl.sum(tl.where(is_budgeted[:, None], shares, 0.0), axis=0)
             loaded = tl.maximum(loaded, tl.max((is_chosen & is_other[:, None]).to(tl.int32), axis=0))
-        # Each expert's place in the order, by counting those before it: what others are worth goes through memory
+        # Each expert's place in the order, by counting those before it: what they are worth goes through memory
         tl.store(worth + group * num_experts + experts, importance, mask=is_expert)
         tl.debug_barrier()
+        importance = tl.load(worth + group * num_experts + experts, mask=is_expert, other=-1.0)
         place = tl.zeros([EXPERTS], dtype=tl.int32)
         for first in range(0, num_experts, OTHERS):
             others = first + tl.arange(0, OTHERS)
@@ -259,13 +260,13 @@ def _route(
             is_budgeted = is_row & (tl.load(budgeted + rows, mask=is_row, other=0) != 0)
             _, own, is_chosen = _best(scores, affinities, experts, TOP_K, COLUMNS)
             left = tl.sum(tl.where(is_chosen & allowed[None, :], affinities, 0.0), axis=1)
-            left = left / tl.maximum(tl.sum(own, axis=1), 1.1754943508222875e-38)
+            left = left / tl.maximum(tl.sum(own, axis=1), 1e-37)
             share = tl.where(is_budgeted, left, 1.0)
             is_barred = is_budgeted[:, None] & (allowed[None, :] == 0)
             scores = tl.where(is_barred, float("-inf"), scores)
         chosen, shares, _ = _best(scores, affinities, experts, TOP_K, COLUMNS)
         if NORMALISE:
-            shares = shares / tl.maximum(tl.sum(shares, axis=1), 1.1754943508222875e-38)[:, None]
+            shares = shares / tl.maximum(tl.sum(shares, axis=1), 1e-37)[:, None]
         places = rows.to(tl.int64)[:, None] * TOP_K + columns[None, :]
         is_place = is_row[:, None] & (columns < TOP_K)[None, :]
         tl.store(ids + places, chosen.to(tl.int64), mask=is_place)

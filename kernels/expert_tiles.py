@@ -56,16 +56,15 @@ def layer_tiles(
     found = MEASURED.get((hidden_size, inner_size, top_k, weight_bytes))
     if found is not None:
         return found
-    # 256 bytes of a weight's row are whole lines of memory, and two steps of four bits
-    step = {4: 64, 2: 128, 1: 128}.get(int(weight_bytes), 128)
+    step = 32 if weight_bytes == 4 else 128
     up_step, down_step = (max(32, min(step, _power_of_two(size))) for size in (hidden_size, inner_size))
     if scale_inputs is not None:
         up_step, down_step = min(up_step, scale_inputs), min(down_step, scale_inputs)
     splits = 1
     while top_k * -(-hidden_size // 64) * splits < _ENOUGH_PROGRAMS and inner_size >= 8 * splits * down_step:
         splits *= 2
-    # f32 is multiplied by common instructions, whose sums fill the registers of four warps
-    warps, stages = (8, 3) if weight_bytes == 4 else (4, 4 if weight_bytes == 2 else 6)
+    # f32 is multiplied by common instructions, which hold a step's rows and sums in registers
+    warps, stages = (8, 5) if weight_bytes == 4 else (4, 4 if weight_bytes == 2 else 6)
     return LayerTiles(Tiles(64, up_step, 1, warps, stages), Tiles(64, down_step, splits, warps, stages))
 
 

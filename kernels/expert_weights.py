@@ -18,7 +18,7 @@ import triton.language as tl
 PLAIN, FP8, MXFP4 = 0, 1, 2
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ class ExpertWeights:
 
     @classmethod
     def plain(cls, weights: torch.Tensor, biases: torch.Tensor | None = None) -> ExpertWeights:
-        """Return ``weights`` [E, O, I] of f32, bf16 or f16; a transposed view stays one."""
+        """Return ``weights`` [E, O, I] of f32 or bf16; a transposed view stays one."""
         if weights.dtype not in _FLOATS:
-            raise ValueError(f"weights: {weights.dtype} is none of float32, float16, bfloat16")
+            raise ValueError(f"weights: {weights.dtype} is neither float32 nor bfloat16")
         return cls(weights, None, biases)
 
     @classmethod

@@ -59,7 +59,7 @@ def grouped_experts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's weighted sum over its experts [T, H], and how many distinct experts ran: [] int32.
 
-    ``up`` [E, 2 F, H] and ``down`` [E, H, F] with ``hidden`` [T, H] of f32, bf16 or f16; ``expert_ids`` [T, K], E or
+    ``up`` [E, 2 F, H] and ``down`` [E, H, F] with ``hidden`` [T, H] of f32 or bf16; ``expert_ids`` [T, K], E or
     more for "none", ``weights`` [T, K]. Numbers between the projections are of ``hidden``'s type, all sums f32. The
     host waits for nothing; ``tiles`` are the table's where none are given.
     """
@@ -129,6 +129,7 @@ def _one(weights: ExpertWeights, expert: int) -> torch.Tensor:
 def _check(
     up: ExpertWeights, down: ExpertWeights, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
 ) -> None:
+    assert hidden.dtype in (torch.float32, torch.bfloat16), "others lack the range of mxfp4's steps"
     assert up.num_outputs == 2 * down.num_inputs, "gates and ups for every inner number"
     assert up.num_inputs == down.num_outputs == hidden.shape[1], "rows fit their weights"
     assert up.num_experts == down.num_experts
