@@ -35,11 +35,9 @@ class StaticRows:
         shapes: dict[str, tuple[int, ...]] = {
             "token_ids": (r, n),
             "depths": (r, n),
-            "parents": (r, n),
             "own": (r, n, n),
             "num_rows": (r,),
             "committed": (r,),
-            "first_sampled": (r,),
             "first_budgeted": (r,),
             "tables": (r, bucket.num_slots // block_size),
             "seeds": (r, 2),
@@ -77,10 +75,8 @@ class StaticRows:
             n, table = len(request.token_ids), tables[request.request_id]
             to["token_ids"][r, :n] = request.token_ids
             to["depths"][r, :n] = depths(request.parents)
-            to["parents"][r, :n] = request.parents
             to["own"][r, :n, :n] = own_visibility(request.parents)
             to["num_rows"][r], to["committed"][r] = n, request.committed_len
-            to["first_sampled"][r] = request.first_sampled_row
             num_blocks = -(-(request.committed_len + n) // self._block_size)
             to["tables"][r, :num_blocks] = table[:num_blocks]
             sampling = request.sampling
