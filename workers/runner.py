@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -29,6 +28,7 @@ from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
 from .loader import DenseModel, build, inspect, load_dense, load_experts, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
+from .model_config import eos_token_ids, num_experts_of, num_experts_per_tok
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
@@ -146,7 +146,7 @@ class ModelRunner:
                 num_experts=num_experts,
                 num_experts_per_tok=self.top_k,
                 max_model_len=self.max_model_len,
-                eos_token_ids=_eos_token_ids(directory, text_config),
+                eos_token_ids=eos_token_ids(directory, text_config),
                 steerable=steerable,
             ),
             num_local_experts=[shard.num_experts for shard in self.experts.shards],
@@ -373,41 +373,3 @@ def resolve_device(device: str, rank: int) -> torch.device:
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", rank % torch.cuda.device_count())
     return torch.device("cpu")
-
-
-def num_experts_of(config: object) -> int:
-    """Return the routed experts of each layer; raise ``ValueError`` if layers differ or ``config`` does not say."""
-    return _number(config, "experts", ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
-
-
-def num_experts_per_tok(config: object) -> int:
-    """Return the experts that a row uses; raise ``ValueError`` if layers differ or ``config`` does not say."""
-    return _number(config, "experts per token", ("num_experts_per_tok", "moe_topk", "top_k_experts"))
-
-
-def _number(config: object, what: str, names: tuple[str, ...]) -> int:
-    for name in names:
-        value = getattr(config, name, None)
-        if isinstance(value, list):  # one per layer
-            if len(set(value)) != 1:
-                raise ValueError(f"model: its layers differ in the number of {what}, which is not supported")
-            value = value[0]
-        if value:
-            return int(value)
-    raise ValueError(f"model: config.json names no number of {what}")
-
-
-def _eos_token_ids(directory: Path, config: object) -> tuple[int, ...]:
-    from transformers import GenerationConfig
-
-    eos = None
-    if (directory / "generation_config.json").is_file():
-        try:
-            eos = GenerationConfig.from_pretrained(directory).eos_token_id
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model: generation_config.json in {directory} cannot be used: {error}") from error
-    if eos is None:
-        eos = getattr(config, "eos_token_id", None)
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...router.expert_budget import ExpertBudget
 from ...workers.architectures import UNSTEERABLE
 from ...workers.checkpoint import load_config, resolve
-from ...workers.runner import num_experts_of, num_experts_per_tok
+from ...workers.model_config import num_experts_of, num_experts_per_tok
 from ..config import AUTO_BUDGET, EngineConfig
 from ..engine.budget import EngineBudget
 from .fingerprint import file_sha256, model_fingerprint
