@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
 from ...router.placement import Placement, PlacementVersion
 from ...workers.model_info import RankInfo
-from ...workers.plan import LayerCounts, RankError, RankResult, StepFailedError, StepPlan, StepResult
+from ...workers.plan import RankError, RankResult, StepFailedError, StepPlan, StepResult
 from ...workers.process_group import open_store
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
 from ..engine.events import DIED, FAULT, SILENT, UNREACHABLE, Event, EventLog
 from ..engine.ranks import Replacement
+from .absences import Absences, nothing_of
 from .curve import Ticket
 from .deadline import Deadline
 from .messages import (
@@ -51,32 +52,6 @@ _ATTEMPTS = 5
 """Times in one recovery that ranks are lost again or do not find each other; then the gang is given up."""
 _SPARES_LOST = 3
 """Spares lost in a row before one was ready; then there will be no more."""
-
-
-@dataclass(slots=True)
-class _Absence:
-    """A rank that the others go on without while another process loads what it held."""
-
-    loss: Replacement
-    deadline_s: float
-    """By when it is to have loaded."""
-    has_loaded: bool = False
-
-
-def _nothing(other: RankResult, rank: int) -> RankResult:
-    """Return what a rank that is not there did in the step of ``other``."""
-    zeros = [0] * len(other.counts.rows)
-    counts = LayerCounts(zeros, zeros, zeros, zeros, zeros)
-    return replace(
-        other,
-        rank=rank,
-        token_ids=[],
-        counts=counts,
-        logprobs={},
-        prompt_logprobs={},
-        kept_weights={},
-        thread_time_s=0.0,
-    )
 
 
 class RemoteRanks:
@@ -113,10 +88,7 @@ class RemoteRanks:
         self._roster = Roster(self._plane, start)
         self._lost: dict[int, Replacement] = {}
         """Ranks that were lost and have no process group with the others yet."""
-        self._absent: dict[int, _Absence] = {}
-        """Ranks that the others go on without, by rank."""
-        self._num_absences_lost = 0
-        """Processes in a row that were to end an absence, and did not come."""
+        self._absent = Absences()
         self._num_spares_lost = 0
         """In a row, before they were ready."""
         self._num_pings = 0
@@ -175,8 +147,8 @@ class RemoteRanks:
         """Run one step on every rank; all answers are awaited even after a failure, so that none comes late."""
         started = time.perf_counter()
         self._generation = plan.generation
-        if self._returning:
-            raise StepFailedError(f"rank {', '.join(map(str, self._returning))} has loaded, and joins the others")
+        if returning := self._absent.returning:
+            raise StepFailedError(f"rank {', '.join(map(str, returning))} has loaded, and joins the others")
         for rank in self._present:
             self._send(rank, Run(plan.ranks[rank]))
         self.meanwhile()
@@ -192,18 +164,13 @@ class RemoteRanks:
             errors = {rank: said.message for rank, said in answers.items() if isinstance(said, RankError)}
             errors |= {rank: f"lost ({loss.what})" for rank, loss in self._lost.items()}
             raise StepFailedError("; ".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
-        for rank in sorted(self._absent):
-            results.insert(rank, _nothing(results[0], rank))
+        for rank in self._absent:
+            results.insert(rank, nothing_of(rank, results[0]))
         return StepResult(results, time.perf_counter() - started)
 
     @property
     def _present(self) -> list[int]:
         return [rank for rank in range(self._num_ranks) if rank not in self._absent]
-
-    @property
-    def _returning(self) -> list[int]:
-        """Ranks that the others went on without, and that have loaded."""
-        return [rank for rank, absence in self._absent.items() if absence.has_loaded]
 
     def tend(self, *, ping: bool = True) -> bool:
         """Notice processes that have ended while nothing ran, and with ``ping`` those that are stopped or out of reach.
@@ -216,7 +183,7 @@ class RemoteRanks:
         if ping and not self._lost:
             self._ping()
         self._refill_spares()
-        return bool(self._lost or self._returning)
+        return bool(self._lost or self._absent.returning)
 
     def _ping(self) -> None:
         """Ask all processes that wait whether they are there."""
@@ -249,16 +216,15 @@ class RemoteRanks:
         replaced: dict[int, Replacement] = {}
         for _ in range(_ATTEMPTS):
             self._check_processes()
-            for rank in self._returning:
-                replaced[rank] = self._absent.pop(rank).loss
-                self._num_absences_lost = 0
+            for rank in self._absent.returning:
+                replaced[rank] = self._absent.end(rank)
             losses = dict(self._lost)
             if losses and self._can_do_without(losses):
                 for rank, loss in losses.items():
                     self._lost.pop(rank)
                     self._roster.start(rank)
                     replaced[rank] = replace(loss, is_absent=True)
-                    self._absent[rank] = _Absence(loss, time.monotonic() + self._config.load_timeout_s)
+                    self._absent.begin(loss, time.monotonic() + self._config.load_timeout_s)
                 losses = {}
             for rank, loss in losses.items():
                 replaced[rank] = replace(loss, was_spare=self._fill(rank, deadline_s))
@@ -280,7 +246,7 @@ class RemoteRanks:
         """
         if self.placed is None or self._config.enable_eplb or self._roster.spares or not self.infos:
             return False
-        if self._num_absences_lost >= _ATTEMPTS:
+        if not self._absent.may_begin:
             return False
         return self.placed.placement.without({*lost, *self._absent}) is not None
 
@@ -329,7 +295,7 @@ class RemoteRanks:
         self._epoch += 1
         self._store, address = open_store(self._host)
         for rank in self._present:
-            self._send(rank, Regroup(self._epoch, address, tuple(sorted(self._absent)), self._moved))
+            self._send(rank, Regroup(self._epoch, address, tuple(self._absent), self._moved))
             if self._lost:  # nobody need wait for it
                 return "ranks are lost again"
 
@@ -408,18 +374,15 @@ class RemoteRanks:
     def _hear_absent(self, member: Member, answer: Any) -> None:
         if isinstance(answer, Loaded) and member.rank is not None:
             member.info = answer.info
-            self._absent[member.rank].has_loaded = True
+            self._absent.loaded(member.rank)
         elif isinstance(answer, Refused):
             logger.error("a replacement of rank %s cannot load: %s", member.rank, answer.message)
             self._lose(member, DIED, f"a replacement of rank {member.rank} could not load", time.monotonic())
 
     def _check_processes(self) -> None:
         now_s = time.monotonic()
-        for rank in [rank for rank, absence in self._absent.items() if not absence.has_loaded]:
-            if now_s > self._absent[rank].deadline_s:
-                self._lose(
-                    self._roster.of_rank[rank], SILENT, f"a replacement of rank {rank} did not load in time", now_s
-                )
+        for rank in self._absent.overdue(now_s):
+            self._lose(self._roster.of_rank[rank], SILENT, f"a replacement of rank {rank} did not load in time", now_s)
         for member, how in self._roster.ended():
             who = "a spare" if member.rank is None else f"rank {member.rank}"
             self._lose(member, DIED, f"the process of {who} {how}", time.monotonic())
@@ -440,10 +403,9 @@ class RemoteRanks:
         if rank is None:
             self._num_spares_lost += not member.is_ready
         else:
-            if rank not in self._absent:
+            if not self._absent.lose(rank):
                 # Ranks that wait for it to join them need not wait for their timeout
                 self._store = None
-            self._num_absences_lost += self._absent.pop(rank, None) is not None
             self._lost[rank] = Replacement(rank, what, now_s, was_spare=False)
         self.events.record(
             Event(
