@@ -225,6 +225,8 @@ def test_a_stopped_process_is_noticed_while_nothing_runs(
     victim = ranks.process_of(1) if is_rank else ranks._roster.spares[0].process.process._process  # type: ignore[attr-defined]
     num_before = len(ranks.events.events())
     os.kill(victim.pid, signal.SIGSTOP)
+    # Until one thread has seen it the others run on, and may yet answer
+    os.waitid(os.P_PID, victim.pid, os.WSTOPPED | os.WNOWAIT)
     assert ranks.tend() == is_rank
     assert victim.wait(10) == -signal.SIGKILL
     (fault,) = ranks.events.events()[num_before:]
