@@ -2,10 +2,11 @@
 
 32 clients stream answers of the demo, greedy and seeded, without retries, from two ranks and a spare on five machines,
 which are network namespaces with a Ray node each. Faults come in an order drawn from the seed, each when the gang is
-whole again: processes are killed and stopped, machines die, links go down or fall silent and come back. A few come to a
-gang without spares at the end. Every stream is compared with the answer of a run without faults, token for token; a
-difference is excused where the two best tokens are closer than float32 tells apart. After a fault that cuts streams,
-which only the ingress' death is, the client must get an error, and asks again with the same seed.
+whole again: processes are killed and stopped, machines die, links go down or fall silent and come back. A few come at
+the end to a gang without spares, and to one without spares whose ranks both hold all experts. Every stream is compared
+with the answer of a run without faults, token for token; a difference is excused where the two best tokens are closer
+than float32 tells apart. After a fault that cuts streams, which only the ingress' death is, the client must get an
+error, and asks again with the same seed.
 
 Machines need root and iproute2; with ``--one-machine`` there is one, and no fault of machines. 107 faults take about
 half an hour; ``--quick`` has one of each of four kinds.
@@ -23,12 +24,17 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..cluster.client.http_client import HttpClient
+from ..cluster.placement_file import PlacementFile
+from ..router.placement import Placement
+from ..workers.loader import build, inspect
 from .cluster_server import ClusterServer
 from .faults import FAULTS, Fault, leftovers, schedule, spares_are_ready
 from .harness import Measurement, Options, Row, Target, run
@@ -42,7 +48,7 @@ NUM_MACHINES = 5
 CPUS_OF_HEAD, CPUS_OF_RANK = 1, 2
 """By Ray's count. Every other machine has two, so that no two ranks share one, and none is on the head."""
 STEP_TIMEOUT_S = 3.0
-NUM_FAULTS, NUM_WITHOUT_SPARE = 107, 6
+NUM_FAULTS, NUM_WITHOUT_SPARE, NUM_TWOFOLD = 107, 6, 6
 QUICK = ("SIGKILL of a rank", "SIGSTOP of a rank", "SIGKILL of the coordinator", "SIGKILL of the ingress")
 WITHOUT_SPARE = ("SIGKILL of a rank", "SIGSTOP of a rank", "silent link")
 WAIT_S = 180.0
@@ -59,6 +65,9 @@ class Found:
     hit: str
     noticed_s: float | None = None
     recovery_s: float | None = None
+    """Until all requests could go on."""
+    whole_s: float | None = None
+    """Until all ranks were there again."""
     num_replayed: int = 0
     replayed_pauses_s: list[float] = field(default_factory=list)
     """Of streams that were replayed: as many as the events say, those with the longest pauses."""
@@ -68,11 +77,23 @@ class Found:
     """Of any client, those whose request had brought nothing yet included."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gang:
+    """What faults are done to."""
+
+    num_spares: int
+    is_twofold: bool = False
+    """Every rank holds all experts."""
+
+    def __str__(self) -> str:
+        return f"{self.num_spares} spares" + ", all experts on both ranks" * self.is_twofold
+
+
 @dataclass(slots=True)
 class Part:
     """All faults to one server."""
 
-    num_spares: int
+    gang: Gang
     tally: Tally = field(default_factory=Tally)
     found: defaultdict[str, list[Found]] = field(default_factory=lambda: defaultdict(list))
     is_idle: bool = False
@@ -95,15 +116,19 @@ def measure(options: Options) -> Measurement:
         kinds = [fault for fault in kinds if fault.name in QUICK]
     planned = schedule(len(kinds) if options.quick else options.given.num_faults, kinds)
     rng.shuffle(planned)
-    bare = schedule(
-        0 if options.quick else options.given.num_without_spare, [f for f in kinds if f.name in WITHOUT_SPARE]
+    bare = [fault for fault in kinds if fault.name in WITHOUT_SPARE]
+    given = options.given
+    gangs = (
+        (Gang(NUM_SPARES), planned),
+        (Gang(0), schedule(0 if options.quick else given.num_without_spare, bare)),
+        (Gang(0, is_twofold=True), schedule(0 if options.quick else given.num_twofold, bare)),
     )
     questions = make_questions(NUM_CLIENTS, rng)
     parts = []
     with _places(one_machine=one_machine) as cluster:
-        for num_spares, faults in ((NUM_SPARES, planned), (0, bare)):
+        for gang, faults in gangs:
             if faults:
-                parts.append(_run_part(cluster, num_spares, faults, questions, options.seed))
+                parts.append(_run_part(cluster, gang, faults, questions, options.seed))
     rows = [_row(name, part, found) for part, _ in parts for name, found in part.found.items()]
     judged = [(part.tally, *part.tally.judge(questions, wanted)) for part, wanted in parts]
     summary = _summary([tally for tally, _, _ in judged], sum(j[1] for j in judged), sum(j[2] for j in judged))
@@ -113,6 +138,7 @@ def measure(options: Options) -> Measurement:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-faults", type=int, default=NUM_FAULTS, help=f"with a spare ({NUM_FAULTS})")
     parser.add_argument("--num-without-spare", type=int, default=NUM_WITHOUT_SPARE, help=f"({NUM_WITHOUT_SPARE})")
+    parser.add_argument("--num-twofold", type=int, default=NUM_TWOFOLD, help=f"with all experts twice ({NUM_TWOFOLD})")
     parser.add_argument("--only", default="", metavar="WORDS", help="kinds whose name has these words")
     parser.add_argument("--one-machine", action="store_true", help="no network namespaces, no faults of machines")
 
@@ -135,31 +161,46 @@ def _places(*, one_machine: bool) -> Iterator[RayCluster | None]:
 
 
 @contextmanager
-def _server(cluster: RayCluster | None, num_spares: int) -> Iterator[ServerProcess]:
-    config = {"served-model-name": NAME, "expert-parallel-size": NUM_RANKS, "num-spares": num_spares}
+def _server(cluster: RayCluster | None, gang: Gang) -> Iterator[ServerProcess]:
+    config = {"served-model-name": NAME, "expert-parallel-size": NUM_RANKS, "num-spares": gang.num_spares}
     config |= {"dtype": "float32", "device": "cpu", "num-threads": 1, "step-timeout-s": STEP_TIMEOUT_S}
     config |= {"cpus-per-rank": CPUS_OF_RANK if cluster else 0.5}
-    flags = [word for name, value in config.items() for word in (f"--{name}", str(value))]
-    if cluster is None:
-        with serving(["serve", str(DEMO), *flags]) as server:
-            yield server
-        return
-    with cluster.serving(DEMO, *flags) as (process, _):
-        yield ClusterServer(cluster.url, process.pid, cluster)
+    with ExitStack() as stack:
+        if gang.is_twofold:
+            config["placement"] = stack.enter_context(_everywhere())
+        flags = [word for name, value in config.items() for word in (f"--{name}", str(value))]
+        if cluster is None:
+            yield stack.enter_context(serving(["serve", str(DEMO), *flags]))
+        else:
+            process, _ = stack.enter_context(cluster.serving(DEMO, *flags))
+            yield ClusterServer(cluster.url, process.pid, cluster)
+
+
+@contextmanager
+def _everywhere() -> Iterator[Path]:
+    """Return a file of the placement with every expert on every rank."""
+    _, config = inspect(str(DEMO))
+    empty = build(config, torch.float32)
+    layer = (tuple(range(NUM_RANKS)),) * empty.num_experts
+    placement = Placement(empty.num_experts, NUM_RANKS, (layer,) * len(empty.expert_modules))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "placement.json"
+        PlacementFile.of(placement, "balanced", config.model_type).write(path)
+        yield path
 
 
 def _run_part(
-    cluster: RayCluster | None, num_spares: int, faults: list[Fault], questions: list[Question], seed: int
+    cluster: RayCluster | None, gang: Gang, faults: list[Fault], questions: list[Question], seed: int
 ) -> tuple[Part, list[list[int]]]:
-    part = Part(num_spares)
-    with _server(cluster, num_spares) as server:
+    part = Part(gang)
+    with _server(cluster, gang) as server:
         wanted = asyncio.run(answer_all(server.url, questions))
         asyncio.run(_chaos(server, questions, wanted, part, faults, seed))
         part.is_idle = _becomes_idle(server)
         family = server.family()
         roles = Counter(role for role, _ in family)
         others = sum(roles[role] for role in ("coordinator", "gang", "ingress"))
-        part.surplus = roles["rank"] - NUM_RANKS - num_spares + others - _NUM_OTHERS
+        part.surplus = roles["rank"] - NUM_RANKS - gang.num_spares + others - _NUM_OTHERS
         if cluster is not None:
             part.left += ["placement group"] * (cluster.num_placement_groups() - 1)
     # On a cluster of others Ray itself stays, and Serve
@@ -184,9 +225,9 @@ async def _chaos(
     for number, fault in enumerate(faults):
         await asyncio.sleep(rng.uniform(0.0, 1.0))
         await _all_stream(clients)
-        await _until(lambda: spares_are_ready(server, NUM_RANKS, part.num_spares))
+        await _until(lambda: _is_whole(server, part.gang))
         started = time.monotonic()
-        found = await _commit(server, fault, clients, part.num_spares)
+        found = await _commit(server, fault, clients, part.gang)
         name = f"{fault.name}, on it {_WORDS[found.hit]}" if found.hit else fault.name
         part.found[name].append(found)
         print(
@@ -202,7 +243,7 @@ async def _chaos(
 _WORDS = {"rank": "a rank", "coordinator": "the coordinator", "gang": "the replica", "nothing": "nothing"}
 
 
-async def _commit(server: ServerProcess, fault: Fault, clients: list[StreamClient], num_spares: int) -> Found:
+async def _commit(server: ServerProcess, fault: Fault, clients: list[StreamClient], gang: Gang) -> Found:
     """Do a fault, wait until every client's stream goes on, and have all come back."""
     for client in clients:
         client.pauses.clear()
@@ -215,7 +256,7 @@ async def _commit(server: ServerProcess, fault: Fault, clients: list[StreamClien
     await asyncio.sleep(_TAKES_EFFECT_S + (STEP_TIMEOUT_S if fault.is_silent else 0.0))
     await _all_stream(clients)
     await asyncio.to_thread(committed.undo)
-    await _until(lambda: spares_are_ready(server, NUM_RANKS, num_spares))
+    await _until(lambda: _is_whole(server, gang))
     await _all_stream(clients)
     for client in clients:
         client.may_be_cut = False
@@ -226,7 +267,10 @@ async def _commit(server: ServerProcess, fault: Fault, clients: list[StreamClien
         began = event["time_s"] - (0.0 if event["kind"] == "fault" else event["duration_s"])
         found.noticed_s = min(began - wall, found.noticed_s if found.noticed_s is not None else began - wall)
         if event["kind"] == "recovery":
-            found.recovery_s = max(event["duration_s"], found.recovery_s or 0.0)
+            found.whole_s = max(event["duration_s"], found.whole_s or 0.0)
+            # A rank that the others went on without brings no request back
+            if event["num_requests_replayed"] or not gang.is_twofold:
+                found.recovery_s = max(event["duration_s"], found.recovery_s or 0.0)
         found.num_replayed += event["num_requests_replayed"]
     begun = sorted((c.pause_after(moment) for c in clients if c.was_streaming_at(moment)), reverse=True)
     found.replayed_pauses_s, found.other_pauses_s = begun[: found.num_replayed], begun[found.num_replayed :]
@@ -242,6 +286,13 @@ async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
         while not await asyncio.to_thread(condition):
             await asyncio.sleep(_POLL_S)
+
+
+def _is_whole(server: ServerProcess, gang: Gang) -> bool:
+    if not spares_are_ready(server, NUM_RANKS, gang.num_spares):
+        return False
+    recoveries = [event for event in _events(server) if event["kind"] == "recovery"] if gang.is_twofold else []
+    return not recoveries or "go on without" not in recoveries[-1]["message"]
 
 
 def _events(server: ServerProcess) -> list[dict[str, Any]]:
@@ -276,10 +327,12 @@ def _row(name: str, part: Part, found: Sequence[Found]) -> Row:
 
     return {
         "fault": name,
-        "spares": part.num_spares,
+        "spares": part.gang.num_spares,
+        "all_experts_twice": part.gang.is_twofold,
         "times": len(found),
         "noticed_s": median([one.noticed_s for one in found]),
         "recovery_s": median([one.recovery_s for one in found]),
+        "whole_s": median([one.whole_s for one in found]),
         "replayed": median([one.num_replayed for one in found]),
         "pause_of_replayed_s": median([pause for one in found for pause in one.replayed_pauses_s]),
         "pause_of_others_s": median([pause for one in found for pause in one.other_pauses_s]),
@@ -314,11 +367,11 @@ def _targets(parts: Sequence[Part], summary: Row) -> list[Target]:
     ]
     for part in parts:
         for name, found in part.found.items():
-            targets += _bounds(name, part.num_spares, found)
+            targets += _bounds(name, part.gang, found)
     return targets
 
 
-def _bounds(name: str, num_spares: int, found: Sequence[Found]) -> list[Target]:
+def _bounds(name: str, gang: Gang, found: Sequence[Found]) -> list[Target]:
     """Return what streams of the rank that was lost, and of others, may pause at most, where that is promised."""
     replayed = [pause for one in found for pause in one.replayed_pauses_s]
     others = [pause for one in found for pause in one.other_pauses_s]
@@ -326,11 +379,11 @@ def _bounds(name: str, num_spares: int, found: Sequence[Found]) -> list[Target]:
     is_rank = bool(slow) or name.startswith("SIGKILL of a rank")
     if not is_rank:
         return []
-    if num_spares == 0 or name == "SIGKILL of a rank and the spare":
+    if (gang.num_spares == 0 and not gang.is_twofold) or name == "SIGKILL of a rank and the spare":
         bounds = (slow + 15.0, slow + 15.0)
     else:
         bounds = (slow + 2.0, slow + (2.0 if slow else 1.0))
-    who = f"{name}, {num_spares} spares"
+    who = f"{name}, {gang}"
     return [
         Target(f"{who}: median pause of {streams}, s", statistics.median(pauses), at_most=bound)
         for streams, pauses, bound in (("the lost rank's", replayed, bounds[0]), ("others", others, bounds[1]))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -121,9 +122,16 @@ def _kill_role(role: str) -> Callable[[ServerProcess, int], Committed]:
 
 
 def _on_machine(
-    do: Callable[[ClusterServer, int], None], undo: Callable[[ClusterServer, int], None]
+    do: Callable[[ClusterServer, int], None],
+    undo: Callable[[ClusterServer, int], None],
+    *,
+    rather: Callable[[list[str]], Any] = lambda held: ("rank" not in held, "gang" in held, "coordinator" in held),
 ) -> Callable[[ServerProcess, int], Committed]:
-    """Return what does a fault to the machine of a rank, but for the head, and has that come back."""
+    """Return what does a fault to a machine, but for the head, and has that come back.
+
+    ``rather``: of the roles that a machine holds, the key by which the first is taken; a rank alone, unless told
+    otherwise, for whatever else is lost is a fault of its own.
+    """
 
     def commit(server: ServerProcess, num_ranks: int) -> Committed:
         assert isinstance(server, ClusterServer)
@@ -135,9 +143,7 @@ def _on_machine(
             ]
             for i, family in of_machine.items()
         }
-        # Rather one that has ranks alone: whatever else is lost is a fault of its own
-        order = sorted(held, key=lambda i: ("rank" not in held[i], "gang" in held[i], "coordinator" in held[i]))
-        machine = order[0]
+        machine = min(held, key=lambda i: rather(held[i]))
         hit = next((role for role in _WORST if role in held[machine]), "nothing")
         do(server, machine)
         return Committed(lambda: undo(server, machine), hit)
@@ -161,6 +167,15 @@ FAULTS = (
     Fault(
         "death of a node",
         _on_machine(lambda server, i: server.machines.kill_all(i), ClusterServer.rejoin),
+        needs_machines=True,
+    ),
+    Fault(
+        "death of a node with more than ranks",
+        _on_machine(
+            lambda server, i: server.machines.kill_all(i),
+            ClusterServer.rejoin,
+            rather=lambda held: ("gang" not in held, "coordinator" not in held, "rank" not in held),
+        ),
         needs_machines=True,
     ),
     Fault(

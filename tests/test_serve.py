@@ -7,13 +7,9 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -23,68 +19,28 @@ import pytest
 
 from penstock.cluster.client.http_client import HttpClient
 
-from .random_placement import write_placement
+from .running_server import (
+    DEMO,
+    MODEL,
+    PENSTOCK,
+    Server,
+    free_port,
+    interrupted_stream,
+    long_stream,
+    processes,
+    running,
+    text_of,
+    wait,
+)
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
-MODEL = "penstock-demo"
-DEMO = Path(__file__).parents[1] / "demo" / "model"
 NUM_STREAMS = 32
-START_S = 300
-PENSTOCK = str(Path(sys.executable).with_name("penstock"))
-
-
-@dataclass
-class Server:
-    """A running `penstock demo`."""
-
-    process: subprocess.Popen[str]
-    log: Path
-    url: str
-
-    @property
-    def ray_environment(self) -> dict[str, str]:
-        """What the server prints for other processes of the same cluster."""
-        line = next(line for line in self.log.read_text().splitlines() if "RAY_ADDRESS=" in line)
-        return dict(re.findall(r"(RAY_\w+)=(\S+)", line))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait(what: str, condition, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not in {timeout_s} s: {what}"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    with _running(["demo"], tmp_path_factory.mktemp("serve") / "log") as server:
+    with running(["demo"], tmp_path_factory.mktemp("serve") / "log") as server:
         yield server
-
-
-@contextmanager
-def _running(command: list[str], log: Path) -> Iterator[Server]:
-    port = _free_port()
-    with log.open("w") as out:
-        # An address left over from another cluster must not matter
-        environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
-        process = subprocess.Popen(
-            [PENSTOCK, *command, "--port", str(port)], stdout=out, stderr=out, text=True, env=environment
-        )
-    try:
-        _wait("server up", lambda: process.poll() is not None or "Ctrl-C" in log.read_text(), START_S)
-        assert process.poll() is None, log.read_text()
-        yield Server(process, log, f"http://127.0.0.1:{port}")
-    finally:
-        # The last test has ended it already, unless it failed or was not selected
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
 
 
 def _prompts() -> list[list[dict[str, str]]]:
@@ -147,7 +103,7 @@ def test_a_client_gone_mid_stream_frees_its_blocks(server):
         while not next(lines).startswith("data: {"):
             pass
         assert _samples(server)["penstock:kv_cache_usage_perc"] > 0
-    _wait("blocks freed", lambda: _samples(server)["penstock:kv_cache_usage_perc"] == 0)
+    wait("blocks freed", lambda: _samples(server)["penstock:kv_cache_usage_perc"] == 0)
     after = _samples(server)
     aborted = 'penstock:request_success_total{finished_reason="abort"}'
     assert after[aborted] == before.get(aborted, 0) + 1
@@ -269,7 +225,7 @@ def test_a_second_deployment_into_the_cluster_is_refused_and_harms_nothing(serve
     command = [PENSTOCK, "serve", str(DEMO), "--address", server.ray_environment["RAY_ADDRESS"], "--device", "cpu"]
     environment = {**os.environ, **server.ray_environment}
     done = subprocess.run(
-        [*command, "--port", str(_free_port())],
+        [*command, "--port", str(free_port())],
         env=environment,
         capture_output=True,
         text=True,
@@ -281,11 +237,6 @@ def test_a_second_deployment_into_the_cluster_is_refused_and_harms_nothing(serve
     assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
 
 
-def _processes(server: Server, name: str) -> list[psutil.Process]:
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    return [process for process in family if name in " ".join(process.cmdline())]
-
-
 def _answers(server: Server) -> bool:
     body = {"model": MODEL, "prompt": "import", "max_tokens": 4, "temperature": 0}
     try:
@@ -295,54 +246,33 @@ def _answers(server: Server) -> bool:
     return response.status_code == 200
 
 
-def _long_stream(server: Server, killed: str | None = None, max_tokens: int = 2000) -> list[str]:
-    """Return the lines of a long stream; kill the process ``killed`` while it runs."""
-    body = {"model": MODEL, "prompt": "import", "max_tokens": max_tokens, "stream": True, "ignore_eos": True, "seed": 3}
-    lines = []
-    try:
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
-            for line in response.iter_lines():
-                lines.append(line)
-                if len(lines) == 10 and killed is not None:
-                    _processes(server, killed)[0].kill()
-    except httpx.TransportError:
-        lines.append("cut off")
-    return [line for line in lines if line]
-
-
-def _text(lines: list[str]) -> str:
-    assert lines[-1] == "data: [DONE]"
-    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-    return "".join(choice["text"] for event in events for choice in event["choices"])
-
-
 def test_requests_of_an_ingress_that_dies_are_aborted_and_can_be_sent_again(server):
-    undisturbed = _long_stream(server, max_tokens=400)
-    cut = _long_stream(server, "Ingress", max_tokens=400)
+    undisturbed = long_stream(server, max_tokens=400)
+    cut = long_stream(server, "Ingress", max_tokens=400)
     assert cut[-1] == "cut off"
-    _wait("another ingress", lambda: _answers(server), 90)
-    _wait("blocks freed", lambda: _samples(server)["penstock:kv_cache_usage_perc"] == 0)
+    wait("another ingress", lambda: _answers(server), 90)
+    wait("blocks freed", lambda: _samples(server)["penstock:kv_cache_usage_perc"] == 0)
     assert _samples(server)['penstock:request_success_total{finished_reason="abort"}'] >= 1
-    assert _text(_long_stream(server, max_tokens=400)) == _text(undisturbed)
-    assert _text(undisturbed).startswith(_text([*cut[:-1], "data: [DONE]"]))
+    assert text_of(long_stream(server, max_tokens=400)) == text_of(undisturbed)
+    assert text_of(undisturbed).startswith(text_of([*cut[:-1], "data: [DONE]"]))
 
 
 def test_a_worker_that_dies_is_replaced_and_no_stream_notices(server):
-    undisturbed = _text(_long_stream(server, max_tokens=200))
-    processes = {process.pid for process in _processes(server, "ray::Worker")}
-    assert len(processes) == 2
-    assert _text(_long_stream(server, "Worker.run", max_tokens=200)) == undisturbed
-    others = {process.pid for process in _processes(server, "ray::Worker")}
-    assert len(processes & others) == 1, "the other worker keeps its weights"
+    undisturbed = text_of(long_stream(server, max_tokens=200))
+    before = {process.pid for process in processes(server, "ray::Worker")}
+    assert len(before) == 2
+    assert text_of(long_stream(server, "Worker.run", max_tokens=200)) == undisturbed
+    others = {process.pid for process in processes(server, "ray::Worker")}
+    assert len(before & others) == 1, "the other worker keeps its weights"
     assert [event["kind"] for event in HttpClient(server.url).events()] == ["fault", "recovery"]
 
 
 @pytest.mark.parametrize(("name", "keeps_workers"), [("ray::Coordinator", True), ("ServeReplica:default:Gang", False)])
 def test_streams_outlive_their_coordinator_and_their_gang(server, name, keeps_workers):
-    undisturbed = _text(_long_stream(server, max_tokens=200))
-    workers = {process.pid for process in _processes(server, "ray::Worker")}
-    assert _text(_long_stream(server, name, max_tokens=200)) == undisturbed
-    assert ({process.pid for process in _processes(server, "ray::Worker")} == workers) == keeps_workers
+    undisturbed = text_of(long_stream(server, max_tokens=200))
+    workers = {process.pid for process in processes(server, "ray::Worker")}
+    assert text_of(long_stream(server, name, max_tokens=200)) == undisturbed
+    assert ({process.pid for process in processes(server, "ray::Worker")} == workers) == keeps_workers
     found = HttpClient(server.url).events()
     assert found[-1]["what"] == "resubmission"
     assert found[-1]["num_requests_replayed"] == 1
@@ -352,105 +282,15 @@ def test_streams_outlive_their_coordinator_and_their_gang(server, name, keeps_wo
     assert samples["penstock:kv_cache_usage_perc"] == 0
 
 
-def _interrupted_stream(server: Server, kind: signal.Signals, times: int, max_tokens: int) -> list[str]:
-    """Return the lines of a long stream; send the server a signal once it runs, and again when it has said so."""
-    body = {"model": MODEL, "prompt": "import", "max_tokens": max_tokens, "stream": True, "ignore_eos": True, "seed": 3}
-    lines = []
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
-        for line in filter(None, response.iter_lines()):
-            lines.append(line)
-            if len(lines) == 10:
-                for _ in range(times):
-                    server.process.send_signal(kind)
-                    _wait("it says so", lambda: "ending live requests, for at most 30 s" in server.log.read_text())
-    return lines
-
-
 def test_ctrl_c_ends_live_streams_first_and_leaves_nothing_behind(server):
     """The last test of that server: it ends it."""
     family = psutil.Process(server.process.pid).children(recursive=True)
     folder = Path(server.ray_environment["RAY_AUTH_TOKEN_PATH"]).parent
     assert len(family) > 5
     assert folder.is_dir()
-    undisturbed = _text(_long_stream(server, max_tokens=400))
-    assert _text(_interrupted_stream(server, signal.SIGINT, 1, 400)) == undisturbed
+    undisturbed = text_of(long_stream(server, max_tokens=400))
+    assert text_of(interrupted_stream(server, signal.SIGINT, 1, 400)) == undisturbed
     assert server.process.wait(60) == 0
     # Zombies are the init process's business
-    _wait("processes gone", lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family))
+    wait("processes gone", lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family))
     assert not folder.exists()
-
-
-def test_a_placement_reaches_the_workers_by_its_content(tmp_path):
-    """Its file need not be where they run, nor there at all any more when a worker or the gang is started anew."""
-    from penstock.cluster.client.llm import LLM
-
-    path = tmp_path / "placement.json"
-    write_placement(DEMO, 2, "balanced", path)
-    options = [
-        "--expert-parallel-size",
-        "2",
-        "--served-model-name",
-        MODEL,
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--num-threads",
-        "1",
-    ]
-    with LLM(str(DEMO), dtype="float32", device="cpu", num_threads=1) as llm:
-        wanted = llm.generate("import os\n", temperature=0, max_tokens=24)[0].text
-    with _running(["serve", str(DEMO), "--placement", str(path), *options], tmp_path / "log") as server:
-        path.unlink()
-        # 32 experts and three replicas
-        assert "17-18 experts a layer" in server.log.read_text()
-        client = HttpClient(server.url)
-        for lost in ("Worker.run", "ServeReplica:default:Gang"):
-            assert client.generate("import os\n", temperature=0, max_tokens=24).text == wanted
-            gone = _processes(server, lost)[0]
-            gone.kill()
-            psutil.wait_procs([gone], timeout=30)
-        assert client.generate("import os\n", temperature=0, max_tokens=24).text == wanted
-        client.close()
-        # SIGTERM is as good as Ctrl-C, and the second of them cuts off what the first would let end
-        last = _interrupted_stream(server, signal.SIGTERM, 2, 2000)[-1]
-        error = json.loads(last.removeprefix("data: "))["error"]
-        assert (error["code"], error["type"]) == ("engine_dead", "server_error")
-        assert server.process.wait(60) == 0
-
-
-@pytest.fixture
-def without_ray(monkeypatch):
-    monkeypatch.setattr("penstock.cluster.serving.server.LocalRay", lambda *_: pytest.fail("Ray was started"))
-
-
-def test_a_port_in_use_is_refused_with_one_line(penstock, without_ray):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        done = penstock("serve", str(DEMO), "--port", str(port))
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: port: cannot listen on 127.0.0.1:{port}")
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize("fault", ["cut short", "no weights", "unknown architecture", "no such directory"])
-def test_an_unusable_checkpoint_is_refused_before_ray_starts(fault, checkpoint, tmp_path, penstock, without_ray):
-    import shutil
-
-    directory = tmp_path / "model"
-    if fault != "no such directory":
-        shutil.copytree(checkpoint("qwen3_moe"), directory)
-    weights = sorted(directory.glob("*.safetensors"))
-    if fault == "cut short":
-        weights[0].write_bytes(weights[0].read_bytes()[:-100])
-    elif fault == "no weights":
-        for file in weights:
-            file.unlink()
-    elif fault == "unknown architecture":
-        config = json.loads((directory / "config.json").read_text())
-        (directory / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    done = penstock("serve", str(directory))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: model: ")

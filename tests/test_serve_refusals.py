@@ -1,0 +1,47 @@
+"""What `penstock serve` refuses, before it starts Ray."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+from .running_server import DEMO
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    monkeypatch.setattr("penstock.cluster.serving.server.LocalRay", lambda *_: pytest.fail("Ray was started"))
+
+
+def test_a_port_in_use_is_refused_with_one_line(penstock, without_ray):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = penstock("serve", str(DEMO), "--port", str(port))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: port: cannot listen on 127.0.0.1:{port}")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("fault", ["cut short", "no weights", "unknown architecture", "no such directory"])
+def test_an_unusable_checkpoint_is_refused_before_ray_starts(fault, checkpoint, tmp_path, penstock, without_ray):
+    import shutil
+
+    directory = tmp_path / "model"
+    if fault != "no such directory":
+        shutil.copytree(checkpoint("qwen3_moe"), directory)
+    weights = sorted(directory.glob("*.safetensors"))
+    if fault == "cut short":
+        weights[0].write_bytes(weights[0].read_bytes()[:-100])
+    elif fault == "no weights":
+        for file in weights:
+            file.unlink()
+    elif fault == "unknown architecture":
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    done = penstock("serve", str(directory))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model: ")
