@@ -130,5 +130,11 @@ def attend_with_sinks(
     return weights.to(value.dtype) @ value
 
 
+def keep_whole() -> None:
+    """From now on, let torch's compiler call attention as it is instead of compiling what it does."""
+    disable: Any = torch.compiler.disable
+    AttentionInterface.register(ATTENTION, disable(paged_attention))
+
+
 AttentionInterface.register(ATTENTION, paged_attention)
 AttentionMaskInterface.register(ATTENTION, window_mask)

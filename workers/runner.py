@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -20,6 +22,7 @@ from ..router.topk import RouterSeam
 from . import attention
 from .adjustments import Texts, adjust
 from .architectures import UNSTEERABLE
+from .compiled_layers import Backend, CompiledLayers
 from .computed_step import ComputedStep
 from .dispatch import AllToAllDispatcher, CollectiveLog, Dispatcher, LocalDispatcher
 from .expert_mover import ExpertMover
@@ -32,7 +35,7 @@ from .model_config import eos_token_ids, num_experts_of, num_experts_per_tok
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
-from .plan import Logprobs, RankPlan, RankResult, RequestPlan
+from .plan import Bucket, Logprobs, RankPlan, RankResult, RequestPlan
 from .rebalance_plan import RebalancePlan
 from .rows import PackedRows, pack
 from .sampler import accept, sample
@@ -42,6 +45,8 @@ from .static_rows import StaticRows
 from .static_step import StaticStep, StepShape
 from .step_budget import StepBudget
 from .step_graphs import StepGraphs
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -118,6 +123,11 @@ class ModelRunner:
         self._probe()
         pool_bytes = self._pool_bytes(kv_cache_bytes, gpu_memory_utilization, max_num_batched_tokens)
         self.cache.allocate(pool_bytes, self.device)
+        replays_graphs = self.experts.is_capturable and not enforce_eager
+        self._opaque = (*loaded.expert_modules, *loaded.routers)
+        self._compiled: CompiledLayers | None = None
+        if replays_graphs:
+            self.compile_layers()
         self.texts = Texts()
         self.generation = -1
         self.max_model_len = max_model_len or limit
@@ -157,7 +167,7 @@ class ModelRunner:
             num_kv_blocks=self.cache.num_blocks,
             kv_block_bytes=self.cache.block_bytes,
             load_s=time.perf_counter() - started,
-            replays_graphs=self.experts.is_capturable and not enforce_eager,
+            replays_graphs=replays_graphs,
             bytes_per_expert=[shard.bytes_per_expert for shard in self.experts.shards],
         )
 
@@ -272,8 +282,28 @@ class ModelRunner:
         return answer.computed(plan, logits, self.static_dispatcher.payload_bytes_per_row)
 
     def _static_step(self, shape: StepShape) -> StaticStep:
-        rows = StaticRows(shape.bucket, self.cache.block_size, self.cache.scratch_slot, self.device)
-        return StaticStep(shape, rows, self._forward, self.experts, self.layers, self.log)
+        rows = self._static_rows(shape.bucket)
+        return StaticStep(shape, rows, self._static_forward, self.experts, self.layers, self.log)
+
+    def _static_rows(self, bucket: Bucket) -> StaticRows:
+        return StaticRows(bucket, self.cache.block_size, self.cache.scratch_slot, self.device)
+
+    def _static_forward(self, rows: PackedRows, selections: Sequence[BudgetedSelection] = ()) -> torch.Tensor:
+        with nullcontext() if self._compiled is None else self._compiled.active():
+            return self._forward(rows, selections)
+
+    @torch.inference_mode()
+    def compile_layers(self, backend: Backend = "inductor") -> None:
+        """Have steps that are padded to a bucket run compiled layers; where that fails, a line in the log says why."""
+        self._compiled = CompiledLayers(self.model, self._opaque, self.cache, backend)
+        try:
+            for shape in ((1, 1), (1, 2), (2, 1), (2, 2)):  # of all variants, so that no request waits for one
+                self._static_forward(self._static_rows(Bucket(*shape, self.cache.block_size)).layout())
+        except Exception as error:  # the compiler's, of many types
+            self._compiled = None
+            logger.warning("the dense part of layers runs as it is written: %s", error)
+        else:
+            logger.info("the dense part of layers is compiled by torch")
 
     def _begin_moves(self, plan: RebalancePlan) -> None:
         dispatcher = self.experts.dispatcher
