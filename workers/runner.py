@@ -17,7 +17,7 @@ from ..router.budgeted_choice import LayerRanks
 from ..router.budgeted_selection import BudgetedSelection
 from ..router.placement import Placement, PlacementVersion, contiguous
 from ..router.topk import RouterSeam
-from . import attention
+from . import attention, page_attention
 from .adjustments import Texts, adjust
 from .architectures import UNSTEERABLE
 from .computed_step import ComputedStep
@@ -118,6 +118,12 @@ class ModelRunner:
         self._probe()
         pool_bytes = self._pool_bytes(kv_cache_bytes, gpu_memory_utilization, max_num_batched_tokens)
         self.cache.allocate(pool_bytes, self.device)
+        replays_graphs = self.experts.is_capturable and not enforce_eager
+        reason = page_attention.objection(self.cache, self.device)
+        if replays_graphs:
+            page_attention.say(reason)
+        self.reads_pages = not reason
+        """Steps that are padded to a bucket attend to the pool in place."""
         self.texts = Texts()
         self.generation = -1
         self.max_model_len = max_model_len or limit
@@ -157,7 +163,7 @@ class ModelRunner:
             num_kv_blocks=self.cache.num_blocks,
             kv_block_bytes=self.cache.block_bytes,
             load_s=time.perf_counter() - started,
-            replays_graphs=self.experts.is_capturable and not enforce_eager,
+            replays_graphs=replays_graphs,
             bytes_per_expert=[shard.bytes_per_expert for shard in self.experts.shards],
         )
 
@@ -272,7 +278,9 @@ class ModelRunner:
         return answer.computed(plan, logits, self.static_dispatcher.payload_bytes_per_row)
 
     def _static_step(self, shape: StepShape) -> StaticStep:
-        rows = StaticRows(shape.bucket, self.cache.block_size, self.cache.scratch_slot, self.device)
+        block_size = self.cache.block_size
+        most_blocks = -(-self.max_model_len // block_size) if self.reads_pages else None
+        rows = StaticRows(shape.bucket, block_size, self.cache.scratch_slot, self.device, most_blocks)
         return StaticStep(shape, rows, self._forward, self.experts, self.layers, self.log)
 
     def _begin_moves(self, plan: RebalancePlan) -> None:

@@ -1,0 +1,116 @@
+"""Attention that reads the KV pool's blocks where they lie, by torch's flex_attention, and when it can.
+
+On a GPU it is compiled, once for each shape of bucket; elsewhere, in tests, torch computes it from all scores.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
+
+from ..kernels.device import has_triton
+from .kv_cache import PagedKVCache
+
+logger = logging.getLogger(__name__)
+
+_TILE = 16
+"""Rows and slots that a program takes at least: what matrix units multiply."""
+_MOST_SLOTS = 64
+"""That a program takes at once."""
+_SHAPES = 256
+"""Most that are compiled; one more is an error."""
+
+
+def objection(cache: PagedKVCache, device: torch.device) -> str:
+    """Return why attention on ``device`` cannot read the pools of ``cache`` in place; nothing if it can."""
+    if not has_triton(device):
+        return "Triton is not installed"
+    if not cache.attends_to_what_it_keeps:
+        return "the model makes keys and values of what it keeps of a token"
+    if cache.block_size % _TILE:
+        return f"block_size is {cache.block_size}, no multiple of {_TILE}"
+    narrow = min(states.shape[-1] for pools in cache.pools for states in pools)
+    if narrow < _TILE:
+        return f"its heads have {narrow} numbers, less than {_TILE}"
+    if any(states.numel() >= 1 << 31 for pools in cache.pools for states in pools):
+        return "a layer's pool has more numbers than 32 bits count"
+    return ""
+
+
+def say(reason: str) -> None:
+    """Log how replayed steps attend; ``reason`` is what `objection` returned."""
+    if reason:
+        logger.warning("attention: replayed steps gather padded contexts, for torch's dense attention: %s", reason)
+    else:
+        logger.info("attention: replayed steps read the KV pool in place, by torch's flex_attention")
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: BlockMask,
+    sinks: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attend to the slots that ``mask`` lists and lets be seen; return [R, heads, N, D of values].
+
+    query [R, heads, N, D], keys and values [1, kv_heads, slots, D], which are views of a layer's pool, ``sinks``
+    [heads] or None. A row that sees nothing gets zeros.
+    """
+    options = kernel_options(query.shape[2], query.shape[1] // keys.shape[1], mask.BLOCK_SIZE[1])
+    computed = _compiled() if query.is_cuda else attend_with
+    return computed(query, keys, values, mask, sinks, scaling, options)
+
+
+def attend_with(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: BlockMask,
+    sinks: torch.Tensor | None,
+    scaling: float | None,
+    options: FlexKernelOptions,
+) -> torch.Tensor:
+    """Compute `attend`; what is compiled."""
+    grouped = query.shape[1] != keys.shape[1]
+    if sinks is None:
+        return flex_attention(
+            query, keys, values, block_mask=mask, scale=scaling, enable_gqa=grouped, kernel_options=options
+        )
+    output, found = flex_attention(
+        query,
+        keys,
+        values,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=grouped,
+        kernel_options=options,
+        return_aux=AuxRequest(lse=True),
+    )
+    assert found.lse is not None
+    # One more place in the softmax, which holds no value
+    return (output * torch.sigmoid(found.lse - sinks.float()[:, None])[..., None]).to(output.dtype)
+
+
+def kernel_options(num_rows: int, group_size: int, block_size: int) -> FlexKernelOptions:
+    """Return how flex_attention's kernels are cut, for ``group_size`` heads of queries to a head of keys.
+
+    Its decoding kernel takes all rows of a group in a program; it wants a power of two of heads, and the kernel that
+    is taken otherwise has large tiles of its own. Neither lets a tile be larger than a block of the pool.
+    """
+    options: FlexKernelOptions = {"BLOCK_N": min(block_size & -block_size, _MOST_SLOTS)}
+    if group_size & (group_size - 1):
+        options["BLOCK_M"] = max(_TILE, 1 << (num_rows - 1).bit_length())
+    return options
+
+
+@cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    # torch gives up at 8 of a function, and buckets have more shapes
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
+    return torch.compile(attend_with, fullgraph=True, dynamic=False)
