@@ -19,8 +19,11 @@ logger = logging.getLogger(__name__)
 
 _TILE = 16
 """Rows and slots that a program takes at least: what matrix units multiply."""
-_MOST_SLOTS = 64
-"""That a program takes at once."""
+_MOST_ROWS = 128
+_MOST_SLOT_BYTES = 64
+"""Of one number in each slot; more slots at once spill registers."""
+_SHARED_BYTES = 96 << 10
+"""Of a program: what small GPUs have, and large ones twice over."""
 _SHAPES = 256
 """Most that are compiled; one more is an error."""
 
@@ -62,7 +65,13 @@ def attend(
     query [R, heads, N, D], keys and values [1, kv_heads, slots, D], which are views of a layer's pool, ``sinks``
     [heads] or None. A row that sees nothing gets zeros.
     """
-    options = kernel_options(query.shape[2], query.shape[1] // keys.shape[1], mask.BLOCK_SIZE[1])
+    options = kernel_options(
+        num_rows=query.shape[2],
+        group_size=query.shape[1] // keys.shape[1],
+        block_size=mask.BLOCK_SIZE[1],
+        widths=(keys.shape[3], values.shape[3]),
+        itemsize=keys.dtype.itemsize,
+    )
     computed = _compiled() if query.is_cuda else attend_with
     return computed(query, keys, values, mask, sinks, scaling, options)
 
@@ -97,16 +106,39 @@ def attend_with(
     return (output * torch.sigmoid(found.lse - sinks.float()[:, None])[..., None]).to(output.dtype)
 
 
-def kernel_options(num_rows: int, group_size: int, block_size: int) -> FlexKernelOptions:
+def kernel_options(
+    *, num_rows: int, group_size: int, block_size: int, widths: tuple[int, int], itemsize: int
+) -> FlexKernelOptions:
     """Return how flex_attention's kernels are cut, for ``group_size`` heads of queries to a head of keys.
 
-    Its decoding kernel takes all rows of a group in a program; it wants a power of two of heads, and the kernel that
-    is taken otherwise has large tiles of its own. Neither lets a tile be larger than a block of the pool.
+    ``widths``: numbers of a head's key and value, of ``itemsize`` bytes. A tile of slots divides a block of the pool.
+    The decoding kernel, which takes a power of two of heads alone, has a group's rows in a tile; the other one has a
+    head's. `benchmarks.attention_limits` compiles what this returns; torch's own choice spills registers at 128 rows.
     """
-    options: FlexKernelOptions = {"BLOCK_N": min(block_size & -block_size, _MOST_SLOTS)}
-    if group_size & (group_size - 1):
-        options["BLOCK_M"] = max(_TILE, 1 << (num_rows - 1).bit_length())
-    return options
+    is_decoding = not group_size & (group_size - 1)
+    key, value = map(_power_of_two, widths)
+    slots = min(block_size & -block_size, _MOST_SLOT_BYTES // itemsize)
+    most = min(max(_TILE, _power_of_two(num_rows * group_size if is_decoding else num_rows)), _MOST_ROWS)
+    least = max(_TILE, group_size if is_decoding else 0)
+
+    def is_small(rows: int, stages: int) -> bool:
+        in_loop = rows * key + stages * slots * (key + value)
+        return max(in_loop * itemsize, rows * value * 4) <= _SHARED_BYTES  # sums are f32, and stored through it
+
+    rows = most
+    while rows > least and not is_small(rows, 2):
+        rows //= 2
+    stages = next((number for number in (3, 2) if is_small(rows, number)), 1)
+    return {
+        "BLOCK_M": rows,
+        "BLOCK_N": slots,
+        "num_warps": min(max(2, rows * slots // 256, rows * value // 2048), 8),
+        "num_stages": stages,
+    }
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 @cache
