@@ -36,6 +36,7 @@ class Kernel(NamedTuple):
     """One that a compiled function launches."""
 
     name: str
+    source: str
     compiled: Any
     """Triton's."""
 
@@ -94,7 +95,7 @@ class AbsentGpu:
                 cause = cause.__cause__ or cause.__context__
             if cause is None:
                 raise
-        return [Kernel(name, _compile(name, source)) for name, source in self._sources.items()]
+        return [Kernel(name, source, _compile(name, source)) for name, source in self._sources.items()]
 
     def close(self) -> None:
         """Let it be seen that there is none; no more is compiled."""

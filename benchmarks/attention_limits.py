@@ -1,14 +1,17 @@
 """What attention over the KV pool's blocks takes on a Hopper GPU that need not be there: registers, spills, memory.
 
 `python -m penstock.benchmarks.attention_limits` compiles it as replayed steps call it, for the heads of real models,
-down to machine code, and launches nothing. It needs a build of torch without CUDA. ``--quick`` takes a few shapes.
+down to machine code, and launches nothing. It needs a build of torch without CUDA. ``--quick`` takes a few shapes;
+``--sources FOLDER`` writes there what torch generates, for each shape its kernel in Triton.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,9 +23,9 @@ from .absent_gpu import ARCHITECTURE, AbsentGpu
 from .harness import Measurement, Options, Row, Target, run
 from .kernel_limits import resources
 
-_POOL_BLOCKS = 4096
-_REQUESTS = 4
-_WIDEST = 256
+POOL_BLOCKS = 4096
+REQUESTS = 4
+WIDEST = 256
 """Contexts, in blocks."""
 
 
@@ -50,6 +53,11 @@ _HEADS = (
     Heads("heads of 256", 64, 4, 256, 256, dtype=torch.float32),
     Heads("heads of 512", 16, 2, 512, 512),
 )
+SMALL = {
+    "decoding": Heads("small, decoding", 4, 2, 16, 16, torch.float32, sinks=True),
+    "general": Heads("small, general", 3, 1, 16, 16, torch.float32, sinks=True),
+}
+"""Of each of torch's two kernels, what can be interpreted."""
 
 
 def _cases(*, quick: bool) -> Iterator[tuple[Heads, int, int]]:
@@ -58,6 +66,8 @@ def _cases(*, quick: bool) -> Iterator[tuple[Heads, int, int]]:
         yield _HEADS[1], 8, 16
         yield _HEADS[3], 1, 16
         yield _HEADS[8], 8, 64
+        yield SMALL["decoding"], 4, 16
+        yield SMALL["general"], 4, 16
         return
     for heads in _HEADS:
         for num_rows in (1, 2, 4, 8):
@@ -71,18 +81,18 @@ def _attend(heads: Heads, num_rows: int, block_size: int) -> torch.Tensor:
         numbers = partial(torch.zeros, dtype=torch.int64, device="cuda")
         states = partial(torch.zeros, dtype=heads.dtype, device="cuda")
         pages = ContextPages(
-            tables=numbers(_REQUESTS, _WIDEST),
-            committed=numbers(_REQUESTS),
-            num_rows=numbers(_REQUESTS),
-            positions=numbers(_REQUESTS, num_rows),
-            own=numbers(_REQUESTS, num_rows, num_rows).bool(),
+            tables=numbers(REQUESTS, WIDEST),
+            committed=numbers(REQUESTS),
+            num_rows=numbers(REQUESTS),
+            positions=numbers(REQUESTS, num_rows),
+            own=numbers(REQUESTS, num_rows, num_rows).bool(),
             block_size=block_size,
-            num_pool_blocks=_POOL_BLOCKS,
-            most_blocks=_WIDEST,
+            num_pool_blocks=POOL_BLOCKS,
+            most_blocks=WIDEST,
         )
-        query = states(_REQUESTS, num_rows, heads.num_heads, heads.key_width).transpose(1, 2)
+        query = states(REQUESTS, num_rows, heads.num_heads, heads.key_width).transpose(1, 2)
         keys, values = (
-            states(_POOL_BLOCKS * block_size, heads.num_kv_heads, width).transpose(0, 1).unsqueeze(0)
+            states(POOL_BLOCKS * block_size, heads.num_kv_heads, width).transpose(0, 1).unsqueeze(0)
             for width in (heads.key_width, heads.value_width)
         )
         sinks = states(heads.num_heads) if heads.sinks else None
@@ -95,7 +105,11 @@ def measure(options: Options) -> Measurement:
     gpu = AbsentGpu()
     try:
         for heads, num_rows, block_size in _cases(quick=options.quick):
-            for kernel in gpu.kernels(partial(_attend, heads, num_rows, block_size)):
+            kernels = gpu.kernels(partial(_attend, heads, num_rows, block_size))
+            if options.given.sources is not None:
+                name = f"{heads.model}, {num_rows} rows, blocks of {block_size}.py"
+                (options.given.sources / name).write_text(kernels[0].source, encoding="utf-8")
+            for kernel in kernels:
                 registers, spilled = resources(kernel.compiled)
                 rows.append(
                     {
@@ -123,6 +137,10 @@ def measure(options: Options) -> Measurement:
     return Measurement(rows, targets, "as named", 1)
 
 
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sources", type=Path, metavar="FOLDER", help="write the kernels' sources to FOLDER")
+
+
 def main() -> int:
     """Run from the command line; refuse where nothing can be compiled for a GPU that is not there."""
     try:
@@ -136,7 +154,7 @@ def main() -> int:
     if torch.version.cuda is not None:
         print("attention_limits: this build of torch asks a GPU's driver; use one without CUDA", file=sys.stderr)
         return 2
-    return run("attention_limits", measure)
+    return run("attention_limits", measure, add_options=_options)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import flex_attention
@@ -22,7 +23,7 @@ from penstock.workers import page_attention
 from penstock.workers.attention import attend_with_sinks
 from penstock.workers.context_pages import ContextPages
 from penstock.workers.kv_cache import PagedKVCache
-from penstock.workers.page_attention import attend_with, kernel_options, objection
+from penstock.workers.page_attention import attend, attend_with, kernel_options, objection
 from penstock.workers.plan import Bucket, RankPlan, RequestPlan
 from penstock.workers.rows import context_slots
 from penstock.workers.runner import ModelRunner
@@ -140,10 +141,13 @@ def test_an_engine_publishes_the_same_tokens(checkpoint: Callable[[str], Path]) 
 # --- the blocks that are read ----------------------------------------------------------------------------------------
 
 
-def pages_of(requests: list[RequestPlan], bucket: Bucket, most_blocks: int = 64) -> ContextPages:
-    rows = StaticRows(bucket, BLOCK, 48 * BLOCK, torch.device("cpu"), most_blocks)
-    plan = RankPlan(0, 1, requests=requests, bucket=bucket)
-    rows.fill(plan, {part.request_id: torch.tensor(blocks(part.request_id)).numpy() for part in requests})
+def tables_of(requests: list[RequestPlan]) -> dict[int, np.ndarray]:
+    return {part.request_id: np.array(blocks(part.request_id)) for part in requests}
+
+
+def pages_of(requests: list[RequestPlan], bucket: Bucket, block_size: int = BLOCK) -> ContextPages:
+    rows = StaticRows(bucket, block_size, 48 * block_size, torch.device("cpu"), most_blocks=64)
+    rows.fill(RankPlan(0, 1, requests=requests, bucket=bucket), tables_of(requests))
     pages = rows.layout().pages
     assert pages is not None
     return pages
@@ -184,8 +188,8 @@ def test_compiled_it_reads_those_blocks_alone_and_is_compiled_once(monkeypatch: 
     ]
     counters = torch._dynamo.utils.counters["stats"]
     before = counters["unique_graphs"]
-    for requests in steps:
-        pages = pages_of(requests, Bucket(2, 4, 64))
+    for requests, longest in zip(steps, (64, 32), strict=True):
+        pages = pages_of(requests, Bucket(2, 4, longest))
         query = torch.randn(1, 4, 8, 8)[0].unflatten(1, (2, 4)).transpose(0, 1)
         for window in (None, WINDOW):
             mask = pages.mask(window)
@@ -262,3 +266,45 @@ def test_kernels_are_cut_into_tiles_that_blocks_divide_into() -> None:
             assert rows <= max(16, num_rows * group_size)
         loaded = rows * widths[0] + options["num_stages"] * options["BLOCK_N"] * sum(widths)
         assert loaded * itemsize <= 96 << 10
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("num_heads", [8, 6])
+def test_a_replayed_graph_reads_the_blocks_of_its_inputs(num_heads: int, has_sinks: bool) -> None:
+    bucket, block_size = Bucket(4, 8, 64), 16
+    rows = StaticRows(bucket, block_size, 48 * block_size, torch.device("cuda"), most_blocks=64)
+    torch.manual_seed(5)
+    pools = torch.randn(2, 49 * block_size, 2, 64)
+    query = torch.randn(num_heads, bucket.total_rows, 64).unflatten(1, (4, 8)).transpose(0, 1)
+    sinks = torch.randn(num_heads) if has_sinks else None
+    on_gpu = query.cuda(), *(states.cuda().transpose(0, 1)[None] for states in pools)
+    sinks_on_gpu = None if sinks is None else sinks.cuda()
+
+    def run() -> list[torch.Tensor]:
+        pages = rows.layout().pages
+        assert pages is not None
+        return [attend(*on_gpu, pages.mask(window), sinks_on_gpu, None) for window in (None, WINDOW)]
+
+    with torch.inference_mode():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run()
+        for requests in (STEPS["mixed"], STEPS["one"]):
+            rows.fill(RankPlan(0, 1, requests=requests, bucket=bucket), tables_of(requests))
+            graph.replay()
+            pages = pages_of(requests, bucket, block_size)
+            keys, values = (states.transpose(0, 1)[None] for states in pools)
+            for output, window in zip(found, (None, WINDOW), strict=True):
+                expected = attend_by_blocks(query, keys, values, pages.mask(window), sinks, None)
+                for r, part in enumerate(requests):
+                    n = len(part.token_ids)
+                    torch.testing.assert_close(output[r, :, :n].cpu(), expected[r, :, :n], rtol=1e-4, atol=1e-4)
