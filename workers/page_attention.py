@@ -118,14 +118,13 @@ def kernel_options(
     is_decoding = not group_size & (group_size - 1)
     key, value = map(_power_of_two, widths)
     slots = min(block_size & -block_size, _MOST_SLOT_BYTES // itemsize)
-    most = min(max(_TILE, _power_of_two(num_rows * group_size if is_decoding else num_rows)), _MOST_ROWS)
     least = max(_TILE, group_size if is_decoding else 0)
+    rows = max(least, min(_power_of_two(num_rows * group_size if is_decoding else num_rows), _MOST_ROWS))
 
     def is_small(rows: int, stages: int) -> bool:
         in_loop = rows * key + stages * slots * (key + value)
         return max(in_loop * itemsize, rows * value * 4) <= _SHARED_BYTES  # sums are f32, and stored through it
 
-    rows = most
     while rows > least and not is_small(rows, 2):
         rows //= 2
     stages = next((number for number in (3, 2) if is_small(rows, number)), 1)
