@@ -25,7 +25,7 @@ _MOST_SLOT_BYTES = 64
 _SHARED_BYTES = 96 << 10
 """Of a program: what small GPUs have, and large ones twice over."""
 _SHAPES = 256
-"""Most that are compiled; one more is an error."""
+"""Most that are compiled, more than torch thinks healthy; one more is an error."""
 
 
 def objection(cache: PagedKVCache, device: torch.device) -> str:
@@ -72,8 +72,10 @@ def attend(
         widths=(keys.shape[3], values.shape[3]),
         itemsize=keys.dtype.itemsize,
     )
-    computed = _compiled() if query.is_cuda else attend_with
-    return computed(query, keys, values, mask, sinks, scaling, options)
+    if not query.is_cuda:
+        return attend_with(query, keys, values, mask, sinks, scaling, options)
+    with torch._dynamo.config.patch(recompile_limit=_SHAPES):
+        return _compiled()(query, keys, values, mask, sinks, scaling, options)
 
 
 def attend_with(
@@ -142,6 +144,4 @@ def _power_of_two(least: int) -> int:
 
 @cache
 def _compiled() -> Callable[..., torch.Tensor]:
-    # torch gives up at 8 of a function, and buckets have more shapes
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
     return torch.compile(attend_with, fullgraph=True, dynamic=False)
