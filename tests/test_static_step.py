@@ -17,6 +17,7 @@ from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
 from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.router.budgeted_choice import LayerRanks
 from penstock.router.expert_budget import ExpertBudget
+from penstock.workers import page_attention
 from penstock.workers import runner as runners
 from penstock.workers.bucket import MAX_ROWS, bucket_of
 from penstock.workers.plan import Bucket, LayerCounts, RankPlan, RequestPlan
@@ -191,6 +192,31 @@ def test_the_host_learns_nothing_of_a_step_while_it_runs(blind_runner: ModelRunn
         (8 + 2 * blind_runner.info.model.num_moe_layers,),
         (0 if budget is None else blind_runner.info.model.num_moe_layers, 8),
     ]
+
+
+@pytest.mark.parametrize("blind_runner", ["qwen3_moe", "gpt_oss", "gemma4_text"], indirect=True)
+def test_the_host_learns_nothing_of_the_pages_that_a_step_reads(
+    blind_runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def attend(query: Any, keys: Any, values: Any, mask: Any, sinks: Any, scaling: Any) -> torch.Tensor:
+        """Look at all that the kernel does."""
+        r, n = query.shape[0], query.shape[2]
+        read.append((mask.kv_num_blocks.shape, mask.kv_indices.shape, mask.shape[-2:]))
+        slots = mask.kv_indices * BLOCK
+        places = [torch.zeros_like(slots).expand(r, 1, n, -1)] * 3
+        hidden = torch.where(mask.mask_mod(*places, slots), 0, mask.kv_num_blocks[..., None]).sum(-1)
+        return query.new_empty(*query.shape[:-1], values.shape[-1]) + hidden[..., None]
+
+    monkeypatch.setattr(page_attention, "attend", attend)
+    blind_runner.reads_pages = True
+    step = blind_runner._static_step(StepShape.of(Bucket(4, 2, 32), None))
+    with torch.inference_mode(), OnTheDevice():
+        step.run()
+    slots = blind_runner.cache.scratch_slot + BLOCK
+    assert set(read) == {((4, 1, 1), (4, 1, 1, 64 // BLOCK), (2, slots))}
+    assert len(read) == blind_runner.info.model.num_layers
 
 
 @pytest.mark.parametrize("blind_runner", ["qwen3_moe"], indirect=True)

@@ -1,7 +1,8 @@
-"""The attention seam: transformers' attention interface over the paged pool's groups.
+"""The attention seam: transformers' attention interface over the paged pool.
 
 ``PagedKVCache.update`` hands every layer the context of the step's groups; this function cuts it by group and attends.
 It serves grouped-query and latent (MLA) attention, sliding windows included, since all it sees are keys and values.
+Where a step reads the pool's blocks in place, ``update`` hands on the pool itself, and `page_attention` attends to it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from . import page_attention
 from .kv_cache import PagedKVCache
+from .rows import PackedRows
 
 ATTENTION = "penstock"
 
@@ -69,8 +72,14 @@ def paged_attention(
     for name, given in kwargs.items():
         if given is not None and name not in _IGNORED:
             raise ValueError(f"model: its attention uses {name}, which is not supported")
-    cache: Any = module.penstock_cache
-    rows = cache.rows
+    cache: PagedKVCache = module.penstock_cache  # type: ignore[assignment]
+    cache.note_attended(key, value)
+    assert cache.rows is not None
+    rows: PackedRows = cache.rows
+    if rows.pages is not None:
+        queries = query[0].unflatten(1, rows.pages.positions.shape).transpose(0, 1)  # [R, heads, N, D]
+        result = page_attention.attend(queries, key, value, rows.pages.mask(window), s_aux, scaling)
+        return result.transpose(1, 2).flatten(0, 1)[None], None
     only = rows.groups[0]
     if only.is_whole and len(only.rows) == 1:  # one request's rows and context are the group's as they are
         return _attend(query, key, value, only.mask(window), s_aux, scaling).transpose(1, 2), None

@@ -7,6 +7,8 @@ latents) is whatever its own code hands to ``update``, so its shapes are learned
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from .rows import PackedRows
 
 
 class PagedKVCache(Cache):
-    """A transformers cache whose ``update`` writes the step's rows and returns the context its groups read."""
+    """A transformers cache whose ``update`` writes the step's rows and returns the context that they read."""
 
     def __init__(self, block_size: int) -> None:
         super().__init__(layers=[])
@@ -27,6 +29,9 @@ class PagedKVCache(Cache):
         self._token_shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
         self._dtype = torch.float32
         self._pools: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._probed: list[weakref.ref[torch.Tensor]] = []
+        self.attends_to_what_it_keeps = True
+        """Layers attend to what `update` returns as it is, which latent attention does not."""
         self.tables: dict[int, np.ndarray] = {}
         """KV blocks of each request, int64."""
 
@@ -35,6 +40,11 @@ class PagedKVCache(Cache):
         """Bytes of one block over all layers."""
         numbers = sum(k[0] * k[1] + v[0] * v[1] for k, v in self._token_shapes.values())
         return self.block_size * numbers * torch.empty((), dtype=self._dtype).element_size()
+
+    @property
+    def pools(self) -> Collection[tuple[torch.Tensor, torch.Tensor]]:
+        """What each layer keeps: two of [slots, heads, D]."""
+        return self._pools.values()
 
     @property
     def scratch_slot(self) -> int:
@@ -53,17 +63,22 @@ class PagedKVCache(Cache):
             )
             for layer, (key, value) in self._token_shapes.items()
         }
+        self._probed.clear()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the rows' keys and values [1, heads, T, D]; return the groups' context [1, heads, slots, D]."""
+        """Write the rows' keys and values [1, heads, T, D]; return what they read [1, heads, slots, D].
+
+        That is the groups' context, or all of the pool where blocks are read in place.
+        """
         if not self._pools:
             self._token_shapes[layer_idx] = (
                 (key_states.shape[1], key_states.shape[3]),
                 (value_states.shape[1], value_states.shape[3]),
             )
             self._dtype = key_states.dtype
+            self._probed += [weakref.ref(key_states), weakref.ref(value_states)]
             return key_states, value_states
         assert self.rows is not None
         keys, values = self._pools[layer_idx]
@@ -71,9 +86,18 @@ class PagedKVCache(Cache):
         values.index_copy_(0, self.rows.write_slots, value_states[0].transpose(0, 1))
         return self._context(keys).transpose(0, 1)[None], self._context(values).transpose(0, 1)[None]
 
+    def note_attended(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Learn from the probing forward whether ``key`` and ``value`` are what `update` returned."""
+        if not self._pools:
+            known = [reference() for reference in self._probed]
+            is_kept = all(any(states is one for one in known) for states in (key, value))
+            self.attends_to_what_it_keeps = self.attends_to_what_it_keeps and is_kept
+
     def _context(self, pool: torch.Tensor) -> torch.Tensor:
-        """Return the slots the groups read [slots, heads, D], as a view where they lie together."""
+        """Return the slots the rows read [slots, heads, D], as a view where they lie together."""
         assert self.rows is not None
+        if self.rows.pages is not None:
+            return pool
         span = self.rows.gather_span
         return pool.index_select(0, self.rows.gather_slots) if span is None else pool[span]
 

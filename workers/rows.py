@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .context_pages import ContextPages
 from .plan import RankPlan, RequestPlan
 
 WIDE_ROWS = 32
@@ -77,6 +78,8 @@ class PackedRows:
     """[sum over requests of N - first_sampled_row] packed rows that yield a token."""
     scored_rows: torch.Tensor
     """[sum of targets] packed rows whose targets' log-probabilities are wanted."""
+    pages: ContextPages | None = None
+    """The pool's blocks that are read in place; there are no groups then, and nothing is gathered."""
 
     @property
     def logit_rows(self) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ..router.budgeted_choice import LayerRanks
 from ..router.budgeted_selection import BudgetedSelection
 from ..router.placement import Placement, PlacementVersion, contiguous
 from ..router.topk import RouterSeam
-from . import attention
+from . import attention, page_attention
 from .adjustments import Texts, adjust
 from .architectures import UNSTEERABLE
 from .compiled_layers import Backend, CompiledLayers
@@ -124,13 +124,18 @@ class ModelRunner:
         pool_bytes = self._pool_bytes(kv_cache_bytes, gpu_memory_utilization, max_num_batched_tokens)
         self.cache.allocate(pool_bytes, self.device)
         replays_graphs = self.experts.is_capturable and not enforce_eager
+        reason = page_attention.objection(self.cache, self.device)
+        if replays_graphs:
+            page_attention.say(reason)
+        self.reads_pages = not reason
+        """Steps that are padded to a bucket attend to the pool in place."""
+        self.max_model_len = max_model_len or limit
         self._opaque = (*loaded.expert_modules, *loaded.routers)
         self._compiled: CompiledLayers | None = None
         if replays_graphs:
             self.compile_layers()
         self.texts = Texts()
         self.generation = -1
-        self.max_model_len = max_model_len or limit
         # One block is scratch for padding rows
         needed = (-(-self.max_model_len // block_size) + 1) * self.cache.block_bytes
         if needed > pool_bytes:
@@ -286,7 +291,9 @@ class ModelRunner:
         return StaticStep(shape, rows, self._static_forward, self.experts, self.layers, self.log)
 
     def _static_rows(self, bucket: Bucket) -> StaticRows:
-        return StaticRows(bucket, self.cache.block_size, self.cache.scratch_slot, self.device)
+        block_size = self.cache.block_size
+        most_blocks = -(-self.max_model_len // block_size) if self.reads_pages else None
+        return StaticRows(bucket, block_size, self.cache.scratch_slot, self.device, most_blocks)
 
     def _static_forward(self, rows: PackedRows, selections: Sequence[BudgetedSelection] = ()) -> torch.Tensor:
         with nullcontext() if self._compiled is None else self._compiled.active():

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from ..router.routing import BudgetedRows
+from .context_pages import ContextPages
 from .plan import Bucket, RankPlan
 from .rows import AttentionGroup, PackedRows, depths, own_visibility
 
@@ -26,11 +28,20 @@ _REAL = ("temperatures", "reach")
 class StaticRows:
     """One bucket's inputs on ``device``: `fill` writes a step into them, `layout` derives the rest.
 
-    ``fill`` makes one copy to the device and waits for nothing; ``layout`` is what a graph captures.
+    ``fill`` makes one copy to the device and waits for nothing; ``layout`` is what a graph captures. ``most_blocks``:
+    of a request in any bucket, where attention reads the pool's blocks in place; None where contexts are gathered.
     """
 
-    def __init__(self, bucket: Bucket, block_size: int, scratch_slot: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        block_size: int,
+        scratch_slot: int,
+        device: torch.device,
+        most_blocks: int | None = None,
+    ) -> None:
         self.bucket, self._block_size, self._scratch_slot = bucket, block_size, scratch_slot
+        self._most_blocks = most_blocks
         r, n = bucket.num_requests, bucket.num_rows
         shapes: dict[str, tuple[int, ...]] = {
             "token_ids": (r, n),
@@ -92,23 +103,54 @@ class StaticRows:
     def layout(self) -> PackedRows:
         """Return the step's rows, computed on the device from `inputs`; request r has rows r x N to r x N + N - 1."""
         bucket, inputs = self.bucket, self.inputs
-        r, n, s = bucket.num_requests, bucket.num_rows, bucket.num_slots
-        device = self._device.device
-        committed, own_rows = inputs["committed"][:, None], torch.arange(n, device=device)
+        own_rows = torch.arange(bucket.num_rows, device=self._device.device)
+        committed = inputs["committed"][:, None]
         valid = own_rows < inputs["num_rows"][:, None]  # [R, N]
         positions = (committed + inputs["depths"] - 1).clamp_min(0)
         write_slots = torch.where(valid, self._slots(committed + own_rows), self._scratch_slot)
-        slots = torch.arange(s, device=device).expand(r, s)
+        rows = torch.arange(bucket.total_rows, device=self._device.device)
+        none = rows[:0]
+        layout = PackedRows(
+            token_ids=inputs["token_ids"].flatten(),
+            positions=positions.flatten(),
+            valid=valid.flatten(),
+            write_slots=write_slots.flatten(),
+            gather_slots=none,
+            gather_span=None,
+            groups=[],
+            sampled_rows=rows,
+            scored_rows=none,
+        )
+        if self._most_blocks is not None:
+            return replace(layout, pages=self._pages(positions, self._most_blocks))
+        group, gather_slots = self._gathered(positions, rows)
+        return replace(layout, groups=[group], gather_slots=gather_slots)
+
+    def _pages(self, positions: torch.Tensor, most_blocks: int) -> ContextPages:
+        return ContextPages(
+            tables=self.inputs["tables"],
+            committed=self.inputs["committed"],
+            num_rows=self.inputs["num_rows"],
+            positions=positions,
+            own=self.inputs["own"].bool(),
+            block_size=self._block_size,
+            num_pool_blocks=self._scratch_slot // self._block_size + 1,
+            most_blocks=max(most_blocks, self.inputs["tables"].shape[1]),
+        )
+
+    def _gathered(self, positions: torch.Tensor, rows: torch.Tensor) -> tuple[AttentionGroup, torch.Tensor]:
+        """Return all requests as one group, and the slots of their contexts [R x S], padded to the bucket's."""
+        r, n, s = self.bucket.num_requests, self.bucket.num_rows, self.bucket.num_slots
+        committed = self.inputs["committed"][:, None]
+        slots = torch.arange(s, device=rows.device).expand(r, s)
         row_there = (slots - committed).clamp(0, n - 1)  # [R, S] row whose KV a slot holds, if it is not committed
         is_committed, is_row = slots < committed, (slots >= committed) & (slots < committed + n)
-        sees_row = inputs["own"].gather(2, row_there[:, None].expand(r, n, s)).bool()
+        sees_row = self.inputs["own"].gather(2, row_there[:, None].expand(r, n, s)).bool()
         visible = is_committed[:, None] | (is_row[:, None] & sees_row)  # [R, N, S]
-        rows = torch.arange(r * n, device=device)
-        none = rows[:0]
         group = AttentionGroup(
             rows=rows.view(r, n),
-            scatter=none,
-            packed_rows=none,
+            scatter=rows[:0],
+            packed_rows=rows[:0],
             num_slots=r * s,
             query_positions=positions,
             key_positions=torch.where(is_committed, slots, positions.gather(1, row_there)),
@@ -116,17 +158,7 @@ class StaticRows:
             is_whole=True,
             sees_all=False,
         )
-        return PackedRows(
-            token_ids=inputs["token_ids"].flatten(),
-            positions=positions.flatten(),
-            valid=valid.flatten(),
-            write_slots=write_slots.flatten(),
-            gather_slots=self._slots(slots).flatten(),
-            gather_span=None,
-            groups=[group],
-            sampled_rows=rows,
-            scored_rows=none,
-        )
+        return group, self._slots(slots).flatten()
 
     def budgeted_rows(self, valid: torch.Tensor, *, per_request: bool) -> BudgetedRows:
         """Return which rows keep to a budget; ``valid`` [T] is the layout's."""

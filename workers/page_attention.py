@@ -1,0 +1,147 @@
+"""Attention that reads the KV pool's blocks where they lie, by torch's flex_attention, and when it can.
+
+On a GPU it is compiled, once for each shape of bucket; elsewhere, in tests, torch computes it from all scores.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
+
+from ..kernels.device import has_triton
+from .kv_cache import PagedKVCache
+
+logger = logging.getLogger(__name__)
+
+_TILE = 16
+"""Rows and slots that a program takes at least: what matrix units multiply."""
+_MOST_ROWS = 128
+_MOST_SLOT_BYTES = 64
+"""Of one number in each slot; more slots at once spill registers."""
+_SHARED_BYTES = 96 << 10
+"""Of a program: what small GPUs have, and large ones twice over."""
+_SHAPES = 256
+"""Most that are compiled, more than torch thinks healthy; one more is an error."""
+
+
+def objection(cache: PagedKVCache, device: torch.device) -> str:
+    """Return why attention on ``device`` cannot read the pools of ``cache`` in place; nothing if it can."""
+    if not has_triton(device):
+        return "Triton is not installed"
+    if not cache.attends_to_what_it_keeps:
+        return "the model makes keys and values of what it keeps of a token"
+    if cache.block_size % _TILE:
+        return f"block_size is {cache.block_size}, no multiple of {_TILE}"
+    narrow = min(states.shape[-1] for pools in cache.pools for states in pools)
+    if narrow < _TILE:
+        return f"its heads have {narrow} numbers, less than {_TILE}"
+    if any(states.numel() >= 1 << 31 for pools in cache.pools for states in pools):
+        return "a layer's pool has more numbers than 32 bits count"
+    return ""
+
+
+def say(reason: str) -> None:
+    """Log how replayed steps attend; ``reason`` is what `objection` returned."""
+    if reason:
+        logger.warning("attention: replayed steps gather padded contexts, for torch's dense attention: %s", reason)
+    else:
+        logger.info("attention: replayed steps read the KV pool in place, by torch's flex_attention")
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: BlockMask,
+    sinks: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attend to the slots that ``mask`` lists and lets be seen; return [R, heads, N, D of values].
+
+    query [R, heads, N, D], keys and values [1, kv_heads, slots, D], which are views of a layer's pool, ``sinks``
+    [heads] or None. A row that sees nothing gets zeros.
+    """
+    options = kernel_options(
+        num_rows=query.shape[2],
+        group_size=query.shape[1] // keys.shape[1],
+        block_size=mask.BLOCK_SIZE[1],
+        widths=(keys.shape[3], values.shape[3]),
+        itemsize=keys.dtype.itemsize,
+    )
+    if not query.is_cuda:
+        return attend_with(query, keys, values, mask, sinks, scaling, options)
+    with torch._dynamo.config.patch(recompile_limit=_SHAPES):
+        return _compiled()(query, keys, values, mask, sinks, scaling, options)
+
+
+def attend_with(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: BlockMask,
+    sinks: torch.Tensor | None,
+    scaling: float | None,
+    options: FlexKernelOptions,
+) -> torch.Tensor:
+    """Compute `attend`; what is compiled."""
+    grouped = query.shape[1] != keys.shape[1]
+    if sinks is None:
+        return flex_attention(
+            query, keys, values, block_mask=mask, scale=scaling, enable_gqa=grouped, kernel_options=options
+        )
+    output, found = flex_attention(
+        query,
+        keys,
+        values,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=grouped,
+        kernel_options=options,
+        return_aux=AuxRequest(lse=True),
+    )
+    assert found.lse is not None
+    # One more place in the softmax, which holds no value
+    return (output * torch.sigmoid(found.lse - sinks.float()[:, None])[..., None]).to(output.dtype)
+
+
+def kernel_options(
+    *, num_rows: int, group_size: int, block_size: int, widths: tuple[int, int], itemsize: int
+) -> FlexKernelOptions:
+    """Return how flex_attention's kernels are cut, for ``group_size`` heads of queries to a head of keys.
+
+    ``widths``: numbers of a head's key and value, of ``itemsize`` bytes. A tile of slots divides a block of the pool.
+    The decoding kernel, which takes a power of two of heads alone, has a group's rows in a tile; the other one has a
+    head's. `benchmarks.attention_limits` compiles what this returns; torch's own choice spills registers at 128 rows.
+    """
+    is_decoding = not group_size & (group_size - 1)
+    key, value = map(_power_of_two, widths)
+    slots = min(block_size & -block_size, _MOST_SLOT_BYTES // itemsize)
+    least = max(_TILE, group_size if is_decoding else 0)
+    rows = max(least, min(_power_of_two(num_rows * group_size if is_decoding else num_rows), _MOST_ROWS))
+
+    def is_small(rows: int, stages: int) -> bool:
+        in_loop = rows * key + stages * slots * (key + value)
+        return max(in_loop * itemsize, rows * value * 4) <= _SHARED_BYTES  # sums are f32, and stored through it
+
+    while rows > least and not is_small(rows, 2):
+        rows //= 2
+    stages = next((number for number in (3, 2) if is_small(rows, number)), 1)
+    return {
+        "BLOCK_M": rows,
+        "BLOCK_N": slots,
+        "num_warps": min(max(2, rows * slots // 256, rows * value // 2048), 8),
+        "num_stages": stages,
+    }
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+@cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    return torch.compile(attend_with, fullgraph=True, dynamic=False)
