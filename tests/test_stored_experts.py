@@ -102,6 +102,20 @@ def test_shards_hold_what_the_files_hold(case, quantized):
             assert not any(parameter.is_meta for parameter in loaded.model.parameters())
 
 
+def test_scales_of_powers_of_two_in_a_byte_are_widened(quantized, tmp_path):
+    source = quantized("qwen3_moe")
+    tensors = {
+        key: tensor.to(torch.float8_e8m0fnu) if key.endswith("_scale_inv") else tensor
+        for key, tensor in tensors_of(source).items()
+    }
+    directory = write(source, tmp_path / "e8m0", tensors)
+    full = load_rank(directory, elsewhere).expert_modules
+    for module, whole in zip(load_rank(directory).expert_modules, full, strict=True):
+        for name in PROJECTIONS:
+            assert module.get_parameter(f"{name}_scales").dtype == torch.float32
+            assert torch.equal(stored_weights(module, name).dense(), whole.get_parameter(name))
+
+
 class LargestFloats(TorchDispatchMode):
     """How many numbers the largest tensor has that is in a type to compute in, and not of the ``known`` ones."""
 

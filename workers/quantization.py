@@ -158,13 +158,14 @@ class _BlockFp8(_Plain):
         self._dtype, self._block_size = dtype, block_size
         keys = set(reader.keys())
         self._scaled = {key for key in keys if key + _SCALE in keys}
-        bare = [key for key in keys - self._scaled if reader.slice(key).get_dtype().startswith("F8")]
+        self._scales = {key + _SCALE for key in self._scaled}
+        others = keys - self._scaled - self._scales  # scales may be powers of two in a byte, float8 too
+        bare = [key for key in others if reader.slice(key).get_dtype().startswith("F8")]
         if bare:
             raise ValueError(f"model: {min(bare)} is float8, but the checkpoint holds no {min(bare)}{_SCALE}")
 
     def keys(self) -> list[str]:
-        scales = {key + _SCALE for key in self._scaled}
-        return [key for key in self._reader.keys() if key not in scales]  # noqa: SIM118 - a reader is no mapping
+        return [key for key in self._reader.keys() if key not in self._scales]  # noqa: SIM118 - a reader is no mapping
 
     def lazy(self, key: str, experts: Sequence[int] | None = None) -> Any:
         if key not in self._scaled:
