@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..kernels.expert_weights import ExpertWeights
+from ..kernels.grouped_experts import Gate
 
 _FP8_BLOCK = (128, 128)
 
@@ -72,6 +73,11 @@ def stored(shape: LayerShape, device: torch.device) -> tuple[ExpertWeights, Expe
         for outputs, inputs in ((2 * shape.inner_size, shape.hidden_size), (shape.hidden_size, shape.inner_size))
     )
     return up, down
+
+
+def gate_of(shape: LayerShape) -> Gate:
+    """Return what its experts make of their gates and ups."""
+    return Gate("clamped", interleaved=True) if shape.is_oss else Gate()
 
 
 def _random(shape: LayerShape, outputs: int, inputs: int, device: torch.device) -> ExpertWeights:

@@ -54,7 +54,7 @@ def layer_tiles(
 ) -> LayerTiles:
     """Return the cut for experts of this shape; ``scale_inputs``: inputs that share a factor, in block fp8."""
     found = MEASURED.get((hidden_size, inner_size, top_k, weight_bytes))
-    if found is not None:
+    if found is not None and (scale_inputs is None or max(found.up.inputs, found.down.inputs) <= scale_inputs):
         return found
     step = 32 if weight_bytes == 4 else 128
     up_step, down_step = (max(32, min(step, _power_of_two(size))) for size in (hidden_size, inner_size))

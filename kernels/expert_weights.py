@@ -90,6 +90,11 @@ class ExpertWeights:
         return sum(part.nbytes for part in parts if part is not None) // self.num_experts
 
     @property
+    def bytes_per_weight(self) -> float:
+        """Of the numbers alone."""
+        return self.values.nbytes / (self.num_experts * self.num_outputs * self.num_inputs)
+
+    @property
     def stored(self) -> torch.Tensor:
         """What a kernel is given: the values, float8 as bytes, which every architecture can read."""
         return self.values.view(torch.uint8) if self.format == FP8 else self.values

@@ -71,8 +71,7 @@ def grouped_experts(
         return output, torch.zeros((), dtype=torch.int32, device=hidden.device)
     if tiles is None:
         shared = up.block[1] if up.format == FP8 else None
-        weight_bytes = up.values.nbytes / (up.num_experts * up.num_outputs * up.num_inputs)
-        tiles = layer_tiles(hidden_size, inner_size, top_k, weight_bytes, scale_inputs=shared)
+        tiles = layer_tiles(hidden_size, inner_size, top_k, up.bytes_per_weight, scale_inputs=shared)
     hidden = hidden.contiguous()
     groups = group_by_expert(expert_ids, up.num_experts, block_rows(num_rows))
     gated = hidden.new_empty(num_rows * top_k, inner_size)

@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no build for this system")
 
-from penstock.benchmarks.expert_layers import MODELS, LayerShape, draw, module_of, stored
+from penstock.benchmarks import gpu_experts as benchmark
+from penstock.benchmarks.expert_layers import MODELS, LayerShape, draw, gate_of, module_of, stored
 from penstock.kernels.expert_weights import ExpertWeights
 from penstock.kernels.grouped_experts import Gate, grouped_experts, grouped_experts_reference
 
@@ -43,11 +44,38 @@ def test_skewed_rows_share_experts() -> None:
     assert active["skewed"] < 0.85 * active["uniform"]
 
 
+@pytest.mark.parametrize(
+    ("name", "stored_as", "bits"), [("Qwen3-30B-A3B", "fp8", 8 + 32 / 128**2), ("GPT-OSS-20B", "mxfp4", 4 + 8 / 32)]
+)
+def test_bytes_are_those_that_the_checkpoint_stores(name: str, stored_as: str, bits: float) -> None:
+    (shape,) = [shape for shape in MODELS if shape.name == name]
+    assert shape.stored_as == stored_as
+    up, down = stored(shape, torch.device("meta"))
+    biases = 2 * (2 * shape.inner_size + shape.hidden_size) if shape.is_oss else 0
+    numbers = 3 * shape.inner_size * shape.hidden_size
+    assert up.bytes_per_expert + down.bytes_per_expert == numbers * bits / 8 + biases
+    # Its cuts are looked up by the same size
+    assert up.bytes_per_weight == down.bytes_per_weight == (1 if stored_as == "fp8" else 0.5)
+
+
+def test_what_is_stored_is_compared_with_bf16_of_the_same_rows() -> None:
+    def row(weights: str, rows: int, name: str, us: float) -> benchmark.Row:
+        shared = {"model": "small", "routing": "skewed", "share_of_copy": 0.8, "difference": 0.001}
+        return {**shared, "weights": weights, "rows": rows, "implementation": name, "us": us}
+
+    plain = [row("bf16", 1, "penstock", 20), row("bf16", 8, "penstock", 60), row("bf16", 1, "other", 30)]
+    kept = [row("fp8", 1, "penstock", 12), row("fp8", 8, "penstock", 30)]
+    found = {target.name: target.figure for target in benchmark._targets(plain + kept)}
+    assert found["time of ours in bf16 over ours as stored, least"] == pytest.approx(20 / 12)
+    assert found["time of the fastest other over ours, least"] == pytest.approx(1.5)
+    assert len(benchmark._targets(plain)) == len(found) - 1
+
+
 def layer(shape: LayerShape, device: torch.device, *, as_stored: bool) -> tuple[ExpertWeights, ExpertWeights, Gate]:
     from penstock.workers.gpu_experts import fused
 
     if as_stored:
-        return *stored(shape, device), Gate("clamped", interleaved=True) if shape.is_oss else Gate()
+        return *stored(shape, device), gate_of(shape)
     return fused(module_of(shape, device)).args  # type: ignore[attr-defined]
 
 

@@ -11,7 +11,7 @@ import torch
 from .triton_device import DEVICE, chosen, poisoned, random
 
 from penstock.kernels.expert_groups import group_by_expert, group_by_expert_reference, most_tiles  # isort: skip
-from penstock.kernels.expert_tiles import LayerTiles, Tiles, block_rows, layer_tiles
+from penstock.kernels.expert_tiles import MEASURED, LayerTiles, Tiles, block_rows, layer_tiles
 from penstock.kernels.expert_weights import ExpertWeights
 from penstock.kernels.grouped_experts import Gate, grouped_experts, grouped_experts_reference
 from penstock.kernels.grouped_experts import _project as project
@@ -172,7 +172,7 @@ def test_order_of_sums_does_not_depend_on_the_number_of_rows():
         ("Qwen3-30B-A3B", 2048, 768, 8, 2),
         ("Qwen3-30B-A3B-FP8", 2048, 768, 8, 1),
         ("DeepSeek-V2-Lite", 2048, 1408, 6, 2),
-        ("GPT-OSS-20B", 2880, 2880, 4, 17 / 32),
+        ("GPT-OSS-20B", 2880, 2880, 4, 0.5),
     ],
 )
 def test_one_row_gives_every_processor_work(name, hidden_size, inner_size, top_k, weight_bytes):
@@ -181,6 +181,15 @@ def test_one_row_gives_every_processor_work(name, hidden_size, inner_size, top_k
         assert top_k * -(-outputs // part.outputs) * part.splits >= 132
         assert part.splits * part.inputs <= inputs
     assert tiles.up.splits == 1, "a gate needs its whole sum"
+
+
+def test_a_measured_cut_steps_over_no_block_of_scales(monkeypatch):
+    measured = LayerTiles(Tiles(64, 128), Tiles(128, 64))
+    monkeypatch.setitem(MEASURED, (2048, 768, 8, 1), measured)
+    assert layer_tiles(2048, 768, 8, 1, scale_inputs=128) == measured
+    for tiles in (layer_tiles(2048, 768, 8, 1, scale_inputs=scale) for scale in (64, 32)):
+        assert tiles != measured
+    assert layer_tiles(2048, 768, 8, 1, scale_inputs=32).up.inputs == 32
 
 
 @pytest.mark.parametrize(

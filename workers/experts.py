@@ -17,6 +17,7 @@ from torch.nn.functional import linear, silu
 from ..kernels.fused_moe import fits, fused_moe
 from .gpu_experts import gpu_experts
 from .packed_weights import TiledExperts, each_alone, packed_experts, packs_weights
+from .stored_experts import StoredExperts, kept_storage, stored_weights
 
 _GROUP_ELEMENTS = 1 << 18
 """What the first projections of a group of experts may yield on a CPU: more would leave its caches, and be returned to
@@ -63,8 +64,9 @@ class ExpertShard:
         self.num_bytes = sum(module.get_parameter(name).nbytes for name in names)
         up_name = "gate_up_proj" if module.has_gate else "up_proj"
         weight = module.get_parameter(up_name)
+        storage = kept_storage(module)
         packed = packs_weights(weight.dtype, weight.device)
-        self._dtype = torch.float32 if packed else weight.dtype
+        self._dtype = torch.float32 if packed else weight.dtype if storage is None else storage.dtype
         width = weight.shape[2 if module.is_transposed else 1]
         self._group_rows = max(1, _GROUP_ELEMENTS // width) if weight.device.type == "cpu" else sys.maxsize
         self._up = _projection(module, up_name, packed=packed)
@@ -73,7 +75,7 @@ class ExpertShard:
         self.bytes_per_expert = sum(tensor.nbytes for tensor in self.tensors(0))
         self._finish = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
         self._is_on_gpu = weight.device.type == "cuda"
-        if self._is_on_gpu:
+        if self._is_on_gpu or storage is not None:
             self._fused = gpu_experts(module)
         else:
             self._fused = _fused(self._up, self._down, self._activate) if self._finish is None else None
@@ -190,6 +192,8 @@ class PlainExperts:
 
 def _projection(module: Any, name: str, *, packed: bool) -> Projection:
     """Return all experts' linear layer; unless ``packed`` it refers to the module's own weights."""
+    if kept_storage(module) is not None:
+        return StoredExperts(stored_weights(module, name))
     weights = module.get_parameter(name)
     biases = module.get_parameter(f"{name}_bias") if module.has_bias else None
     if packed:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..kernels.device import has_triton
+from .stored_experts import Storage, kept_storage, storage_of, stored_weights
 
 if TYPE_CHECKING:
+    from ..kernels.expert_weights import ExpertWeights
     from ..kernels.grouped_experts import Gate
     from .experts import FusedExperts
 
@@ -25,14 +27,18 @@ def gpu_experts(module: Any) -> FusedExperts | None:
 
     The operation refers to the module's own weights. The number of distinct experts that it returns is on the device.
     """
-    reason = objection(module)
-    _say(reason)
+    # What stays as stored was found fit for the kernels before it was loaded
+    reason = "" if kept_storage(module) else objection(module, module.get_parameter("down_proj").device)
+    _say(reason, storage_of(module))
     return None if reason else fused(module)
 
 
-def objection(module: Any) -> str:
-    """Return why the kernels cannot compute ``module``; nothing if they can."""
-    if not has_triton(module.get_parameter("down_proj").device):
+def objection(module: Any, device: torch.device) -> str:
+    """Return why the kernels cannot compute ``module`` on ``device``; nothing if they can.
+
+    What a module holds does not matter: it may have no memory yet.
+    """
+    if not has_triton(device):
         return "Triton is not installed"
     if not module.has_gate or getattr(module, "has_post_expert_norm", False):
         return "they are not two projections around a gate"
@@ -47,6 +53,8 @@ def fused(module: Any) -> FusedExperts:
     from ..kernels.grouped_experts import grouped_experts
 
     def projection(name: str) -> ExpertWeights:
+        if kept_storage(module):
+            return stored_weights(module, name)
         weights = module.get_parameter(name)
         biases = module.get_parameter(f"{name}_bias") if module.has_bias else None
         return ExpertWeights.plain(weights.transpose(1, 2) if module.is_transposed else weights, biases)
@@ -78,9 +86,13 @@ def gate_of(module: Any) -> Gate | None:
 
 
 @cache
-def _say(reason: str) -> None:
+def _say(reason: str, storage: Storage | None) -> None:
     """Once for each reason: layers of a model rarely differ."""
     if reason:
         logger.warning("experts are computed by torch, one at a time: %s", reason)
-    else:
-        logger.info("experts are computed by Triton kernels, which read those that a step needs")
+        return
+    held = ""
+    if storage is not None:
+        method, why = storage.format.method, storage.objection
+        held = f"; {method} is dequantised: {why}" if why else f"; they stay {method} as stored"
+    logger.info("experts are computed by Triton kernels, which read those that a step needs%s", held)

@@ -7,6 +7,8 @@ will be takes the first.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,17 @@ from .architectures import ROUTER_CLASS, check_supported
 from .attention import ATTENTION
 from .checkpoint import CheckpointReader, load_config, resolve
 from .expert_parallel import EXPERTS
+from .gpu_experts import objection
 from .quantization import Weights, check_quantization, is_quantized, open_weights
+from .stored_experts import ExpertTensor, await_values, choose_storage, kept_storage, scales_awaited
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
+Objection = Callable[[torch.nn.Module, torch.device], str]
+"""Why an experts module would not run as our kernels on a device; nothing if it would."""
 _EXPERT_KEY = re.compile(r"^(?P<head>.*\.experts\.)(?P<number>\d+)(?P<tail>\..*)$")
 
 
@@ -107,31 +113,70 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> EmptyModel:
     return EmptyModel(model, config, dtype, *_moe_modules(model))
 
 
-def load(directory: Path, empty: EmptyModel, device: torch.device, placement: Placement, rank: int) -> LoadedModel:
+def load(
+    directory: Path,
+    empty: EmptyModel,
+    device: torch.device,
+    placement: Placement,
+    rank: int,
+    *,
+    objection: Objection = objection,
+) -> LoadedModel:
     """Load ``rank``'s shard of the checkpoint in ``directory`` into ``empty``, which is used up.
 
     The experts modules are cut to the owned experts, and transformers' own converter fed with lazy slices of just
     those. Raises ``ValueError`` naming ``model`` for missing, unknown or misshapen tensors.
     """
-    return load_experts(directory, load_dense(directory, empty, device), placement, rank)
+    return load_experts(directory, load_dense(directory, empty, device, objection=objection), placement, rank)
 
 
-def load_dense(directory: Path, empty: EmptyModel, device: torch.device) -> DenseModel:
-    """Load all but the experts into ``empty``, which is used up. What does not fit is left to `load_experts` to say."""
-    with CheckpointReader(directory) as reader:
-        found = _convert(directory, reader, empty, device, empty.num_experts, None)
-        return DenseModel(empty, device, found, reader.bytes_read)
+def load_dense(
+    directory: Path, empty: EmptyModel, device: torch.device, *, objection: Objection = objection
+) -> DenseModel:
+    """Load all but the experts into ``empty``, which is used up. What does not fit is left to `load_experts` to say.
+
+    Layers of quantised experts to which there is no ``objection`` are to stay as stored (`stored_experts`).
+    """
+    with _opened(directory, empty) as source:
+        layers: list[list[Any]] = [[] for _ in empty.expert_modules]
+        for key, target in source.targets.items():
+            if target is not None:
+                layers[target.layer].append((target, source.weights.format_of(key)))
+        for module, tensors in zip(empty.expert_modules, layers, strict=True):
+            if not objection(module, device):
+                choose_storage(module, tensors)
+        dense = {key: source.weights.lazy(key) for key, target in source.targets.items() if target is None}
+        return DenseModel(empty, device, source.convert(dense, device), source.reader.bytes_read)
 
 
 def load_experts(directory: Path, dense: DenseModel, placement: Placement, rank: int) -> LoadedModel:
     """Load ``rank``'s experts into ``dense``, which is used up; see `load`."""
     empty, model = dense.empty, dense.empty.model
     owned = [placement.experts_of(layer, rank) for layer in range(placement.num_layers)]
-    for module, numbers in zip(empty.expert_modules, owned, strict=True):
-        _shrink(module, placement.num_experts, len(numbers))
-    with CheckpointReader(directory) as reader:
-        info = _convert(directory, reader, empty, dense.device, placement.num_experts, owned)
-        bytes_read, total = dense.bytes_read + reader.bytes_read, reader.total_bytes
+    is_kept = [kept_storage(module) is not None for module in empty.expert_modules]
+    kept = [module for module, stays in zip(empty.expert_modules, is_kept, strict=True) if stays]
+    with _opened(directory, empty) as source:
+        weights = source.weights
+        for module, numbers in zip(empty.expert_modules, owned, strict=True):
+            _shrink(module, placement.num_experts, len(numbers))
+        for module in kept:
+            await_values(module)
+
+        def values(key: str, layer: int, experts: Sequence[int] | None) -> Any:
+            if is_kept[layer] and weights.format_of(key) is not None:
+                return weights.stored(key, experts).values
+            return weights.lazy(key, experts)
+
+        def scales(key: str, layer: int, experts: Sequence[int] | None) -> Any:
+            if is_kept[layer] and weights.format_of(key) is not None:
+                return weights.stored(key, experts).scales
+            return None
+
+        info = source.convert(_owned(source.targets, owned, values), dense.device)
+        if kept:
+            with scales_awaited(kept):
+                _add(info, source.convert(_owned(source.targets, owned, scales), dense.device))
+        bytes_read, total = dense.bytes_read + source.reader.bytes_read, source.reader.total_bytes
     _add(info, dense.found)
     model.mark_tied_weights_as_initialized(info)
     missing = info.missing_keys - set(model.all_tied_weights_keys)
@@ -145,37 +190,50 @@ def load_experts(directory: Path, dense: DenseModel, placement: Placement, rank:
     return LoadedModel(model, empty.config, empty.expert_modules, empty.routers, bytes_read, total)
 
 
-def _convert(
-    directory: Path,
-    reader: CheckpointReader,
-    empty: EmptyModel,
-    device: torch.device,
-    num_experts: int,
-    owned: list[list[int]] | None,
-) -> Any:
-    """Load the owned experts of each layer, or with None all other tensors; return what transformers found of it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-    from transformers.utils.logging import disable_progress_bar
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A checkpoint that is open, and where its tensors go."""
 
-    # Every rank would print one; whoever started the ranks shows their progress
-    disable_progress_bar()
-    model, dtype = empty.model, empty.dtype
-    mapping = get_model_conversion_mapping(model)
-    weights = open_weights(reader, empty.config, dtype)
-    tensors = _tensors(weights, empty, mapping, num_experts, owned)
-    settings = LoadStateDictConfig(
-        weight_mapping=mapping,  # type: ignore[arg-type]
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
-        device_map={"": device},
-    )
-    try:
-        found, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
-    except Exception as error:  # the converter raises what safetensors and its operations raise
-        raise ValueError(f"model: the weights in {directory} cannot be loaded: {error}") from error
-    return found
+    directory: Path
+    empty: EmptyModel
+    reader: CheckpointReader
+    weights: Weights
+    mapping: list[Any]
+    """transformers' renamings and converters."""
+    targets: dict[str, ExpertTensor | None]
+    """By name in the checkpoint; None for a tensor that belongs to no layer of experts."""
+
+    def convert(self, tensors: dict[str, Any], device: torch.device) -> Any:
+        """Load lazy ``tensors`` by name in the checkpoint; return what transformers found of it."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+        from transformers.utils.logging import disable_progress_bar
+
+        # Every rank would print one; whoever started the ranks shows their progress
+        disable_progress_bar()
+        model, dtype = self.empty.model, self.empty.dtype
+        settings = LoadStateDictConfig(
+            weight_mapping=self.mapping,
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            device_map={"": device},
+        )
+        try:
+            found, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
+        except Exception as error:  # the converter raises what safetensors and its operations raise
+            raise ValueError(f"model: the weights in {self.directory} cannot be loaded: {error}") from error
+        return found
+
+
+@contextmanager
+def _opened(directory: Path, empty: EmptyModel) -> Iterator[_Source]:
+    """Open the checkpoint of ``empty``, whose experts modules have the names of their parameters."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    with CheckpointReader(directory) as reader:
+        mapping = get_model_conversion_mapping(empty.model)
+        weights = open_weights(reader, empty.config, empty.dtype)
+        yield _Source(directory, empty, reader, weights, mapping, _targets(weights, empty, mapping))
 
 
 def _add(info: Any, other: Any) -> None:
@@ -219,15 +277,14 @@ def _shrink(module: torch.nn.Module, num_experts: int, num_local: int) -> None:
     module.num_experts = num_local  # type: ignore[assignment]
 
 
-def _tensors(
-    weights: Weights, empty: EmptyModel, mapping: list[Any], num_experts: int, owned: list[list[int]] | None
-) -> dict[str, Any]:
-    """Return the tensors to load: each layer's owned experts, renumbered or sliced; with None all dense ones, whole."""
+def _targets(weights: Weights, empty: EmptyModel, mapping: list[Any]) -> dict[str, ExpertTensor | None]:
+    """Return for each tensor what it is to a layer of experts."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+    num_experts = empty.num_experts
     layers = {id(module): layer for layer, module in enumerate(empty.expert_modules)}
-    layer_of = {
-        f"{path}.{name}": layers[id(module)]
+    place_of = {
+        f"{path}.{name}": (layers[id(module)], name)
         for path, module in empty.model.named_modules()
         if id(module) in layers
         for name, _ in module.named_parameters(recurse=False)
@@ -235,33 +292,53 @@ def _tensors(
     parameters = empty.model.state_dict()
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    operations = {
+        pattern: tuple(type(operation).__name__ for operation in converter.operations)
+        for converter in converters
+        for pattern in converter.source_patterns
+    }
 
-    def layer_named(key: str) -> int | None:
-        target, _ = rename_source_key(key, renamings, converters, empty.model.base_model_prefix, parameters)
-        return layer_of.get(target)
+    def target_named(key: str) -> ExpertTensor | None:
+        name, pattern = rename_source_key(key, renamings, converters, empty.model.base_model_prefix, parameters)
+        return ExpertTensor(*place_of[name], operations.get(pattern or "", ())) if name in place_of else None
 
-    local = [{expert: number for number, expert in enumerate(numbers)} for numbers in owned or ()]
-    layer_of_head: dict[str, int | None] = {}
-    tensors: dict[str, Any] = {}
+    targets: dict[str, ExpertTensor | None] = {}
+    of_first: dict[tuple[str, str], ExpertTensor | None] = {}
     for key in weights.keys():  # noqa: SIM118 - no mapping
         numbered = _EXPERT_KEY.match(key)
         if numbered:
-            head = numbered["head"]
             if int(numbered["number"]) >= num_experts:
                 raise ValueError(f"model: the weights hold {key}, but config.json names {num_experts} experts")
-            if head not in layer_of_head:
-                layer_of_head[head] = layer_named(key)
-            layer = layer_of_head[head]  # None: of a layer that the model does not have
+            alike = numbered["head"], numbered["tail"]
+            if alike not in of_first:
+                of_first[alike] = target_named(key)
+            targets[key] = of_first[alike]  # None: of a layer that the model does not have
         else:
-            layer = layer_named(key) if weights.shape(key)[:1] == [num_experts] else None
-        if (layer is None) != (owned is None):
+            targets[key] = target_named(key) if weights.shape(key)[:1] == [num_experts] else None
+    return targets
+
+
+def _owned(
+    targets: dict[str, ExpertTensor | None],
+    owned: list[list[int]],
+    read: Callable[[str, int, Sequence[int] | None], Any],
+) -> dict[str, Any]:
+    """Return each layer's owned experts, renumbered or sliced, as ``read`` (name, layer, rows) gives them."""
+    local = [{expert: number for number, expert in enumerate(numbers)} for numbers in owned]
+    tensors: dict[str, Any] = {}
+    for key, target in targets.items():
+        if target is None:
             continue
-        if layer is None or owned is None:
-            tensors[key] = weights.lazy(key)
-        elif not numbered:
-            tensors[key] = weights.lazy(key, owned[layer])
-        elif (number := local[layer].get(int(numbered["number"]))) is not None:
-            tensors[f"{numbered['head']}{number}{numbered['tail']}"] = weights.lazy(key)
+        name, experts = key, None
+        if not (numbered := _EXPERT_KEY.match(key)):
+            experts = owned[target.layer]
+        elif (number := local[target.layer].get(int(numbered["number"]))) is not None:
+            name = f"{numbered['head']}{number}{numbered['tail']}"
+        else:
+            continue
+        tensor = read(key, target.layer, experts)
+        if tensor is not None:
+            tensors[name] = tensor
     return tensors
 
 

@@ -1,4 +1,6 @@
-"""Quantised checkpoints, dequantised as they are read: every tensor looks as if it had been stored in full.
+"""Quantised checkpoints: every tensor looks as if it had been stored in full, and is dequantised when it is read.
+
+Those of experts can be had as they are stored as well (`stored_experts`).
 
 Shapes: E experts, M x N a weight, B x C its blocks, G groups of 32 numbers.
 """
@@ -6,6 +8,7 @@ Shapes: E experts, M x N a weight, B x C its blocks, G groups of 32 numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +25,28 @@ _SCALE = "_scale_inv"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
 
+@dataclass(frozen=True, slots=True)
+class StoredFormat:
+    """How a checkpoint stores a quantised tensor."""
+
+    method: str
+    """One of `FORMATS`."""
+    dtype: str
+    """Of its numbers, as safetensors spells it."""
+    block: tuple[int, int]
+    """Outputs and inputs of a linear layer that share a scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A quantised tensor as the files hold it, to be read as ``values[...]`` and ``scales[...]``."""
+
+    values: LazyTensor
+    """fp8: float8 [.., M, N]; mxfp4: uint8 [E, N, G, 16] of [E, 32 G, N]."""
+    scales: LazyTensor
+    """fp8: [.., ceil(M / B), ceil(N / C)]; mxfp4: uint8 [E, N, G]."""
+
+
 class Weights(Protocol):
     """The tensors of a checkpoint by the names that the model knows, whatever the files hold."""
 
@@ -35,6 +60,14 @@ class Weights(Protocol):
 
     def lazy(self, key: str, experts: Sequence[int] | None = None) -> Any:
         """Return ``key``, or only the rows ``experts`` of its dimension 0, to be read as ``[...]``."""
+        ...
+
+    def format_of(self, key: str) -> StoredFormat | None:
+        """Return how ``key`` is quantised; None if it is not."""
+        ...
+
+    def stored(self, key: str, experts: Sequence[int] | None = None) -> StoredTensor:
+        """Return what `lazy` dequantises of ``key``, which is quantised; raise ``ValueError`` for misshapen scales."""
         ...
 
 
@@ -110,6 +143,12 @@ class _Plain:
     def lazy(self, key: str, experts: Sequence[int] | None = None) -> Any:
         return LazyTensor(self._reader, key, experts)
 
+    def format_of(self, key: str) -> StoredFormat | None:
+        return None
+
+    def stored(self, key: str, experts: Sequence[int] | None = None) -> StoredTensor:
+        raise AssertionError(f"{key} is not quantised")
+
 
 class _BlockFp8(_Plain):
     """``x.weight`` in float8 [.., M, N] beside ``x.weight_scale_inv`` [.., ceil(M / B), ceil(N / C)]."""
@@ -119,28 +158,37 @@ class _BlockFp8(_Plain):
         self._dtype, self._block_size = dtype, block_size
         keys = set(reader.keys())
         self._scaled = {key for key in keys if key + _SCALE in keys}
-        bare = [key for key in keys - self._scaled if reader.slice(key).get_dtype().startswith("F8")]
+        self._scales = {key + _SCALE for key in self._scaled}
+        others = keys - self._scaled - self._scales  # scales may be powers of two in a byte, float8 too
+        bare = [key for key in others if reader.slice(key).get_dtype().startswith("F8")]
         if bare:
             raise ValueError(f"model: {min(bare)} is float8, but the checkpoint holds no {min(bare)}{_SCALE}")
 
     def keys(self) -> list[str]:
-        scales = {key + _SCALE for key in self._scaled}
-        return [key for key in self._reader.keys() if key not in scales]  # noqa: SIM118 - a reader is no mapping
+        return [key for key in self._reader.keys() if key not in self._scales]  # noqa: SIM118 - a reader is no mapping
 
     def lazy(self, key: str, experts: Sequence[int] | None = None) -> Any:
-        weight = LazyTensor(self._reader, key, experts)
         if key not in self._scaled:
-            return weight
-        scale = LazyTensor(self._reader, key + _SCALE, experts)
+            return super().lazy(key, experts)
+        stored = self.stored(key, experts)
+        return _Dequantized(
+            stored.values.get_shape(),
+            self._dtype,
+            lambda: dequantize_fp8(stored.values[...], stored.scales[...], self._block_size).to(self._dtype),
+        )
+
+    def format_of(self, key: str) -> StoredFormat | None:
+        if key not in self._scaled:
+            return None
+        return StoredFormat("fp8", self._reader.slice(key).get_dtype(), self._block_size)
+
+    def stored(self, key: str, experts: Sequence[int] | None = None) -> StoredTensor:
+        weight, scale = (LazyTensor(self._reader, name, experts) for name in (key, key + _SCALE))
         *_, m, n = weight.get_shape()
         wanted = [-(-m // self._block_size[0]), -(-n // self._block_size[1])]
         if scale.get_shape()[-2:] != wanted:
             raise ValueError(f"model: {key}{_SCALE} has shape {scale.get_shape()}, expected [.., {wanted}]")
-        return _Dequantized(
-            weight.get_shape(),
-            self._dtype,
-            lambda: dequantize_fp8(weight[...], scale[...], self._block_size).to(self._dtype),
-        )
+        return StoredTensor(weight, scale)
 
 
 class _MxFp4(_Plain):
@@ -170,18 +218,26 @@ class _MxFp4(_Plain):
             return super().lazy(key, experts)
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-        blocks = LazyTensor(self._reader, key + _BLOCKS, experts)
-        scales = LazyTensor(self._reader, key + _SCALES, experts)
-        if scales.get_shape() != blocks.get_shape()[:-1]:
-            raise ValueError(
-                f"model: {key}{_SCALES} has shape {scales.get_shape()}, expected {blocks.get_shape()[:-1]}"
-            )
+        stored = self.stored(key, experts)
         shape = self.shape(key)
         if experts is not None:
             shape[0] = len(experts)
         return _Dequantized(
-            shape, self._dtype, lambda: convert_moe_packed_tensors(blocks[...], scales[...], dtype=self._dtype)
+            shape,
+            self._dtype,
+            lambda: convert_moe_packed_tensors(stored.values[...], stored.scales[...], dtype=self._dtype),
         )
+
+    def format_of(self, key: str) -> StoredFormat | None:
+        return StoredFormat("mxfp4", "U8", (1, 32)) if key in self._packed else None
+
+    def stored(self, key: str, experts: Sequence[int] | None = None) -> StoredTensor:
+        blocks, scales = (LazyTensor(self._reader, key + suffix, experts) for suffix in (_BLOCKS, _SCALES))
+        if scales.get_shape() != blocks.get_shape()[:-1]:
+            raise ValueError(
+                f"model: {key}{_SCALES} has shape {scales.get_shape()}, expected {blocks.get_shape()[:-1]}"
+            )
+        return StoredTensor(blocks, scales)
 
 
 def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
