@@ -116,11 +116,12 @@ def _route(name: str, score: str | None = None, *, owners: bool = False, **rules
 
 
 def _pack() -> None:
-    from ..kernels.rank_packing import add_from_ranks, pack_for_ranks
+    from ..kernels.rank_packing import add_from_ranks, pack_for_ranks, unpack_from_ranks
 
     hidden, weights = _meta(8, 2048, dtype=torch.bfloat16), _meta(8, 8, dtype=torch.float32)
-    packed = pack_for_ranks(hidden, _meta(8, 8), weights, _meta(129), _meta(129), _meta(8))
-    add_from_ranks(packed.hidden, packed.places)
+    packed = pack_for_ranks(hidden, _meta(8, 8), weights, _meta(129), _meta(129), _meta(8), 0)
+    unpack_from_ranks(packed.rows, _meta(8), 0)
+    add_from_ranks(_meta(8, 8, 2048, dtype=torch.bfloat16), packed.places)
 
 
 def _choose() -> None:
