@@ -232,7 +232,9 @@ def _listed(worth: torch.Tensor, loaded: torch.Tensor, budget: KeptExperts, top_
         return is_loaded.scatter(0, order[wanted], value=True)
     number = int(budget.num_experts)
     if budget.owner is not None:
-        left = {rank: -(-number * held // len(worth)) for rank, held in enumerate(torch.bincount(budget.owner).tolist())}
+        left = {
+            rank: -(-number * held // len(worth)) for rank, held in enumerate(torch.bincount(budget.owner).tolist())
+        }
         within = torch.zeros_like(is_loaded)
         for expert in order.tolist():
             rank = int(budget.owner[expert])
@@ -266,18 +268,15 @@ def _affinities(numbers, is_number, SIGMOID: tl.constexpr):
 
 
 @triton.jit
-def _read(
-    logits, lift, rows, is_row, experts, is_expert, num_experts, SIGMOID: tl.constexpr, BY_LOGITS: tl.constexpr
-):
+def _read(logits, lift, rows, is_row, experts, is_expert, num_experts, SIGMOID: tl.constexpr, BY_LOGITS: tl.constexpr):
     """Return affinities and scores [N, E]; -inf where there is no expert."""
     places = rows.to(tl.int64)[:, None] * num_experts + experts[None, :]
     is_number = is_row[:, None] & is_expert[None, :]
     numbers = tl.load(logits + places, mask=is_number, other=float("-inf")).to(tl.float32)
     affinities = _affinities(numbers, is_number, SIGMOID)
+    scores = affinities
     if BY_LOGITS:
         scores = tl.where(is_row[:, None], numbers, 0.0)
-    else:
-        scores = affinities
     return affinities, tl.where(is_expert[None, :], scores + lift[None, :], float("-inf"))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
 
 import numpy as np
 import psutil
@@ -24,6 +23,7 @@ from .computed_step import ComputedStep
 from .dispatch import AllToAllDispatcher, CollectiveLog, Dispatcher, LocalDispatcher
 from .expert_mover import ExpertMover
 from .expert_parallel import ExpertParallel
+from .gpu_routing import LaunchedRouting, known_routers
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
 from .loader import DenseModel, build, inspect, load_dense, load_experts, resolve_dtype
@@ -116,6 +116,9 @@ class ModelRunner:
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
+        with torch.inference_mode():
+            self.known_routers = known_routers(self.routers, self.device)
+        """Of all layers, where a kernel does what follows their logits in steps of fixed shapes; else empty."""
         pool_bytes = self._pool_bytes(kv_cache_bytes, gpu_memory_utilization, max_num_batched_tokens)
         self.cache.allocate(pool_bytes, self.device)
         self.texts = Texts()
@@ -273,7 +276,7 @@ class ModelRunner:
 
     def _static_step(self, shape: StepShape) -> StaticStep:
         rows = StaticRows(shape.bucket, self.cache.block_size, self.cache.scratch_slot, self.device)
-        return StaticStep(shape, rows, self._forward, self.experts, self.layers, self.log)
+        return StaticStep(shape, rows, self._forward, self.experts, self.layers, self.log, self.known_routers)
 
     def _begin_moves(self, plan: RebalancePlan) -> None:
         dispatcher = self.experts.dispatcher
@@ -292,15 +295,22 @@ class ModelRunner:
         for request in plan.requests:
             self.cache.set_blocks(request.request_id, request.first_block, request.new_blocks)
 
-    def _forward(self, rows: PackedRows, selections: Sequence[BudgetedSelection] = ()) -> torch.Tensor:
+    def _forward(
+        self,
+        rows: PackedRows,
+        selections: Sequence[BudgetedSelection] = (),
+        routings: Sequence[LaunchedRouting] = (),
+    ) -> torch.Tensor:
         """Return logits [S, V] of the sampled rows and, behind them, of the scored ones.
 
-        ``selections``: of each MoE layer, in a step under a budget.
+        ``selections``: of each MoE layer, in a step under a budget. ``routings``: in the place of all that follows
+        its router's logits.
         """
         self.cache.rows = rows = rows.to(self.device)
-        self.experts.begin(rows.valid, selections)
-        for router, selection in zip_longest(self.routers, selections[: len(self.routers)]):
-            router.selection = selection
+        self.experts.begin(rows.valid, selections, ids_are_final=bool(routings))
+        for layer, router in enumerate(self.routers):
+            router.selection = selections[layer] if selections else None
+            router.replacement = routings[layer] if routings else None
         wanted = rows.logit_rows
         keep = wanted if len(wanted) else torch.zeros_like(rows.token_ids[:1])
         output = self.model(

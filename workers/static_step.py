@@ -20,14 +20,16 @@ from ..router.expert_budget import ExpertBudget
 from .computed_step import ComputedStep
 from .dispatch import CollectiveLog
 from .expert_parallel import ExpertParallel
+from .gpu_routing import KnownRouter, LaunchedRouting, launched_routings
 from .plan import Bucket, LayerCounts, RankPlan
 from .rows import PackedRows, depths
 from .static_rows import StaticRows
 from .static_sampler import choose_tokens, samples_plainly
 from .step_budget import kept_weights
 
-Forward = Callable[[PackedRows, Sequence[BudgetedSelection]], torch.Tensor]
-"""From rows, and the selections of all layers under a budget, to logits [T, V]."""
+Forward = Callable[[PackedRows, Sequence[BudgetedSelection], Sequence[LaunchedRouting]], torch.Tensor]
+"""From rows, and either the selections of all layers under a budget or all that follows routers' logits, to logits
+[T, V]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,10 @@ class Answer:
 
 
 class StaticStep:
-    """The step of one shape. `fill`, `run` and `answer` are one step."""
+    """The step of one shape. `fill`, `run` and `answer` are one step.
+
+    ``routers``: of all layers, where a kernel computes them.
+    """
 
     def __init__(
         self,
@@ -99,8 +104,9 @@ class StaticStep:
         experts: ExpertParallel,
         layers: Sequence[LayerRanks],
         log: CollectiveLog,
+        routers: Sequence[KnownRouter] = (),
     ) -> None:
-        self.shape, self.rows = shape, rows
+        self.shape, self.rows, self._routers = shape, rows, routers
         self._forward, self._experts, self._layers, self._log = forward, experts, layers, log
         self.logits: torch.Tensor | None = None
         """[T, V] of the latest run."""
@@ -120,8 +126,8 @@ class StaticStep:
         self._log.reset()
         layout = self.rows.layout()
         assert layout.valid is not None
-        selections = self._selections(layout.valid)
-        self.logits = self._forward(layout, selections)
+        selections, routings = self._choices(layout.valid)
+        self.logits = self._forward(layout, selections, routings)
         inputs, num_rows = self.rows.inputs, self.shape.bucket.num_rows
         temperatures, seeds, choices = (
             inputs[name].repeat_interleave(num_rows, dim=0, output_size=self.shape.bucket.total_rows)
@@ -130,18 +136,23 @@ class StaticStep:
         tokens = choose_tokens(self.logits, temperatures, seeds, choices, layout.positions + 1)
         self._known = self._experts.wire_bytes, self._log.num_collectives, self._log.crc
         kept = [selection.limits.kept for selection in selections if selection.limits is not None]
+        if self.shape.budget is not None:
+            kept += [routing.kept for routing in routings if routing.kept is not None]
         self._results = (
             torch.cat([tokens, self._experts.counts_on(tokens.device).flatten()]),
             torch.stack(kept) if kept else tokens.new_zeros(0, len(tokens), dtype=torch.float32),
         )
 
-    def _selections(self, valid: torch.Tensor) -> list[BudgetedSelection]:
-        budget = self.shape.budget
-        if budget is None:
-            return []
-        rows = self.rows.budgeted_rows(valid, per_request=budget.scope == "request")
+    def _choices(self, valid: torch.Tensor) -> tuple[list[BudgetedSelection], list[LaunchedRouting]]:
+        """Return what chooses experts beside the routers' own code: one of the two, or neither."""
+        budget, rows = self.shape.budget, None
+        if budget is not None:
+            rows = self.rows.budgeted_rows(valid, per_request=budget.scope == "request")
         reduce = self._experts.dispatcher.sum_scores
-        return [BudgetedSelection(budget, rows, layer, reduce) for layer in self._layers]
+        routings = launched_routings(self._routers, budget, rows, valid, self._layers, reduce)
+        if routings or budget is None or rows is None:
+            return [], routings
+        return [BudgetedSelection(budget, rows, layer, reduce) for layer in self._layers], []
 
     def answer(self) -> Answer:
         """Return what the latest run found; waits for the device."""
