@@ -226,9 +226,10 @@ class ModelRunner:
             sampled = sample(adjusted, samplings, computed.positions)
         token_ids, start = [], 0
         logprobs: dict[int, Logprobs] = {}
-        for request in plan.requests:
+        for place, request in enumerate(plan.requests):
             stop = start + request.num_sampled_rows
-            tokens, path = accept(request, sampled[start:stop])
+            walked = computed.accepted
+            tokens, path = accept(request, sampled[start:stop]) if walked is None else walked[place]
             self.cache.compact(request.request_id, request.committed_len, path)
             token_ids.append(tokens)
             if tokens and request.sampling.logprobs is not None:
@@ -262,7 +263,7 @@ class ModelRunner:
         counts = self.experts.finish()
         positions = (rows.positions[rows.sampled_rows] + 1).tolist()
         kept = budget.finish(counts)
-        return ComputedStep(None, logits, positions, counts, kept, self.log.num_collectives, self.log.crc)
+        return ComputedStep(None, None, logits, positions, counts, kept, self.log.num_collectives, self.log.crc)
 
     def _replayed(self, plan: RankPlan) -> ComputedStep:
         """Compute the plan's rows padded to its bucket, as a graph where the device has any."""

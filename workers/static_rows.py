@@ -36,6 +36,8 @@ class StaticRows:
             "token_ids": (r, n),
             "depths": (r, n),
             "own": (r, n, n),
+            "parents": (r, n),
+            "first_sampled": (r,),
             "num_rows": (r,),
             "committed": (r,),
             "first_budgeted": (r,),
@@ -76,6 +78,7 @@ class StaticRows:
             to["token_ids"][r, :n] = request.token_ids
             to["depths"][r, :n] = depths(request.parents)
             to["own"][r, :n, :n] = own_visibility(request.parents)
+            to["parents"][r, :n], to["first_sampled"][r] = request.parents, request.first_sampled_row
             to["num_rows"][r], to["committed"][r] = n, request.committed_len
             num_blocks = -(-(request.committed_len + n) // self._block_size)
             to["tables"][r, :num_blocks] = table[:num_blocks]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from ..kernels.device import has_triton
 from ..router.budgeted_choice import LayerRanks
 from ..router.budgeted_selection import BudgetedSelection
 from ..router.expert_budget import ExpertBudget
@@ -52,6 +53,9 @@ class Answer:
 
     tokens: np.ndarray
     """[R, N] the token that each row chooses, by temperature alone."""
+    accepted: np.ndarray | None
+    """[R, 2 N + 1] tokens that each request emits by those, the rows that yield them, and how many they are; None
+    where the device does not walk along drafts."""
     experts: list[int]
     """Per layer, as in `LayerCounts`."""
     rows_sent: list[int]
@@ -79,8 +83,10 @@ class Answer:
             wire_bytes=list(self.wire_bytes),
         )
         kept = [self.kept[:, place, :number] for place, number in enumerate(num_rows)]
+        is_plain = samples_plainly(plan.requests)
         return ComputedStep(
-            tokens=[int(self.tokens[where]) for where in sampled] if samples_plainly(plan.requests) else None,
+            tokens=[int(self.tokens[where]) for where in sampled] if is_plain else None,
+            accepted=self._accepted(plan) if is_plain and self.accepted is not None else None,
             logits=logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)],
             positions=[plan.requests[place].committed_len + depth[place][row] for place, row in sampled],
             counts=counts,
@@ -88,6 +94,15 @@ class Answer:
             num_collectives=self.num_collectives,
             collectives_crc=self.collectives_crc,
         )
+
+    def _accepted(self, plan: RankPlan) -> list[tuple[list[int], list[int]]]:
+        assert self.accepted is not None, "the device has walked along drafts"
+        width = self.tokens.shape[1]
+        accepted = []
+        for request, (*walk, number) in zip(plan.requests, self.accepted.tolist(), strict=False):
+            known = list(range(min(request.first_sampled_row, len(request.token_ids))))
+            accepted.append((walk[:number], known + walk[width : width + number]))
+        return accepted
 
 
 class StaticStep:
@@ -108,10 +123,14 @@ class StaticStep:
     ) -> None:
         self.shape, self.rows, self._routers = shape, rows, routers
         self._forward, self._experts, self._layers, self._log = forward, experts, layers, log
+        self._walks = has_triton(layers[0].owner.device)
+        bucket = shape.bucket
+        self._first_rows = torch.arange(0, bucket.total_rows, bucket.num_rows, device=layers[0].owner.device)
         self.logits: torch.Tensor | None = None
         """[T, V] of the latest run."""
         self._results: Sequence[torch.Tensor] = ()
-        """[T + 2 L] int64: tokens, experts, rows sent; [L, T] f32: weight kept."""
+        """int64: tokens [T], experts [L], rows sent [L], and where the device walks along drafts what requests emit
+        [R], [R, N], [R, N]; f32: weight kept [L, T]."""
         self._copies: Sequence[torch.Tensor] = ()
         """The same on the host."""
         self._known: tuple[list[int], int, int] = ([], 0, 0)
@@ -139,9 +158,28 @@ class StaticStep:
         if self.shape.budget is not None:
             kept += [routing.kept for routing in routings if routing.kept is not None]
         self._results = (
-            torch.cat([tokens, self._experts.counts_on(tokens.device).flatten()]),
+            torch.cat([tokens, self._experts.counts_on(tokens.device).flatten(), *self._accept(tokens)]),
             torch.stack(kept) if kept else tokens.new_zeros(0, len(tokens), dtype=torch.float32),
         )
+
+    def _accept(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Return how many tokens requests emit [R], those [R x N], and their rows [R x N], if the device can tell."""
+        if not self._walks:
+            return []
+        from ..kernels.tree_acceptance import DraftTrees, accept_trees
+
+        inputs, bucket = self.rows.inputs, self.shape.bucket
+        trees = DraftTrees(
+            token_ids=inputs["token_ids"].flatten(),
+            parents=inputs["parents"].flatten(),
+            first_rows=self._first_rows,
+            num_rows=inputs["num_rows"],
+            first_sampled=inputs["first_sampled"],
+            first_choices=self._first_rows,
+            most_rows=bucket.num_rows,
+        )
+        accepted = accept_trees(trees, tokens)
+        return [accepted.num_tokens, accepted.tokens.flatten(), accepted.path.flatten()]
 
     def _choices(self, valid: torch.Tensor) -> tuple[list[BudgetedSelection], list[LaunchedRouting]]:
         """Return what chooses experts beside the routers' own code: one of the two, or neither."""
@@ -167,10 +205,16 @@ class StaticStep:
             event.synchronize()
         bucket = self.shape.bucket
         numbers, kept = (copy.numpy() for copy in self._copies)
-        tokens, counts = np.split(numbers, [bucket.total_rows])
-        experts, rows_sent = np.split(counts, 2)
+        num_layers = self._experts.num_layers
+        ends = np.cumsum([bucket.total_rows, num_layers, num_layers, bucket.num_requests * self._walks])
+        tokens, experts, rows_sent, num_emitted, walks = np.split(numbers, ends)
+        accepted = None
+        if self._walks:
+            emitted, path = walks.reshape(2, bucket.num_requests, bucket.num_rows)
+            accepted = np.concatenate([emitted, path, num_emitted[:, None]], axis=1)
         return Answer(
             tokens.reshape(bucket.num_requests, bucket.num_rows),
+            accepted,
             experts.tolist(),
             rows_sent.tolist(),
             self._known[0],
