@@ -222,10 +222,14 @@ class Padded:
 
 
 def outputs_of(
-    config: Any, ranks: Ranks, draft_len: int | str, params: SamplingParams
+    config: Any,
+    ranks: Ranks,
+    draft_len: int | str,
+    params: SamplingParams,
+    texts: list[list[int]] = PROMPTS,
 ) -> tuple[list[Any], FailingRanks]:
     watched = FailingRanks(ranks, lambda call: False)
-    return generate(Engine(config, watched, controller=controller_of(draft_len)), PROMPTS, params), watched
+    return generate(Engine(config, watched, controller=controller_of(draft_len)), texts, params), watched
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
