@@ -104,7 +104,8 @@ def _experts(kind: str, num_rows: int, dtype: torch.dtype) -> Case:
 
 
 def _route(name: str, score: str | None = None, *, owners: bool = False, **rules: Any) -> Case:
-    from ..kernels.expert_routing import KeptExperts, Router, route
+    from ..kernels.expert_routing import route
+    from ..kernels.routing_rules import KeptExperts, Router
 
     flags, reach = _meta(8, dtype=torch.bool), _meta(8, dtype=torch.float32)
     budget = None

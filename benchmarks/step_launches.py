@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..kernels.device import triton_on
 from ..router.budgeted_choice import LayerRanks
@@ -53,7 +54,10 @@ class Counts(TorchDispatchMode):
         name = str(func).rpartition(".")[0]
         if not func.is_view and name not in _FREE:
             self.add(name)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.device == _META for tensor in tensors), f"{name} is not on the device"
+        return result
 
     def add(self, name: str) -> None:
         """Count one operation."""
@@ -81,7 +85,14 @@ class _Uncoupled(StaticAllToAll):
 def runner_without_numbers(model: Path = _MODEL) -> ModelRunner:
     """Return a runner of ``model`` whose tensors have shapes alone, and whose experts are kernels."""
     with triton_on("cpu"):
-        runner = ModelRunner(model=str(model), dtype="float32", device="cpu", block_size=_BLOCK, max_model_len=256)
+        runner = ModelRunner(
+            model=str(model),
+            dtype="float32",
+            device="cpu",
+            block_size=_BLOCK,
+            max_model_len=_BUCKET.num_slots,
+            kv_cache_bytes=64 << 20,
+        )
     for module in runner.model.modules():
         if hasattr(module, "variance_epsilon"):
             vars(module).pop("forward", None)  # what fuses it on a CPU

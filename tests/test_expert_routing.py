@@ -7,7 +7,8 @@ import torch
 
 from .triton_device import DEVICE, poisoned, random
 
-from penstock.kernels.expert_routing import SCORES, KeptExperts, Router, route, route_reference  # isort: skip
+from penstock.kernels.expert_routing import route  # isort: skip
+from penstock.kernels.routing_rules import SCORES, KeptExperts, Router, route_reference
 from penstock.router.budgeted_choice import LayerRanks, choose
 from penstock.router.expert_budget import ExpertBudget
 from penstock.router.routing import BudgetedRows, Routing

@@ -12,7 +12,8 @@ import torch
 
 from .triton_device import DEVICE
 
-from penstock.cluster.transport.process_ranks import ProcessRanks  # isort: skip
+from penstock.benchmarks import step_launches  # isort: skip
+from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.kernels.device import triton_on
 from penstock.router.expert_budget import ExpertBudget
 from penstock.router.topk import RouterSeam
@@ -200,6 +201,36 @@ def test_a_router_that_computes_something_else_keeps_its_code(wrong: str) -> Non
         assert (known.router.sigmoid, known.router.normalise, known.router.scale) == (True, True, 2.827)
         assert known.find_bias is not None
         assert torch.equal(known.find_bias(()), router.lift)
+
+
+# --- how many operations, and nothing for the host to wait for ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_ranks", "more"),
+    [
+        (None, 1, {}),
+        ("experts=4,scope=request", 1, {}),
+        ("experts=4,rank_balance=0.5", 8, {"triton.pack": 1, "all_to_all": 2, "triton.unpack": 1, "triton.add": 1}),
+        ("experts=4,scope=global", 1, {"triton.route": 2}),
+    ],
+)
+def test_a_block_of_experts_is_a_handful_of_launches(
+    blind_runner: ModelRunner, budget: str | None, num_ranks: int, more: dict[str, int]
+) -> None:
+    found = step_launches.count(blind_runner, budget, num_ranks, kernels=True).operations
+    experts = {"triton.group_pairs": 1, "triton.product": 2, "triton.combine": 1}
+    block = {"aten.linear": 1, "triton.route": 1, **experts, **more}
+    num_layers = len(blind_runner.experts.shards)
+    assert found["experts"] == {name: number * num_layers for name, number in block.items()}
+    assert found["step"]["triton.walk"] == 1
+    before = step_launches.count(blind_runner, budget, num_ranks, kernels=False).operations
+    assert sum(before["experts"].values()) > (1 if budget is None else 3) * sum(found["experts"].values())
+
+
+@pytest.fixture(scope="module")
+def blind_runner(checkpoint: Callable[[str], Path]) -> ModelRunner:
+    return step_launches.runner_without_numbers(checkpoint("qwen3_moe"))
 
 
 # --- between ranks ---------------------------------------------------------------------------------------------------

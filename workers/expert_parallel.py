@@ -148,8 +148,9 @@ def _on(device: torch.device, numbers: Sequence[int | torch.Tensor]) -> torch.Te
     tensors = [number for number in numbers if isinstance(number, torch.Tensor)]
     if len(tensors) == len(numbers):
         return torch.stack(tensors).view(len(numbers), -1).sum(dim=1)
-    if not tensors and len(set(numbers)) == 1:
-        return torch.full((len(numbers),), numbers[0], dtype=torch.int64, device=device)  # type: ignore[call-overload]
+    known = {number for number in numbers if isinstance(number, int)}
+    if not tensors and len(known) == 1:
+        return torch.full((len(numbers),), known.pop(), dtype=torch.int64, device=device)
     return torch.stack([_on(device, [number])[0] for number in numbers])
 
 

@@ -13,18 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..kernels.device import has_triton
+from ..kernels.routing_rules import KeptExperts, Router, affinities_and_scores
 from ..router.budgeted_choice import LayerRanks, Reduce
 from ..router.expert_budget import ExpertBudget
 from ..router.routing import BudgetedRows
 from ..router.topk import Observed, RouterSeam
-
-if TYPE_CHECKING:
-    from ..kernels.expert_routing import KeptExperts, Router
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +87,6 @@ def knows(budget: ExpertBudget) -> bool:
 
 
 def _kept(budget: ExpertBudget, rows: BudgetedRows | None, layer: LayerRanks) -> KeptExperts:
-    from ..kernels.expert_routing import KeptExperts
-
     assert rows is not None, "a budget acts on rows"
     assert budget.coverage is not None or rows.num_experts is not None, "a step of fixed shape reads its number"
     return KeptExperts(
@@ -154,8 +150,6 @@ def _is_plain(observed: Observed, top_k: int) -> bool:
 def _candidates(
     seam: RouterSeam, observed: Observed, args: tuple[Any, ...]
 ) -> Iterator[tuple[Router, _FindBias | None]]:
-    from ..kernels.expert_routing import Router
-
     shape, router = (seam.num_experts,), seam.router
     biases: list[_FindBias | None] = [None]
     for name, part in (*router.named_parameters(), *router.named_buffers()):
@@ -185,8 +179,6 @@ def _proven(router: Router, bias: torch.Tensor | None, observed: Observed, scale
 
     Budgets go by affinities: those must be what a selection at the router's seam would see.
     """
-    from ..kernels.expert_routing import affinities_and_scores
-
     _, weights, ids = observed.result
     affinities, scores = affinities_and_scores(observed.logits, router, bias)
     seen = observed.routing.affinities
