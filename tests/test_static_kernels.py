@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from penstock.router.topk import RouterSeam
 from penstock.workers.gpu_routing import known_router, knows
 from penstock.workers.plan import RankPlan
 from penstock.workers.runner import ModelRunner
+from penstock.workers.sampler import accept
 from penstock.workers.sampling_params import TokenSampling
 
 from .test_static_step import (
@@ -99,6 +101,11 @@ def test_a_step_through_kernels_is_the_step(
     launches = {seam.replacement is not None for seam in runner.routers}
     assert launches == {bool(runner.known_routers) and (parsed is None or knows(parsed))}
     assert (replayed.accepted is None) == (step == "filtered")
+    if replayed.accepted is not None:
+        assert replayed.tokens is not None
+        ends = np.cumsum([part.num_sampled_rows for part in requests])[:-1]
+        walks = zip(requests, np.split(replayed.tokens, ends), strict=True)
+        assert replayed.accepted == [accept(part, tokens.tolist()) for part, tokens in walks]
     expected = runner.step(plan).token_ids
     with triton_on("cpu"):
         assert runner.step(padded(plan, runner)).token_ids == expected
