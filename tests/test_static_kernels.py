@@ -35,6 +35,7 @@ from .test_static_step import (
     runner_of,
 )
 from .test_topk_seam import audit, hidden, router_of
+from .tiny_configs import settings_of
 from .tiny_engine import GREEDY
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="there `-m gpu` tests run the kernels as they are")
@@ -175,6 +176,29 @@ def test_routers_are_known_by_what_they_compute(checkpoint: Callable[[str], Path
     else:
         assert known is not None
         assert {name: getattr(known.router, name) for name in KNOWN[model_type]} == KNOWN[model_type]
+
+
+@pytest.mark.parametrize("num_groups", [1, 4])
+def test_one_group_of_experts_is_none(num_groups: int) -> None:
+    from transformers import AutoConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    settings = {**settings_of("deepseek_v3"), "n_group": num_groups, "routed_scaling_factor": 2.5}
+    router = DeepseekV3TopkRouter(
+        AutoConfig.for_model("deepseek_v3", **{**settings, "topk_group": num_groups // 2 or 1})
+    )
+    with torch.inference_mode():
+        router.weight.normal_()
+        router.e_score_correction_bias.uniform_(-0.2, 0.2)
+        seam = RouterSeam(router, 8, 2)
+        audit(seam, router, hidden(1))
+        known = known_router(seam)
+    if num_groups > 1:
+        assert known is None
+    else:
+        assert known is not None
+        assert (known.router.sigmoid, known.router.scale) == (True, 2.5)
+        assert known.find_bias is not None
 
 
 class _Odd(torch.nn.Module):

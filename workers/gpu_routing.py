@@ -136,10 +136,11 @@ def _probes(like: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(observed: Observed, top_k: int) -> bool:
-    """Whether the router returned its logits, weights and ids of each row, and knows no groups of experts."""
-    result, rows = observed.result, len(observed.logits)
+    """Whether the router returned its logits, weights and ids of each row, and limits none to groups of experts."""
+    result, rows, routing = observed.result, len(observed.logits), observed.routing
+    is_outside = routing.scores.isneginf() | ((routing.scores == 0) & (routing.affinities > 0))
     return (
-        not observed.routing.in_groups
+        not (routing.in_groups and is_outside.any())
         and isinstance(result, tuple)
         and len(result) == 3
         and torch.equal(result[0].float(), observed.logits.float())
