@@ -126,11 +126,13 @@ def _pack() -> None:
 
 
 def _choose() -> None:
+    from ..kernels.kv_moves import AcceptedRows, Pools, move_accepted
     from ..kernels.token_choice import choose_tokens
     from ..kernels.tree_acceptance import DraftTrees, accept_trees
 
     tokens = choose_tokens(_meta(8, 151936, dtype=torch.float32), _meta(8, 2), _meta(8), _meta(8))
     accept_trees(DraftTrees(_meta(8), _meta(8), _meta(1), _meta(1), _meta(1), _meta(1), 8), tokens)
+    move_accepted(Pools(_meta(96, 2)), AcceptedRows(_meta(1, 8), _meta(1), _meta(1), _meta(1, 16), 16))
 
 
 def _cases(architecture: int, *, quick: bool) -> Iterator[Case]:

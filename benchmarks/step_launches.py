@@ -162,7 +162,8 @@ def count(runner: ModelRunner, budget: str | None, num_ranks: int, *, kernels: b
         if kernels:
             stack.enter_context(triton_on("meta"))
         rows = StaticRows(_BUCKET, _BLOCK, runner.cache.scratch_slot, _META)
-        step = StaticStep(shape, rows, runner._forward, runner.experts, runner.layers, runner.log, routers)
+        parts = runner._forward, runner.experts, runner.layers, runner.log, routers, runner.cache.pools
+        step = StaticStep(shape, rows, *parts)
         stack.enter_context(_parts(runner, counts))
         stack.enter_context(_launches(counts))
         stack.enter_context(torch.inference_mode())

@@ -148,8 +148,15 @@ def test_the_device_follows_a_tree_to_its_second_branch(runner_for: Callable[[st
     assert accepted is not None
     assert [path for _, path in accepted] == [[0], [0, 2, 4]]
     assert accepted[1][0][:2] == [tokens[2], tokens[4]]
-    with triton_on("cpu"):
-        assert runner.step(padded(plan, runner)).token_ids == [emitted for emitted, _ in accepted]
+    pools = {}
+    for kernels in (False, True):
+        runner.graphs.clear()
+        with triton_on("cpu" if kernels else "cuda"):
+            assert runner.step(padded(plan, runner)).token_ids == [emitted for emitted, _ in accepted]
+        pools[kernels] = [pool.clone() for pool in runner.cache.pools]
+    slots = [runner.cache.tables[2][place // 4] * 4 + place % 4 for place in range(33)]  # and two accepted
+    for moved, expected in zip(pools[True], pools[False], strict=True):
+        torch.testing.assert_close(moved[slots], expected[slots], rtol=1e-4, atol=1e-5)
 
 
 # --- which routers ---------------------------------------------------------------------------------------------------
@@ -254,7 +261,7 @@ def test_a_block_of_experts_is_a_handful_of_launches(
     block = {"aten.linear": 1, "triton.route": 1, **experts, **more}
     num_layers = len(blind_runner.experts.shards)
     assert found["experts"] == {name: number * num_layers for name, number in block.items()}
-    assert found["step"]["triton.walk"] == 1
+    assert found["step"]["triton.walk"] == found["step"]["triton.move"] == 1
     before = step_launches.count(blind_runner, budget, num_ranks, kernels=False).operations
     assert sum(before["experts"].values()) > (1 if budget is None else 3) * sum(found["experts"].values())
 

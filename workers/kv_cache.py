@@ -41,6 +41,11 @@ class PagedKVCache(Cache):
         """A slot that belongs to no request."""
         return self.num_blocks * self.block_size
 
+    @property
+    def pools(self) -> list[torch.Tensor]:
+        """All layers' pools [slots, heads, D], keys and values in turn; where they lie is where they stay."""
+        return [pool for both in self._pools.values() for pool in both]
+
     def allocate(self, num_bytes: int, device: torch.device) -> None:
         """Take as many blocks as fit in ``num_bytes``, scratch included, after the probing forward."""
         assert self._token_shapes, "shapes are learned by a probing forward first"

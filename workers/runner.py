@@ -228,9 +228,11 @@ class ModelRunner:
         logprobs: dict[int, Logprobs] = {}
         for place, request in enumerate(plan.requests):
             stop = start + request.num_sampled_rows
-            walked = computed.accepted
-            tokens, path = accept(request, sampled[start:stop]) if walked is None else walked[place]
-            self.cache.compact(request.request_id, request.committed_len, path)
+            if computed.accepted is None:
+                tokens, path = accept(request, sampled[start:stop])
+                self.cache.compact(request.request_id, request.committed_len, path)
+            else:  # the device has put their KV in order
+                tokens, path = computed.accepted[place]
             token_ids.append(tokens)
             if tokens and request.sampling.logprobs is not None:
                 emitted = torch.tensor(path[request.first_sampled_row :]) - request.first_sampled_row
@@ -277,7 +279,8 @@ class ModelRunner:
 
     def _static_step(self, shape: StepShape) -> StaticStep:
         rows = StaticRows(shape.bucket, self.cache.block_size, self.cache.scratch_slot, self.device)
-        return StaticStep(shape, rows, self._forward, self.experts, self.layers, self.log, self.known_routers)
+        parts = self._forward, self.experts, self.layers, self.log, self.known_routers, self.cache.pools
+        return StaticStep(shape, rows, *parts)
 
     def _begin_moves(self, plan: RebalancePlan) -> None:
         dispatcher = self.experts.dispatcher

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from .rows import PackedRows, depths
 from .static_rows import StaticRows
 from .static_sampler import choose_tokens, samples_plainly
 from .step_budget import kept_weights
+
+if TYPE_CHECKING:
+    from ..kernels.kv_moves import Pools
 
 Forward = Callable[[PackedRows, Sequence[BudgetedSelection], Sequence[LaunchedRouting]], torch.Tensor]
 """From rows, and either the selections of all layers under a budget or all that follows routers' logits, to logits
@@ -108,7 +112,8 @@ class Answer:
 class StaticStep:
     """The step of one shape. `fill`, `run` and `answer` are one step.
 
-    ``routers``: of all layers, where a kernel computes them.
+    ``routers``: of all layers, where a kernel computes them. ``pools``: of the KV cache, in which a device that walks
+    along drafts puts those that it accepts in order.
     """
 
     def __init__(
@@ -120,11 +125,17 @@ class StaticStep:
         layers: Sequence[LayerRanks],
         log: CollectiveLog,
         routers: Sequence[KnownRouter] = (),
+        pools: Sequence[torch.Tensor] = (),
     ) -> None:
         self.shape, self.rows, self._routers = shape, rows, routers
         self._forward, self._experts, self._layers, self._log = forward, experts, layers, log
         self._walks = has_triton(layers[0].owner.device)
         bucket = shape.bucket
+        self._pools: Pools | None = None
+        if self._walks and pools and bucket.num_rows > 2:  # what two rows accept is in order
+            from ..kernels.kv_moves import Pools
+
+            self._pools = Pools.of(pools)
         self._first_rows = torch.arange(0, bucket.total_rows, bucket.num_rows, device=layers[0].owner.device)
         self.logits: torch.Tensor | None = None
         """[T, V] of the latest run."""
@@ -179,6 +190,11 @@ class StaticStep:
             most_rows=bucket.num_rows,
         )
         accepted = accept_trees(trees, tokens)
+        if self._pools is not None:
+            from ..kernels.kv_moves import AcceptedRows, move_accepted
+
+            found = accepted.path, accepted.num_tokens, inputs["committed"], inputs["tables"]
+            move_accepted(self._pools, AcceptedRows(*found, self.rows.block_size))
         return [accepted.num_tokens, accepted.tokens.flatten(), accepted.path.flatten()]
 
     def _choices(self, valid: torch.Tensor) -> tuple[list[BudgetedSelection], list[LaunchedRouting]]:
