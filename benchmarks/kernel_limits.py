@@ -103,29 +103,36 @@ def _experts(kind: str, num_rows: int, dtype: torch.dtype) -> Case:
     return f"{kind} {str(dtype).removeprefix('torch.')}, {num_rows} rows", call
 
 
-def _route(score: str | None) -> Case:
-    from ..kernels.expert_routing import KeptExperts, Router, route
+def _route(name: str, score: str | None = None, *, owners: bool = False, **rules: Any) -> Case:
+    from ..kernels.expert_routing import route
+    from ..kernels.routing_rules import KeptExperts, Router
 
     flags, reach = _meta(8, dtype=torch.bool), _meta(8, dtype=torch.float32)
-    budget = None if score is None else KeptExperts(40, score, _meta(8), 1, flags, flags, reach)
-    name = "without a budget" if score is None else f"by {score}"
-    return name, lambda: route(_meta(8, 128, dtype=torch.bfloat16), Router(8), None, budget)
+    budget = None
+    if score is not None:
+        owner = _meta(128) if owners else None
+        budget = KeptExperts(score=score, num_groups=1, budgeted=flags, reach=reach, owner=owner, **rules)
+    router = Router(8, dtype=torch.bfloat16)
+    return name, lambda: route(_meta(8, 128, dtype=torch.bfloat16), router, None, budget, flags)
 
 
 def _pack() -> None:
-    from ..kernels.rank_packing import add_from_ranks, pack_for_ranks
+    from ..kernels.rank_packing import add_from_ranks, pack_for_ranks, unpack_from_ranks
 
     hidden, weights = _meta(8, 2048, dtype=torch.bfloat16), _meta(8, 8, dtype=torch.float32)
-    packed = pack_for_ranks(hidden, _meta(8, 8), weights, _meta(129), _meta(129), _meta(8))
-    add_from_ranks(packed.hidden, packed.places)
+    packed = pack_for_ranks(hidden, _meta(8, 8), weights, _meta(129), _meta(129), _meta(8), 0)
+    unpack_from_ranks(packed.rows, _meta(8), 0)
+    add_from_ranks(_meta(8, 8, 2048, dtype=torch.bfloat16), packed.places)
 
 
 def _choose() -> None:
+    from ..kernels.kv_moves import AcceptedRows, Pools, move_accepted
     from ..kernels.token_choice import choose_tokens
     from ..kernels.tree_acceptance import DraftTrees, accept_trees
 
     tokens = choose_tokens(_meta(8, 151936, dtype=torch.float32), _meta(8, 2), _meta(8), _meta(8))
     accept_trees(DraftTrees(_meta(8), _meta(8), _meta(1), _meta(1), _meta(1), _meta(1), 8), tokens)
+    move_accepted(Pools(_meta(96, 2)), AcceptedRows(_meta(1, 8), _meta(1), _meta(1), _meta(1, 16), 16))
 
 
 def _cases(architecture: int, *, quick: bool) -> Iterator[Case]:
@@ -138,8 +145,10 @@ def _cases(architecture: int, *, quick: bool) -> Iterator[Case]:
                 yield _experts(kind, num_rows, bf16)
             yield _experts("plain", num_rows, f32)
     if architecture == 90 or not quick:
-        yield _route(None)
-        yield _route("survival")
+        yield _route("without a budget")
+        yield _route("by survival", "survival", num_experts=_meta(1))
+        yield _route("by coverage", "squared", coverage=0.9)
+        yield _route("nearly even between ranks", "squared", num_experts=_meta(1), owners=True, balance=0.5)
         yield "8 ranks", _pack
         yield "8 rows", _choose
 

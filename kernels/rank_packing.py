@@ -1,9 +1,10 @@
 """Rows laid out for the ranks that own their experts, and their sums added up again, with no word from the host.
 
 Dispatch between GPUs in a captured graph sends as many rows to every rank as there are: that is safe whatever rows
-choose, and needs no count on the host. A row goes to a rank once, however many of its experts live there.
+choose, and needs no count on the host. A row goes to a rank once, however many of its experts live there. It travels
+as one run of bytes: its numbers, the weights of its experts, their ids.
 
-Shapes: T rows of this rank, H hidden, K experts per row, R ranks, E experts of the layer.
+Shapes: T rows of this rank, H hidden, K experts per row, R ranks, E experts of the layer, B bytes of a row.
 """
 
 from __future__ import annotations
@@ -21,19 +22,48 @@ _ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class RowsOfRanks:
+    """A message to all ranks or from them, and the parts of its rows: views of it."""
+
+    message: torch.Tensor
+    """[R, T, B] uint8"""
+    hidden: torch.Tensor
+    """[R, T, H]; of rows that have no expert there, nothing is written."""
+    weights: torch.Tensor
+    """[R, T, K] f32; 0 for "none"."""
+    expert_ids: torch.Tensor
+    """[R, T, K] int32 ids local to the receiving rank; its number of experts for "none"."""
+
+    @classmethod
+    def of(cls, message: torch.Tensor, dtype: torch.dtype, top_k: int) -> RowsOfRanks:
+        """Return the parts of ``message``, whose rows' numbers are of ``dtype``."""
+        ends = message.shape[2] - 8 * top_k, message.shape[2] - 4 * top_k
+        hidden, weights, ids = message.tensor_split(ends, dim=2)
+        return cls(message, hidden.view(dtype), weights.view(torch.float32), ids.view(torch.int32))
+
+
+@dataclass(frozen=True, slots=True)
 class PackedForRanks:
     """What each rank is sent; ``places`` is what `add_from_ranks` needs."""
 
-    hidden: torch.Tensor
-    """[R, T, H]; what lies behind the first ``counts`` rows is not written."""
-    expert_ids: torch.Tensor
-    """[R, T, K] int32 ids local to the rank; its number of experts for "none", as in all rows behind its last."""
-    weights: torch.Tensor
-    """[R, T, K] f32; 0 for "none"."""
-    counts: torch.Tensor
-    """[R] int32 rows for each rank."""
+    rows: RowsOfRanks
+    """Those for a rank come first among its T."""
+    sent: torch.Tensor
+    """[R] int32 rows for each other rank, 0 for this one."""
     places: torch.Tensor
     """[T, R] int32: which of a rank's rows each row is; -1 where it does not go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """Rows that all ranks sent, in their order."""
+
+    hidden: torch.Tensor
+    """[R x T, H]; of rows that have no expert here, nothing is written."""
+    expert_ids: torch.Tensor
+    """[R x T, K] int64 local ids."""
+    weights: torch.Tensor
+    """[R x T, K] f32"""
 
 
 def pack_for_ranks(
@@ -43,11 +73,12 @@ def pack_for_ranks(
     owner: torch.Tensor,
     local_ids: torch.Tensor,
     num_local: torch.Tensor,
+    home: int,
 ) -> PackedForRanks:
     """Lay out rows [T, H] with ``expert_ids`` [T, K] (E for "none") and ``weights`` [T, K], those of a rank ascending.
 
     ``owner`` and ``local_ids`` [E + 1]: the rank of each expert, R for none, and its id there; ``num_local`` [R]. All
-    ids are int64.
+    ids are int64. ``home``: this rank.
     """
     (num_rows, top_k), num_ranks = expert_ids.shape, len(num_local)
     packed = _empty(hidden, top_k, num_ranks)
@@ -59,14 +90,17 @@ def pack_for_ranks(
             owner,
             local_ids,
             num_local,
-            packed.hidden,
-            packed.expert_ids,
-            packed.weights,
-            packed.counts,
+            packed.rows.hidden,
+            packed.rows.expert_ids,
+            packed.rows.weights,
+            packed.sent,
             packed.places,
             num_rows,
             num_ranks,
             len(owner) - 1,
+            home,
+            packed.rows.hidden.stride(1),
+            packed.rows.weights.stride(1),
             SIZE=hidden.shape[1],
             TOP_K=top_k,
             COLUMNS=triton.next_power_of_2(top_k),
@@ -75,7 +109,7 @@ def pack_for_ranks(
             num_warps=4,
         )
     else:
-        packed.counts.zero_()
+        packed.sent.zero_()
     return packed
 
 
@@ -86,22 +120,59 @@ def pack_for_ranks_reference(
     owner: torch.Tensor,
     local_ids: torch.Tensor,
     num_local: torch.Tensor,
+    home: int,
 ) -> PackedForRanks:
     """Do the same on the host."""
     packed = _empty(hidden, expert_ids.shape[1], len(num_local))
-    packed.expert_ids.copy_(num_local[:, None, None])
-    packed.weights.zero_()
+    packed.rows.expert_ids.copy_(num_local[:, None, None])
+    packed.rows.weights.zero_()
     packed.places.fill_(-1)
     for rank in range(len(num_local)):
         mine = owner[expert_ids] == rank
         rows = mine.any(dim=1).nonzero()[:, 0]
-        packed.counts[rank] = len(rows)
+        packed.sent[rank] = len(rows) if rank != home else 0
         packed.places[rows, rank] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-        packed.hidden[rank, : len(rows)] = hidden[rows]
+        packed.rows.hidden[rank, : len(rows)] = hidden[rows]
         ids = torch.where(mine, local_ids[expert_ids], num_local[rank])
-        packed.expert_ids[rank, : len(rows)] = ids[rows].int()
-        packed.weights[rank, : len(rows)] = torch.where(mine, weights, 0)[rows].float()
+        packed.rows.expert_ids[rank, : len(rows)] = ids[rows].int()
+        packed.rows.weights[rank, : len(rows)] = torch.where(mine, weights, 0)[rows].float()
     return packed
+
+
+def unpack_from_ranks(received: RowsOfRanks, num_local: torch.Tensor, home: int) -> Unpacked:
+    """Take apart what this rank, ``home``, was sent; ``num_local`` [R] int64."""
+    num_ranks, num_rows, size = received.hidden.shape
+    top_k = received.weights.shape[2]
+    unpacked = Unpacked(
+        received.hidden.new_empty(num_ranks * num_rows, size),
+        received.weights.new_empty(num_ranks * num_rows, top_k, dtype=torch.int64),
+        received.weights.new_empty(num_ranks * num_rows, top_k),
+    )
+    if num_rows:
+        _unpack[(num_ranks * num_rows,)](
+            received.hidden,
+            received.expert_ids,
+            received.weights,
+            num_local,
+            unpacked.hidden,
+            unpacked.expert_ids,
+            unpacked.weights,
+            home,
+            received.hidden.stride(1),
+            received.weights.stride(1),
+            SIZE=size,
+            TOP_K=top_k,
+            COLUMNS=triton.next_power_of_2(top_k),
+            BLOCK=_HIDDEN,
+            num_warps=4,
+        )
+    return unpacked
+
+
+def unpack_from_ranks_reference(received: RowsOfRanks, num_local: torch.Tensor, home: int) -> Unpacked:
+    """Do the same in torch's operations."""
+    hidden, ids, weights = received.hidden, received.expert_ids, received.weights
+    return Unpacked(hidden.flatten(0, 1).clone(), ids.flatten(0, 1).long(), weights.flatten(0, 1).clone())
 
 
 def add_from_ranks(returned: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -126,10 +197,10 @@ def add_from_ranks_reference(returned: torch.Tensor, places: torch.Tensor) -> to
 
 def _empty(hidden: torch.Tensor, top_k: int, num_ranks: int) -> PackedForRanks:
     num_rows, device = len(hidden), hidden.device
+    num_bytes = hidden.shape[1] * hidden.itemsize + 8 * top_k
+    message = torch.empty(num_ranks, num_rows, num_bytes, dtype=torch.uint8, device=device)
     return PackedForRanks(
-        hidden.new_empty(num_ranks, num_rows, hidden.shape[1]),
-        torch.empty(num_ranks, num_rows, top_k, dtype=torch.int32, device=device),
-        torch.empty(num_ranks, num_rows, top_k, dtype=torch.float32, device=device),
+        RowsOfRanks.of(message, hidden.dtype, top_k),
         torch.empty(num_ranks, dtype=torch.int32, device=device),
         torch.empty(num_rows, num_ranks, dtype=torch.int32, device=device),
     )
@@ -146,11 +217,14 @@ def _pack(
     packed,
     packed_ids,
     packed_weights,
-    counts,
+    sent,
     places,
     num_rows,
     num_ranks,
     num_experts,
+    home,
+    hidden_stride,
+    choice_stride,
     SIZE: tl.constexpr,
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -174,14 +248,14 @@ def _pack(
     none = tl.load(num_local + rank)
     start = rank.to(tl.int64) * num_rows
     if row == 0:
-        tl.store(counts + rank, count)
+        tl.store(sent + rank, tl.where(rank == home, 0, count))
     tl.store(places + row * num_ranks + rank, tl.where(goes > 0, before, -1))
     if row >= count:  # as many programs as there are places behind the rank's last row
-        there = (start + row) * TOP_K + columns
+        there = (start + row) * choice_stride + columns
         tl.store(packed_ids + there, (columns * 0 + none).to(tl.int32), mask=is_column)
         tl.store(packed_weights + there, columns * 0.0, mask=is_column)
     if goes > 0:
-        there = (start + before) * TOP_K + columns
+        there = (start + before) * choice_stride + columns
         local = tl.where(is_mine, tl.load(local_ids + ids), none)
         tl.store(packed_ids + there, local.to(tl.int32), mask=is_column)
         shares = tl.load(weights + row * TOP_K + columns, mask=is_column, other=0.0).to(tl.float32)
@@ -189,7 +263,39 @@ def _pack(
         for part in range(0, SIZE, BLOCK):
             numbers = part + tl.arange(0, BLOCK)
             moved = tl.load(hidden + row.to(tl.int64) * SIZE + numbers, mask=numbers < SIZE)
-            tl.store(packed + (start + before) * SIZE + numbers, moved, mask=numbers < SIZE)
+            tl.store(packed + (start + before) * hidden_stride + numbers, moved, mask=numbers < SIZE)
+
+
+@triton.jit
+def _unpack(
+    packed,
+    packed_ids,
+    packed_weights,
+    num_local,
+    hidden,
+    expert_ids,
+    weights,
+    home,
+    hidden_stride,
+    choice_stride,
+    SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, COLUMNS)
+    is_column = columns < TOP_K
+    none = tl.load(num_local + home)
+    ids = tl.load(packed_ids + row * choice_stride + columns, mask=is_column, other=2147483647).to(tl.int64)
+    tl.store(expert_ids + row * TOP_K + columns, ids, mask=is_column)
+    shares = tl.load(packed_weights + row * choice_stride + columns, mask=is_column, other=0.0)
+    tl.store(weights + row * TOP_K + columns, shares, mask=is_column)
+    if tl.min(ids, axis=0) < none:
+        for part in range(0, SIZE, BLOCK):
+            numbers = part + tl.arange(0, BLOCK)
+            moved = tl.load(packed + row * hidden_stride + numbers, mask=numbers < SIZE)
+            tl.store(hidden + row * SIZE + numbers, moved, mask=numbers < SIZE)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ class DraftTrees:
     first_sampled: torch.Tensor
     """[R] the request's first row that yields a token, counted within it; ``num_rows`` if none does."""
     first_choices: torch.Tensor
-    """[R] where that row's token is among the sampled."""
+    """[R] where its first row's token is among the sampled, or would be."""
     most_rows: int
     """D"""
 
@@ -78,7 +78,7 @@ def accept_trees_reference(trees: DraftTrees, sampled: torch.Tensor) -> Accepted
     token_ids, parents, tokens = trees.token_ids.tolist(), trees.parents.tolist(), sampled.tolist()
     places = (trees.first_rows, trees.num_rows, trees.first_sampled, trees.first_choices)
     for request, (first, num_rows, row, choice) in enumerate(zip(*(part.tolist() for part in places), strict=True)):
-        found, offset = [], choice - row
+        found, offset = [], choice
         if row < num_rows:
             found.append((tokens[row + offset], row))
             for child in range(row + 1, num_rows):
@@ -117,7 +117,7 @@ def _walk(
     request = tl.program_id(0)
     first, count = tl.load(first_rows + request), tl.load(num_rows + request)
     row = tl.load(first_sampled + request)
-    offset = tl.load(first_choices + request) - row
+    offset = tl.load(first_choices + request)
     rows = tl.arange(0, ROWS)
     is_row = rows < count
     # The whole tree is read at once: the walk then waits for no memory

@@ -7,11 +7,14 @@ and pass through.
 There are two ways to see what a router calls. A ``TorchFunctionMode`` sees every call of torch, wherever it is made,
 and costs as much as a budget's own work in a layer. The router's code over names of ours (`overlay.py`) sees what its
 forward calls by name, and costs little. Where an audit finds that it sees the same, it takes the mode's place.
+
+Where a kernel does all that follows the logits, the seam ends the router's forward once it has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -40,10 +43,40 @@ class Selection(Protocol):
         ...
 
 
+class Replacement(Protocol):
+    """All that follows a router's logits, in one step."""
+
+    def __call__(self, logits: torch.Tensor, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (weights [T, K], indices [T, K]) for ``logits`` [T, E]; ``args`` are the router's own."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """One run of a router."""
+
+    logits: torch.Tensor
+    """[T, E] what it first scores or selects by."""
+    selects_logits: bool
+    """Whether it selects by its logits, before any softmax or sigmoid."""
+    routing: Routing
+    """Its own choice, as a selection is told of it."""
+    result: Any
+    """What it returned."""
+
+
+class _LogitsReached(Exception):  # noqa: N818
+    """Ends a router's forward."""
+
+    def __init__(self, logits: torch.Tensor, *, selects: bool) -> None:
+        super().__init__()
+        self.logits, self.selects = logits, selects
+
+
 class _Calls:
     """What one run of a router has called so far, and what its selection makes of it."""
 
-    __slots__ = ("affinities", "hits", "in_groups", "num_experts", "routing", "selection", "top_k")
+    __slots__ = ("affinities", "ends_at_logits", "hits", "in_groups", "num_experts", "routing", "selection", "top_k")
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         self.num_experts, self.top_k = num_experts, top_k
@@ -56,6 +89,14 @@ class _Calls:
         self.routing: Routing | None = None
         self.hits = 0
         self.in_groups = False
+        self.ends_at_logits = False
+
+    def begins(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Take note of a watched call before it is made; raise `_LogitsReached` if the run is to end at its logits."""
+        if self.ends_at_logits:
+            numbers = args[0] if args else kwargs["input"]
+            if numbers.dim() == 2 and numbers.shape[-1] == self.num_experts:
+                raise _LogitsReached(numbers, selects=function in _TOPK)
 
     def scored(self, result: torch.Tensor) -> None:
         """Take note of a softmax or sigmoid."""
@@ -82,15 +123,16 @@ class _Calls:
 
     def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function`` of torch as a router is to find it."""
-        if function in _TOPK:
-            return lambda *args, **kwargs: self.chosen(function(*args, **kwargs), args, kwargs)
 
-        def affinities(*args: Any, **kwargs: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.begins(function, args, kwargs)
             result = function(*args, **kwargs)
+            if function in _TOPK:
+                return self.chosen(result, args, kwargs)
             self.scored(result)
             return result
 
-        return affinities
+        return watched
 
 
 class _Mode(TorchFunctionMode):
@@ -100,6 +142,8 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _TOPK or func in _AFFINITIES:
+            self.calls.begins(func, args, kwargs)
         result = func(*args, **kwargs)
         if func in _TOPK:
             return self.calls.chosen(result, args, kwargs)
@@ -116,9 +160,13 @@ class RouterSeam:
     """
 
     def __init__(self, router: torch.nn.Module, num_experts: int, top_k: int) -> None:
-        self.num_experts, self.top_k = num_experts, top_k
+        self.router, self.num_experts, self.top_k = router, num_experts, top_k
         self.selection: Selection | None = None
+        self.replacement: Replacement | None = None
+        """Takes the place of the selection, and of all else that follows the logits."""
         self.audit = False
+        self.audited_args: tuple[Any, ...] | None = None
+        """What an audited call was given, if by position alone."""
         self._calls = _Calls(num_experts, top_k)
         self._forward: Callable[..., Any] = router.forward
         self._overlaid: Callable[..., Any] | None = None
@@ -133,6 +181,10 @@ class RouterSeam:
         if self.audit:
             result = self._under_mode(None, *args, **kwargs)
             self._overlaid = self._audited(result, *args, **kwargs)
+            self.audited_args = None if kwargs else args
+        if self.replacement is not None:
+            logits = self._logits(*args, **kwargs).logits
+            return logits, *self.replacement(logits, args)
         if self.selection is None:
             return self._forward(*args, **kwargs)
         if self._overlaid is None:
@@ -141,6 +193,27 @@ class RouterSeam:
         result = self._overlaid(*args, **kwargs)
         self._check_hits()
         return result
+
+    def observe(self, *args: Any) -> Observed:
+        """Run the router by itself; raise ``ValueError`` if it scores and selects nothing by logits."""
+        found = self._logits(*args)
+        result = self._under_mode(None, *args)
+        routing, self._calls.routing = self._calls.routing, None
+        assert routing is not None, "it has selected"
+        return Observed(found.logits, found.selects, routing, result)
+
+    def _logits(self, *args: Any, **kwargs: Any) -> _LogitsReached:
+        self._calls.begin(None)
+        self._calls.ends_at_logits = True
+        try:
+            if self._overlaid is None:
+                with _Mode(self._calls):
+                    self._forward(*args, **kwargs)
+            else:
+                self._overlaid(*args, **kwargs)
+        except _LogitsReached as found:
+            return found
+        raise ValueError(f"model: its router makes nothing of logits over {self.num_experts} experts")
 
     def _under_mode(self, selection: Selection | None, *args: Any, **kwargs: Any) -> Any:
         self._calls.begin(selection)

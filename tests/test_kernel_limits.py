@@ -33,7 +33,18 @@ def test_kernels_compile_without_spills_for_three_architectures(tmp_path: Path) 
         assert row["programs"] >= 2
         assert row["shared_bytes"] <= 96 << 10
     kernels = {row["kernel"] for row in rows if row["architecture"] == "sm_90"}
-    assert kernels >= {"group_pairs", "product", "combine", "route", "pack", "add", "best_of_part", "walk"}
+    assert kernels >= {
+        "group_pairs",
+        "product",
+        "combine",
+        "route",
+        "pack",
+        "unpack",
+        "add",
+        "best_of_part",
+        "walk",
+        "move",
+    }
 
 
 def test_interpreted_kernels_are_not_said_to_compile() -> None:

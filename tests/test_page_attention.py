@@ -90,7 +90,7 @@ def forget_the_rest(runner: ModelRunner, requests: list[RequestPlan]) -> None:
     for part in requests:
         table = runner.cache.tables[part.request_id]
         kept[context_slots(table, BLOCK, part.committed_len + len(part.token_ids)) // BLOCK] = True
-    for states in (states for pools in runner.cache.pools for states in pools):
+    for states in runner.cache.pools:
         states.unflatten(0, (-1, BLOCK))[~kept] = torch.nan
 
 
@@ -105,7 +105,7 @@ def test_a_step_over_pages_is_the_step(
     budget: str | None,
 ) -> None:
     runner = runner_for(model_type)
-    for states in (states for pools in runner.cache.pools for states in pools):
+    for states in runner.cache.pools:
         states.zero_()
     runner.step(prompts())
     requests = [

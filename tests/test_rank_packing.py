@@ -8,10 +8,13 @@ import torch
 from .triton_device import DEVICE, chosen, poisoned, random
 
 from penstock.kernels.rank_packing import (  # isort: skip
+    RowsOfRanks,
     add_from_ranks,
     add_from_ranks_reference,
     pack_for_ranks,
     pack_for_ranks_reference,
+    unpack_from_ranks,
+    unpack_from_ranks_reference,
 )
 from penstock.router.placement import contiguous
 
@@ -36,14 +39,29 @@ def test_equals_its_reference(num_rows, num_ranks, top_k, size, dtype):
     owner, local_ids, num_local = (table.to(DEVICE) for table in (*tables, num_local))
     hidden, weights = random(num_rows, size).to(dtype), random(num_rows, top_k, seed=1).to(dtype)
     ids = chosen(num_rows, num_experts, top_k) if num_rows else torch.zeros(0, top_k, dtype=torch.int64, device=DEVICE)
-    result = pack_for_ranks(hidden, ids, weights, owner, local_ids, num_local)
-    expected = pack_for_ranks_reference(hidden, ids, weights, owner, local_ids, num_local)
-    for name in ("expert_ids", "weights", "counts", "places"):
-        assert torch.equal(getattr(result, name), getattr(expected, name)), name
-    for rank, count in enumerate(expected.counts.tolist()):
-        assert torch.equal(result.hidden[rank, :count], expected.hidden[rank, :count])
+    home = num_ranks - 1
+    result = pack_for_ranks(hidden, ids, weights, owner, local_ids, num_local, home)
+    expected = pack_for_ranks_reference(hidden, ids, weights, owner, local_ids, num_local, home)
+    for name in ("expert_ids", "weights"):
+        assert torch.equal(getattr(result.rows, name), getattr(expected.rows, name)), name
+    assert torch.equal(result.places, expected.places)
+    assert torch.equal(result.sent, expected.sent)
+    assert result.sent[home] == 0
+    counts = (expected.places >= 0).sum(dim=0).tolist()
+    for rank, count in enumerate(counts):
+        assert torch.equal(result.rows.hidden[rank, :count], expected.rows.hidden[rank, :count])
+    assert result.rows.message.shape == (num_ranks, num_rows, hidden.itemsize * size + 8 * top_k)
+    for rank in range(num_ranks):  # as if all had sent it what this rank sends it
+        message = expected.rows.message[rank].expand(num_ranks, -1, -1).contiguous()
+        inbox = RowsOfRanks.of(message, dtype, top_k)
+        found, wanted = (take(inbox, num_local, rank) for take in (unpack_from_ranks, unpack_from_ranks_reference))
+        assert torch.equal(found.expert_ids, wanted.expert_ids)
+        assert torch.equal(found.weights, wanted.weights)
+        is_real = (wanted.expert_ids < num_local[rank]).any(dim=1)
+        assert torch.equal(found.hidden[is_real], wanted.hidden[is_real])
+        assert int(is_real.sum()) == num_ranks * counts[rank]
     returned = random(num_ranks, num_rows, size, seed=2).to(dtype)
-    for rank, count in enumerate(expected.counts.tolist()):
+    for rank, count in enumerate(counts):
         returned[rank, count:] = torch.nan  # what a rank makes of rows that nobody sent
     sums = add_from_ranks(returned, result.places)
     assert torch.isfinite(sums).all()
@@ -57,10 +75,10 @@ def test_a_row_goes_to_a_rank_once():
     owner, local_ids = placement.owner_table(0, 0).to(DEVICE), placement.local_ids(0, 0).to(DEVICE)
     ids = torch.tensor([[0, 1, 2], [0, 4, 8], [8, 8, 8]], device=DEVICE)
     num_local = torch.tensor([4, 4], device=DEVICE)
-    packed = pack_for_ranks(random(3, 16), ids, torch.ones(3, 3, device=DEVICE), owner, local_ids, num_local)
-    assert packed.counts.tolist() == [2, 1]
+    packed = pack_for_ranks(random(3, 16), ids, torch.ones(3, 3, device=DEVICE), owner, local_ids, num_local, 1)
+    assert packed.sent.tolist() == [2, 0]
     assert packed.places.tolist() == [[0, -1], [1, 0], [-1, -1]]
-    assert packed.expert_ids.tolist() == [
+    assert packed.rows.expert_ids.tolist() == [
         [[0, 1, 2], [0, 4, 4], [4, 4, 4]],
         [[4, 0, 4], [4, 4, 4], [4, 4, 4]],
     ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +24,7 @@ from penstock.workers import runner as runners
 from penstock.workers.bucket import MAX_ROWS, bucket_of
 from penstock.workers.plan import Bucket, LayerCounts, RankPlan, RequestPlan
 from penstock.workers.runner import ModelRunner
+from penstock.workers.sampler import accept
 from penstock.workers.sampling_params import SamplingParams, TokenSampling
 from penstock.workers.static_rows import StaticRows
 from penstock.workers.static_step import StaticStep, StepShape
@@ -248,10 +251,14 @@ class Padded:
 
 
 def outputs_of(
-    config: Any, ranks: Ranks, draft_len: int | str, params: SamplingParams
+    config: Any,
+    ranks: Ranks,
+    draft_len: int | str,
+    params: SamplingParams,
+    texts: list[list[int]] = PROMPTS,
 ) -> tuple[list[Any], FailingRanks]:
     watched = FailingRanks(ranks, lambda call: False)
-    return generate(Engine(config, watched, controller=controller_of(draft_len)), PROMPTS, params), watched
+    return generate(Engine(config, watched, controller=controller_of(draft_len)), texts, params), watched
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
@@ -337,6 +344,7 @@ def test_a_replayed_graph_keeps_to_a_changing_budget(checkpoint: Callable[[str],
         model=str(checkpoint("qwen3_moe")), device="cuda", block_size=BLOCK, max_model_len=64, kv_cache_bytes=1 << 20
     )
     assert runner.info.replays_graphs
+    assert runner.known_routers, "the kernel routes"
     runner.step(prompts())
     requests = [replace(part, first_budgeted_row=0) for part in STEPS["mixed"]]
     for number in (8, 2, 5, 2, 8):
@@ -346,4 +354,8 @@ def test_a_replayed_graph_keeps_to_a_changing_budget(checkpoint: Callable[[str],
         torch.testing.assert_close(replayed.logits, launched.logits, rtol=1e-3, atol=1e-3)
         assert replayed.counts.experts == launched.counts.experts
         assert replayed.tokens is not None
+        assert replayed.accepted is not None
+        starts = np.cumsum([0, *(part.num_sampled_rows for part in requests)])
+        tokens = [replayed.tokens[start:stop] for start, stop in itertools.pairwise(starts)]
+        assert replayed.accepted == [accept(part, own) for part, own in zip(requests, tokens, strict=True)]
     assert len(runner.graphs._graphs) == 1

@@ -87,7 +87,7 @@ def trees_of(requests: list[RequestPlan]) -> DraftTrees:
         tensor([sum(rows[:i]) for i in range(len(rows))]),
         tensor(rows),
         tensor([request.first_sampled_row for request in requests]),
-        tensor([sum(sampled[:i]) for i in range(len(rows))]),
+        tensor([sum(sampled[:i]) - request.first_sampled_row for i, request in enumerate(requests)]),
         max(rows),
     )
 

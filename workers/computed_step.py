@@ -18,6 +18,9 @@ class ComputedStep:
 
     tokens: list[int] | None
     """[S] the tokens chosen; None where the requests ask for more than temperature does."""
+    accepted: list[tuple[list[int], list[int]]] | None
+    """What `sampler.accept` returns for each request of the plan, where the device walked along their drafts, and moved
+    their KV; else None."""
     logits: torch.Tensor
     """[S + scored rows, V] of the sampled rows in the plan's order, then of those whose targets are scored."""
     positions: list[int]

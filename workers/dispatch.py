@@ -34,7 +34,7 @@ class Received:
     received_counts: list[int]
     """[R] rows received from each rank."""
     rows_sent: int | torch.Tensor
-    """Pairs sent to other ranks; [] on the device where the host is not to know."""
+    """Pairs sent to other ranks; where the host is not to know, on the device: [], or [R] of each."""
     wire_bytes: int
     """All bytes this rank sends to others for this dispatch and its combine."""
 

@@ -50,14 +50,20 @@ class ExpertParallel:
         return all(shard.is_capturable for shard in self.shards)
 
     def begin(
-        self, valid: torch.Tensor | None, selections: Sequence[BudgetedSelection] = (), num_valid: int = 0
+        self,
+        valid: torch.Tensor | None,
+        selections: Sequence[BudgetedSelection] = (),
+        num_valid: int = 0,
+        *,
+        ids_are_final: bool = False,
     ) -> None:
         """Start a step.
 
         ``valid`` [T] is False on padding rows; None when there are none. ``num_valid``: the others, if there are any.
-        ``selections``: of each layer, under a budget.
+        ``selections``: of each layer, under a budget. ``ids_are_final``: routers leave padding rows without experts.
         """
         self.valid, self.selections, self._num_valid = valid, selections, num_valid
+        self._ids_are_final = ids_are_final
         self._num_rows = [0] * self.num_layers
         self.wire_bytes = [0] * self.num_layers
         """Sent in this step so far, per layer."""
@@ -66,8 +72,7 @@ class ExpertParallel:
 
     def counts_on(self, device: torch.device) -> torch.Tensor:
         """Return [2, L] int64 on ``device``: distinct experts, and rows sent; without a copy from the host."""
-        counts = [_on(device, number) for number in [*self._num_active, *self._rows_sent]]
-        return torch.stack(counts).view(2, -1)
+        return torch.stack([_on(device, self._num_active), _on(device, self._rows_sent)])
 
     def finish(self) -> LayerCounts:
         """Return the step's counts, once all layers have run: waits once for a device that has some of them."""
@@ -85,7 +90,7 @@ class ExpertParallel:
         layer = int(module.penstock_layer)  # type: ignore[arg-type]
         if self.selections:
             expert_ids = self.selections[layer].truncate(expert_ids, weights)
-        if self.valid is not None:
+        if self.valid is not None and not self._ids_are_final:
             expert_ids = torch.where(self.valid[:, None], expert_ids, self.num_experts)
         received = self.dispatcher.dispatch(layer, hidden, expert_ids, weights)
         if self._loads is not None:
@@ -135,11 +140,18 @@ class _LoadCounter:
         return loads
 
 
-def _on(device: torch.device, number: int | torch.Tensor) -> torch.Tensor:
-    """Return ``number`` as [] int64; a graph cannot capture a copy from the host."""
-    if isinstance(number, torch.Tensor):
-        return number.long()
-    return torch.full((), number, dtype=torch.int64, device=device)
+def _on(device: torch.device, numbers: Sequence[int | torch.Tensor]) -> torch.Tensor:
+    """Return ``numbers`` [L], or the sums of those that have several parts, as int64.
+
+    In few operations, and none that copies from the host, which a graph cannot capture.
+    """
+    tensors = [number for number in numbers if isinstance(number, torch.Tensor)]
+    if len(tensors) == len(numbers):
+        return torch.stack(tensors).view(len(numbers), -1).sum(dim=1)
+    known = {number for number in numbers if isinstance(number, int)}
+    if not tensors and len(known) == 1:
+        return torch.full((len(numbers),), known.pop(), dtype=torch.int64, device=device)
+    return torch.stack([_on(device, [number])[0] for number in numbers])
 
 
 def experts_forward(

@@ -8,7 +8,6 @@ latents) is whatever its own code hands to ``update``, so its shapes are learned
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -42,14 +41,14 @@ class PagedKVCache(Cache):
         return self.block_size * numbers * torch.empty((), dtype=self._dtype).element_size()
 
     @property
-    def pools(self) -> Collection[tuple[torch.Tensor, torch.Tensor]]:
-        """What each layer keeps: two of [slots, heads, D]."""
-        return self._pools.values()
-
-    @property
     def scratch_slot(self) -> int:
         """A slot that belongs to no request."""
         return self.num_blocks * self.block_size
+
+    @property
+    def pools(self) -> list[torch.Tensor]:
+        """All layers' pools [slots, heads, D], keys and values in turn; where they lie is where they stay."""
+        return [pool for both in self._pools.values() for pool in both]
 
     def allocate(self, num_bytes: int, device: torch.device) -> None:
         """Take as many blocks as fit in ``num_bytes``, scratch included, after the probing forward."""

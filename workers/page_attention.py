@@ -36,10 +36,10 @@ def objection(cache: PagedKVCache, device: torch.device) -> str:
         return "the model makes keys and values of what it keeps of a token"
     if cache.block_size % _TILE:
         return f"block_size is {cache.block_size}, no multiple of {_TILE}"
-    narrow = min(states.shape[-1] for pools in cache.pools for states in pools)
+    narrow = min(pool.shape[-1] for pool in cache.pools)
     if narrow < _TILE:
         return f"its heads have {narrow} numbers, less than {_TILE}"
-    if any(states.numel() >= 1 << 31 for pools in cache.pools for states in pools):
+    if any(pool.numel() >= 1 << 31 for pool in cache.pools):
         return "a layer's pool has more numbers than 32 bits count"
     return ""
 

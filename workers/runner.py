@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import zip_longest
 
 import numpy as np
 import psutil
@@ -27,6 +26,7 @@ from .computed_step import ComputedStep
 from .dispatch import AllToAllDispatcher, CollectiveLog, Dispatcher, LocalDispatcher
 from .expert_mover import ExpertMover
 from .expert_parallel import ExpertParallel
+from .gpu_routing import LaunchedRouting, known_routers
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
 from .loader import DenseModel, build, inspect, load_dense, load_experts, resolve_dtype
@@ -121,6 +121,9 @@ class ModelRunner:
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
+        with torch.inference_mode():
+            self.known_routers = known_routers(self.routers, self.device)
+        """Of all layers, where a kernel does what follows their logits in steps of fixed shapes; else empty."""
         pool_bytes = self._pool_bytes(kv_cache_bytes, gpu_memory_utilization, max_num_batched_tokens)
         self.cache.allocate(pool_bytes, self.device)
         replays_graphs = self.experts.is_capturable and not enforce_eager
@@ -238,10 +241,13 @@ class ModelRunner:
             sampled = sample(adjusted, samplings, computed.positions)
         token_ids, start = [], 0
         logprobs: dict[int, Logprobs] = {}
-        for request in plan.requests:
+        for place, request in enumerate(plan.requests):
             stop = start + request.num_sampled_rows
-            tokens, path = accept(request, sampled[start:stop])
-            self.cache.compact(request.request_id, request.committed_len, path)
+            if computed.accepted is None:
+                tokens, path = accept(request, sampled[start:stop])
+                self.cache.compact(request.request_id, request.committed_len, path)
+            else:  # the device has put their KV in order
+                tokens, path = computed.accepted[place]
             token_ids.append(tokens)
             if tokens and request.sampling.logprobs is not None:
                 emitted = torch.tensor(path[request.first_sampled_row :]) - request.first_sampled_row
@@ -274,7 +280,7 @@ class ModelRunner:
         counts = self.experts.finish()
         positions = (rows.positions[rows.sampled_rows] + 1).tolist()
         kept = budget.finish(counts)
-        return ComputedStep(None, logits, positions, counts, kept, self.log.num_collectives, self.log.crc)
+        return ComputedStep(None, None, logits, positions, counts, kept, self.log.num_collectives, self.log.crc)
 
     def _replayed(self, plan: RankPlan) -> ComputedStep:
         """Compute the plan's rows padded to its bucket, as a graph where the device has any."""
@@ -288,16 +294,22 @@ class ModelRunner:
 
     def _static_step(self, shape: StepShape) -> StaticStep:
         rows = self._static_rows(shape.bucket)
-        return StaticStep(shape, rows, self._static_forward, self.experts, self.layers, self.log)
+        parts = self._static_forward, self.experts, self.layers, self.log, self.known_routers, self.cache.pools
+        return StaticStep(shape, rows, *parts)
 
     def _static_rows(self, bucket: Bucket) -> StaticRows:
         block_size = self.cache.block_size
         most_blocks = -(-self.max_model_len // block_size) if self.reads_pages else None
         return StaticRows(bucket, block_size, self.cache.scratch_slot, self.device, most_blocks)
 
-    def _static_forward(self, rows: PackedRows, selections: Sequence[BudgetedSelection] = ()) -> torch.Tensor:
+    def _static_forward(
+        self,
+        rows: PackedRows,
+        selections: Sequence[BudgetedSelection] = (),
+        routings: Sequence[LaunchedRouting] = (),
+    ) -> torch.Tensor:
         with nullcontext() if self._compiled is None else self._compiled.active():
-            return self._forward(rows, selections)
+            return self._forward(rows, selections, routings)
 
     @torch.inference_mode()
     def compile_layers(self, backend: Backend = "inductor") -> None:
@@ -329,15 +341,22 @@ class ModelRunner:
         for request in plan.requests:
             self.cache.set_blocks(request.request_id, request.first_block, request.new_blocks)
 
-    def _forward(self, rows: PackedRows, selections: Sequence[BudgetedSelection] = ()) -> torch.Tensor:
+    def _forward(
+        self,
+        rows: PackedRows,
+        selections: Sequence[BudgetedSelection] = (),
+        routings: Sequence[LaunchedRouting] = (),
+    ) -> torch.Tensor:
         """Return logits [S, V] of the sampled rows and, behind them, of the scored ones.
 
-        ``selections``: of each MoE layer, in a step under a budget.
+        ``selections``: of each MoE layer, in a step under a budget. ``routings``: in the place of all that follows
+        its router's logits.
         """
         self.cache.rows = rows = rows.to(self.device)
-        self.experts.begin(rows.valid, selections)
-        for router, selection in zip_longest(self.routers, selections[: len(self.routers)]):
-            router.selection = selection
+        self.experts.begin(rows.valid, selections, ids_are_final=bool(routings))
+        for layer, router in enumerate(self.routers):
+            router.selection = selections[layer] if selections else None
+            router.replacement = routings[layer] if routings else None
         wanted = rows.logit_rows
         keep = wanted if len(wanted) else torch.zeros_like(rows.token_ids[:1])
         output = self.model(

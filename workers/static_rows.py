@@ -21,6 +21,7 @@ from ..router.routing import BudgetedRows
 from .context_pages import ContextPages
 from .plan import Bucket, RankPlan
 from .rows import AttentionGroup, PackedRows, depths, own_visibility
+from .static_sampler import samples_plainly
 
 _REAL = ("temperatures", "reach")
 
@@ -40,13 +41,15 @@ class StaticRows:
         device: torch.device,
         most_blocks: int | None = None,
     ) -> None:
-        self.bucket, self._block_size, self._scratch_slot = bucket, block_size, scratch_slot
+        self.bucket, self.block_size, self._scratch_slot = bucket, block_size, scratch_slot
         self._most_blocks = most_blocks
         r, n = bucket.num_requests, bucket.num_rows
         shapes: dict[str, tuple[int, ...]] = {
             "token_ids": (r, n),
             "depths": (r, n),
             "own": (r, n, n),
+            "parents": (r, n),
+            "first_sampled": (r,),
             "num_rows": (r,),
             "committed": (r,),
             "first_budgeted": (r,),
@@ -82,13 +85,17 @@ class StaticRows:
         to["own"][:] = np.eye(self.bucket.num_rows, dtype=np.int64)  # padding sees itself: softmax over nothing is NaN
         to["depths"][:] = 1
         to["first_budgeted"][:] = self.bucket.num_rows
+        is_plain = samples_plainly(plan.requests)
         for r, request in enumerate(plan.requests):
             n, table = len(request.token_ids), tables[request.request_id]
             to["token_ids"][r, :n] = request.token_ids
             to["depths"][r, :n] = depths(request.parents)
             to["own"][r, :n, :n] = own_visibility(request.parents)
+            to["parents"][r, :n] = request.parents
+            # The device accepts what its own tokens accept, or nothing where the host chooses others
+            to["first_sampled"][r] = request.first_sampled_row if is_plain else n
             to["num_rows"][r], to["committed"][r] = n, request.committed_len
-            num_blocks = -(-(request.committed_len + n) // self._block_size)
+            num_blocks = -(-(request.committed_len + n) // self.block_size)
             to["tables"][r, :num_blocks] = table[:num_blocks]
             sampling = request.sampling
             to["seeds"][r] = sampling.seed & 0xFFFFFFFF, sampling.seed >> 32
@@ -133,8 +140,8 @@ class StaticRows:
             num_rows=self.inputs["num_rows"],
             positions=positions,
             own=self.inputs["own"].bool(),
-            block_size=self._block_size,
-            num_pool_blocks=self._scratch_slot // self._block_size + 1,
+            block_size=self.block_size,
+            num_pool_blocks=self._scratch_slot // self.block_size + 1,
             most_blocks=max(most_blocks, self.inputs["tables"].shape[1]),
         )
 
@@ -178,5 +185,5 @@ class StaticRows:
     def _slots(self, places: torch.Tensor) -> torch.Tensor:
         """Return the KV slots [R, P] of ``places`` [R, P] in the requests' texts."""
         last = self.inputs["tables"].shape[1] - 1
-        blocks = self.inputs["tables"].gather(1, (places // self._block_size).clamp_max(last))
-        return blocks * self._block_size + places % self._block_size
+        blocks = self.inputs["tables"].gather(1, (places // self.block_size).clamp_max(last))
+        return blocks * self.block_size + places % self.block_size

@@ -10,24 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from ..kernels.device import has_triton
 from ..router.budgeted_choice import LayerRanks
 from ..router.budgeted_selection import BudgetedSelection
 from ..router.expert_budget import ExpertBudget
 from .computed_step import ComputedStep
 from .dispatch import CollectiveLog
 from .expert_parallel import ExpertParallel
+from .gpu_routing import KnownRouter, LaunchedRouting, launched_routings
 from .plan import Bucket, LayerCounts, RankPlan
 from .rows import PackedRows, depths
 from .static_rows import StaticRows
 from .static_sampler import choose_tokens, samples_plainly
 from .step_budget import kept_weights
 
-Forward = Callable[[PackedRows, Sequence[BudgetedSelection]], torch.Tensor]
-"""From rows, and the selections of all layers under a budget, to logits [T, V]."""
+if TYPE_CHECKING:
+    from ..kernels.kv_moves import Pools
+
+Forward = Callable[[PackedRows, Sequence[BudgetedSelection], Sequence[LaunchedRouting]], torch.Tensor]
+"""From rows, and either the selections of all layers under a budget or all that follows routers' logits, to logits
+[T, V]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,9 @@ class Answer:
 
     tokens: np.ndarray
     """[R, N] the token that each row chooses, by temperature alone."""
+    accepted: np.ndarray | None
+    """[R, 2 N + 1] tokens that each request emits by those, the rows that yield them, and how many they are; None
+    where the device does not walk along drafts."""
     experts: list[int]
     """Per layer, as in `LayerCounts`."""
     rows_sent: list[int]
@@ -77,8 +87,10 @@ class Answer:
             wire_bytes=list(self.wire_bytes),
         )
         kept = [self.kept[:, place, :number] for place, number in enumerate(num_rows)]
+        is_plain = samples_plainly(plan.requests)
         return ComputedStep(
-            tokens=[int(self.tokens[where]) for where in sampled] if samples_plainly(plan.requests) else None,
+            tokens=[int(self.tokens[where]) for where in sampled] if is_plain else None,
+            accepted=self._accepted(plan) if is_plain and self.accepted is not None else None,
             logits=logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)],
             positions=[plan.requests[place].committed_len + depth[place][row] for place, row in sampled],
             counts=counts,
@@ -87,9 +99,22 @@ class Answer:
             collectives_crc=self.collectives_crc,
         )
 
+    def _accepted(self, plan: RankPlan) -> list[tuple[list[int], list[int]]]:
+        assert self.accepted is not None, "the device has walked along drafts"
+        width = self.tokens.shape[1]
+        accepted = []
+        for request, (*walk, number) in zip(plan.requests, self.accepted.tolist(), strict=False):
+            known = list(range(min(request.first_sampled_row, len(request.token_ids))))
+            accepted.append((walk[:number], known + walk[width : width + number]))
+        return accepted
+
 
 class StaticStep:
-    """The step of one shape. `fill`, `run` and `answer` are one step."""
+    """The step of one shape. `fill`, `run` and `answer` are one step.
+
+    ``routers``: of all layers, where a kernel computes them. ``pools``: of the KV cache, in which a device that walks
+    along drafts puts those that it accepts in order.
+    """
 
     def __init__(
         self,
@@ -99,13 +124,24 @@ class StaticStep:
         experts: ExpertParallel,
         layers: Sequence[LayerRanks],
         log: CollectiveLog,
+        routers: Sequence[KnownRouter] = (),
+        pools: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.shape, self.rows = shape, rows
+        self.shape, self.rows, self._routers = shape, rows, routers
         self._forward, self._experts, self._layers, self._log = forward, experts, layers, log
+        self._walks = has_triton(layers[0].owner.device)
+        bucket = shape.bucket
+        self._pools: Pools | None = None
+        if self._walks and pools and bucket.num_rows > 2:  # what two rows accept is in order
+            from ..kernels.kv_moves import Pools
+
+            self._pools = Pools.of(pools)
+        self._first_rows = torch.arange(0, bucket.total_rows, bucket.num_rows, device=layers[0].owner.device)
         self.logits: torch.Tensor | None = None
         """[T, V] of the latest run."""
         self._results: Sequence[torch.Tensor] = ()
-        """[T + 2 L] int64: tokens, experts, rows sent; [L, T] f32: weight kept."""
+        """int64: tokens [T], experts [L], rows sent [L], and where the device walks along drafts what requests emit
+        [R], [R, N], [R, N]; f32: weight kept [L, T]."""
         self._copies: Sequence[torch.Tensor] = ()
         """The same on the host."""
         self._known: tuple[list[int], int, int] = ([], 0, 0)
@@ -120,8 +156,8 @@ class StaticStep:
         self._log.reset()
         layout = self.rows.layout()
         assert layout.valid is not None
-        selections = self._selections(layout.valid)
-        self.logits = self._forward(layout, selections)
+        selections, routings = self._choices(layout.valid)
+        self.logits = self._forward(layout, selections, routings)
         inputs, num_rows = self.rows.inputs, self.shape.bucket.num_rows
         temperatures, seeds, choices = (
             inputs[name].repeat_interleave(num_rows, dim=0, output_size=self.shape.bucket.total_rows)
@@ -130,18 +166,47 @@ class StaticStep:
         tokens = choose_tokens(self.logits, temperatures, seeds, choices, layout.positions + 1)
         self._known = self._experts.wire_bytes, self._log.num_collectives, self._log.crc
         kept = [selection.limits.kept for selection in selections if selection.limits is not None]
+        if self.shape.budget is not None:
+            kept += [routing.kept for routing in routings if routing.kept is not None]
         self._results = (
-            torch.cat([tokens, self._experts.counts_on(tokens.device).flatten()]),
+            torch.cat([tokens, self._experts.counts_on(tokens.device).flatten(), *self._accept(tokens)]),
             torch.stack(kept) if kept else tokens.new_zeros(0, len(tokens), dtype=torch.float32),
         )
 
-    def _selections(self, valid: torch.Tensor) -> list[BudgetedSelection]:
-        budget = self.shape.budget
-        if budget is None:
+    def _accept(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Return how many tokens requests emit [R], those [R x N], and their rows [R x N], if the device can tell."""
+        if not self._walks:
             return []
-        rows = self.rows.budgeted_rows(valid, per_request=budget.scope == "request")
+        from ..kernels.tree_acceptance import DraftTrees, accept_trees
+
+        inputs, bucket = self.rows.inputs, self.shape.bucket
+        trees = DraftTrees(
+            token_ids=inputs["token_ids"].flatten(),
+            parents=inputs["parents"].flatten(),
+            first_rows=self._first_rows,
+            num_rows=inputs["num_rows"],
+            first_sampled=inputs["first_sampled"],
+            first_choices=self._first_rows,
+            most_rows=bucket.num_rows,
+        )
+        accepted = accept_trees(trees, tokens)
+        if self._pools is not None:
+            from ..kernels.kv_moves import AcceptedRows, move_accepted
+
+            found = accepted.path, accepted.num_tokens, inputs["committed"], inputs["tables"]
+            move_accepted(self._pools, AcceptedRows(*found, self.rows.block_size))
+        return [accepted.num_tokens, accepted.tokens.flatten(), accepted.path.flatten()]
+
+    def _choices(self, valid: torch.Tensor) -> tuple[list[BudgetedSelection], list[LaunchedRouting]]:
+        """Return what chooses experts beside the routers' own code: one of the two, or neither."""
+        budget, rows = self.shape.budget, None
+        if budget is not None:
+            rows = self.rows.budgeted_rows(valid, per_request=budget.scope == "request")
         reduce = self._experts.dispatcher.sum_scores
-        return [BudgetedSelection(budget, rows, layer, reduce) for layer in self._layers]
+        routings = launched_routings(self._routers, budget, rows, valid, self._layers, reduce)
+        if routings or budget is None or rows is None:
+            return [], routings
+        return [BudgetedSelection(budget, rows, layer, reduce) for layer in self._layers], []
 
     def answer(self) -> Answer:
         """Return what the latest run found; waits for the device."""
@@ -156,10 +221,16 @@ class StaticStep:
             event.synchronize()
         bucket = self.shape.bucket
         numbers, kept = (copy.numpy() for copy in self._copies)
-        tokens, counts = np.split(numbers, [bucket.total_rows])
-        experts, rows_sent = np.split(counts, 2)
+        num_layers = self._experts.num_layers
+        ends = np.cumsum([bucket.total_rows, num_layers, num_layers, bucket.num_requests * self._walks])
+        tokens, experts, rows_sent, num_emitted, walks = np.split(numbers, ends)
+        accepted = None
+        if self._walks:
+            emitted, path = walks.reshape(2, bucket.num_requests, bucket.num_rows)
+            accepted = np.concatenate([emitted, path, num_emitted[:, None]], axis=1)
         return Answer(
             tokens.reshape(bucket.num_requests, bucket.num_rows),
+            accepted,
             experts.tolist(),
             rows_sent.tolist(),
             self._known[0],

@@ -1,0 +1,298 @@
+"""Padded steps through Triton's kernels: the same step as through torch's operations."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from .triton_device import DEVICE
+
+from penstock.benchmarks import step_launches  # isort: skip
+from penstock.cluster.transport.process_ranks import ProcessRanks
+from penstock.kernels.device import triton_on
+from penstock.router.expert_budget import ExpertBudget
+from penstock.router.topk import RouterSeam
+from penstock.workers.gpu_routing import known_router, knows
+from penstock.workers.plan import RankPlan
+from penstock.workers.runner import ModelRunner
+from penstock.workers.sampler import accept
+from penstock.workers.sampling_params import TokenSampling
+
+from .test_static_step import (
+    STEPS,
+    Padded,
+    config_of,
+    exact_counts,
+    outputs_of,
+    padded,
+    prompts,
+    runner_of,
+)
+from .test_topk_seam import audit, hidden, router_of
+from .tiny_configs import settings_of
+from .tiny_engine import GREEDY
+
+pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="there `-m gpu` tests run the kernels as they are")
+
+
+@pytest.fixture(scope="module")
+def runner_for(checkpoint: Callable[[str], Path]) -> Callable[[str], ModelRunner]:
+    made: dict[str, ModelRunner] = {}
+
+    def make(model_type: str) -> ModelRunner:
+        if model_type not in made:
+            with triton_on("cpu"):
+                made[model_type] = runner_of(checkpoint(model_type))
+            made[model_type].step(prompts())
+        return made[model_type]
+
+    return make
+
+
+BUDGETS = [
+    None,
+    "experts=4,scope=request",
+    "experts=5,score=survival",
+    "coverage=0.7,score=selected",
+    "experts=3,score=probabilities,rest=truncation",
+    "experts=4,scope=global",
+    "max_ranks_per_row=1,experts=4",
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "step", "budget"),
+    [
+        *(("qwen3_moe", "mixed", budget) for budget in BUDGETS),
+        ("qwen3_moe", "filtered", BUDGETS[1]),
+        ("gpt_oss", "mixed", BUDGETS[1]),
+        ("minimax_m2", "mixed", BUDGETS[2]),
+        ("deepseek_v3", "mixed", BUDGETS[1]),
+    ],
+)
+def test_a_step_through_kernels_is_the_step(
+    runner_for: Callable[[str], ModelRunner], model_type: str, step: str, budget: str | None
+) -> None:
+    runner = runner_for(model_type)
+    assert bool(runner.known_routers) == (model_type != "deepseek_v3"), "the tiny one has groups of experts"
+    parsed = None if budget is None else ExpertBudget.parse(budget)
+    first = None if budget is None else 0
+    requests = [
+        replace(part, first_budgeted_row=first if len(part.token_ids) > 1 else None, reach=reach(len(part.token_ids)))
+        for part in STEPS[step]
+    ]
+    plan = RankPlan(0, 1, requests=requests, budget=parsed)
+    with torch.inference_mode():
+        launched = runner._launched(plan)
+        runner.graphs.clear()
+        with triton_on("cpu"):
+            replayed = runner._replayed(padded(plan, runner))
+    torch.testing.assert_close(replayed.logits, launched.logits, rtol=1e-4, atol=1e-5)
+    assert exact_counts(replayed.counts) == exact_counts(launched.counts)
+    assert replayed.counts.weight_kept == pytest.approx(launched.counts.weight_kept, rel=1e-5)
+    assert {key: kept.share for key, kept in replayed.kept_weights.items()} == pytest.approx(
+        {key: kept.share for key, kept in launched.kept_weights.items()}, rel=1e-5
+    )
+    launches = {seam.replacement is not None for seam in runner.routers}
+    assert launches == {bool(runner.known_routers) and (parsed is None or knows(parsed))}
+    assert (replayed.accepted is None) == (step == "filtered")
+    if replayed.accepted is not None:
+        assert replayed.tokens is not None
+        ends = np.cumsum([part.num_sampled_rows for part in requests])[:-1]
+        walks = zip(requests, np.split(replayed.tokens, ends), strict=True)
+        assert replayed.accepted == [accept(part, tokens.tolist()) for part, tokens in walks]
+    expected = runner.step(plan).token_ids
+    with triton_on("cpu"):
+        assert runner.step(padded(plan, runner)).token_ids == expected
+
+
+def reach(num_rows: int) -> list[float]:
+    return [0.9**row for row in range(num_rows)]
+
+
+def test_one_sequence_serves_changing_budgets(runner_for: Callable[[str], ModelRunner]) -> None:
+    runner = runner_for("qwen3_moe")
+    runner.graphs.clear()
+    requests = [replace(part, first_budgeted_row=0) for part in STEPS["mixed"]]
+    read = {}
+    for number in (8, 2, 5, 2):
+        plan = RankPlan(0, 1, requests=requests, budget=ExpertBudget(experts=number))
+        with torch.inference_mode():
+            expected = runner._launched(plan).counts.experts
+            with triton_on("cpu"):
+                found = runner._replayed(padded(plan, runner)).counts.experts
+        assert found == expected
+        assert read.setdefault(number, found) == found
+    assert len(runner.graphs._steps) == 1
+    assert sum(read[2]) < sum(read[5]) < sum(read[8])
+
+
+def test_the_device_follows_a_tree_to_its_second_branch(runner_for: Callable[[str], ModelRunner]) -> None:
+    runner = runner_for("qwen3_moe")
+    tree = replace(STEPS["mixed"][2], sampling=TokenSampling())
+    tokens = list(tree.token_ids)
+    for row, parent in ((2, 0), (4, 2)):  # drafts that are what the model chooses before them
+        plan = RankPlan(0, 1, requests=[replace(tree, token_ids=tokens)])
+        with torch.inference_mode():
+            tokens[row] = int(runner._launched(plan).logits[parent].argmax())
+    tokens[1] = (tokens[2] + 1) % 90
+    plan = RankPlan(0, 1, requests=[STEPS["plain"][0], replace(tree, token_ids=tokens)])
+    with torch.inference_mode(), triton_on("cpu"):
+        accepted = runner._replayed(padded(plan, runner)).accepted
+    assert accepted is not None
+    assert [path for _, path in accepted] == [[0], [0, 2, 4]]
+    assert accepted[1][0][:2] == [tokens[2], tokens[4]]
+    pools = {}
+    for kernels in (False, True):
+        runner.graphs.clear()
+        with triton_on("cpu" if kernels else "cuda"):
+            assert runner.step(padded(plan, runner)).token_ids == [emitted for emitted, _ in accepted]
+        pools[kernels] = [pool.clone() for pool in runner.cache.pools]
+    slots = [runner.cache.tables[2][place // 4] * 4 + place % 4 for place in range(33)]  # and two accepted
+    for moved, expected in zip(pools[True], pools[False], strict=True):
+        torch.testing.assert_close(moved[slots], expected[slots], rtol=1e-4, atol=1e-5)
+
+
+# --- which routers ---------------------------------------------------------------------------------------------------
+
+KNOWN = {
+    "qwen3_moe": {"sigmoid": False, "normalise": False, "by_logits": False},
+    "mixtral": {"sigmoid": False, "normalise": True, "by_logits": False},
+    "gpt_oss": {"sigmoid": False, "normalise": True, "by_logits": True},
+    "deepseek_v2": None,
+    "deepseek_v3": None,
+    "cohere2_moe": None,
+}
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_routers_are_known_by_what_they_compute(checkpoint: Callable[[str], Path], model_type: str) -> None:
+    router, top_k = router_of(checkpoint(model_type))
+    seam = RouterSeam(router, 8, top_k)
+    with torch.inference_mode():
+        audit(seam, router, hidden(1))
+        known = known_router(seam)
+    if KNOWN[model_type] is None:
+        assert known is None
+    else:
+        assert known is not None
+        assert {name: getattr(known.router, name) for name in KNOWN[model_type]} == KNOWN[model_type]
+
+
+@pytest.mark.parametrize("num_groups", [1, 4])
+def test_one_group_of_experts_is_none(num_groups: int) -> None:
+    from transformers import AutoConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    settings = {**settings_of("deepseek_v3"), "n_group": num_groups, "routed_scaling_factor": 2.5}
+    router = DeepseekV3TopkRouter(
+        AutoConfig.for_model("deepseek_v3", **{**settings, "topk_group": num_groups // 2 or 1})
+    )
+    with torch.inference_mode():
+        router.weight.normal_()
+        router.e_score_correction_bias.uniform_(-0.2, 0.2)
+        seam = RouterSeam(router, 8, 2)
+        audit(seam, router, hidden(1))
+        known = known_router(seam)
+    if num_groups > 1:
+        assert known is None
+    else:
+        assert known is not None
+        assert (known.router.sigmoid, known.router.scale) == (True, 2.5)
+        assert known.find_bias is not None
+
+
+class _Odd(torch.nn.Module):
+    """A router that weighs by sigmoids, with a bias, and is wrong in one of many ways."""
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__()
+        self.wrong, self.factor = wrong, 2.827
+        self.weight = torch.nn.Parameter(torch.randn(8, 32, generator=torch.Generator().manual_seed(3)) / 6)
+        self.register_buffer("lift", torch.linspace(-0.2, 0.3, 8))
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = torch.nn.functional.linear(rows, self.weight)
+        scores = logits.sigmoid() * (1.1 if self.wrong == "affinities" else 1)
+        _, ids = torch.topk(scores + self.lift * (1.5 if self.wrong == "bias" else 1), 3)
+        weights = scores.gather(1, ids)
+        weights = weights / (weights.sum(dim=1, keepdim=True) + (1e-4 if self.wrong == "sum" else 1e-20))
+        if self.wrong == "ids":
+            ids = ids.flip(1)
+        return logits, weights * self.factor * (1.0001 if self.wrong == "scale" else 1), ids
+
+
+@pytest.mark.parametrize("wrong", ["", "affinities", "bias", "sum", "ids", "scale"])
+def test_a_router_that_computes_something_else_keeps_its_code(wrong: str) -> None:
+    seam = RouterSeam(router := _Odd(wrong), 8, 3)
+    with torch.inference_mode():
+        audit(seam, router, hidden(1))
+        known = known_router(seam)
+    assert (known is None) == bool(wrong)
+    if known is not None:
+        assert (known.router.sigmoid, known.router.normalise, known.router.scale) == (True, True, 2.827)
+        assert known.find_bias is not None
+        assert torch.equal(known.find_bias(()), router.lift)
+
+
+# --- how many operations, and nothing for the host to wait for ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_ranks", "more"),
+    [
+        (None, 1, {}),
+        ("experts=4,scope=request", 1, {}),
+        ("experts=4,rank_balance=0.5", 8, {"triton.pack": 1, "all_to_all": 2, "triton.unpack": 1, "triton.add": 1}),
+        ("experts=4,scope=global", 1, {"triton.route": 2}),
+    ],
+)
+def test_a_block_of_experts_is_a_handful_of_launches(
+    blind_runner: ModelRunner, budget: str | None, num_ranks: int, more: dict[str, int]
+) -> None:
+    found = step_launches.count(blind_runner, budget, num_ranks, kernels=True).operations
+    experts = {"triton.group_pairs": 1, "triton.product": 2, "triton.combine": 1}
+    block = {"aten.linear": 1, "triton.route": 1, **experts, **more}
+    num_layers = len(blind_runner.experts.shards)
+    assert found["experts"] == {name: number * num_layers for name, number in block.items()}
+    assert found["step"]["triton.walk"] == found["step"]["triton.move"] == 1
+    before = step_launches.count(blind_runner, budget, num_ranks, kernels=False).operations
+    assert sum(before["experts"].values()) > (1 if budget is None else 3) * sum(found["experts"].values())
+
+
+@pytest.fixture(scope="module")
+def blind_runner(checkpoint: Callable[[str], Path]) -> ModelRunner:
+    return step_launches.runner_without_numbers(checkpoint("qwen3_moe"))
+
+
+# --- between ranks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("budget", ["experts=4,scope=global"])
+def test_ranks_exchange_packed_rows(checkpoint: Callable[[str], Path], budget: str | None) -> None:
+    prompt = [[5, 17, 60, 33, 8], [3, 9, 3, 9, 3, 9, 3]]
+    params = replace(GREEDY, max_tokens=8)
+    config = replace(config_of(checkpoint("qwen3_moe"), 2), expert_budget=budget)
+    results = []
+    for command in ((), (sys.executable, str(Path(__file__).with_name("interpreting_rank.py")))):
+        ranks = ProcessRanks(config, command)
+        try:
+            results.append(outputs_of(config, Padded(ranks), 3, params, prompt))
+        finally:
+            ranks.close()
+    (expected, plain), (found, watched) = results
+    assert found == expected
+    for step, wanted in zip(watched.results, plain.results, strict=True):
+        for rank, same in zip(step.ranks, wanted.ranks, strict=True):
+            assert exact_counts(rank.counts) == exact_counts(same.counts)
+            assert rank.counts.wire_bytes == same.counts.wire_bytes
+            assert rank.collectives_crc == same.collectives_crc
+            assert rank.counts.weight_kept == pytest.approx(same.counts.weight_kept, rel=1e-5)
+    assert sum(sum(rank.counts.rows_sent) for step in watched.results for rank in step.ranks) > 0
