@@ -120,6 +120,8 @@ class ModelRunner:
         self.cache.allocate(pool_bytes, self.device)
         self.texts = Texts()
         self.generation = -1
+        self._sampled: dict[int, int] = {}
+        """The last token of each request that the step before sampled."""
         self.max_model_len = max_model_len or limit
         # One block is scratch for padding rows
         needed = (-(-self.max_model_len // block_size) + 1) * self.cache.block_bytes
@@ -209,6 +211,7 @@ class ModelRunner:
     def step(self, plan: RankPlan) -> RankResult:
         """Run one step; the result is only true once every rank has answered it."""
         started = time.thread_time()
+        plan = replace(plan, requests=[request.filled_in(self._sampled) for request in plan.requests])
         self._apply_tables(plan)
         self.log.reset()
         if plan.rebalance is not None:
@@ -234,6 +237,9 @@ class ModelRunner:
                     logits[start:stop][emitted.to(self.device)], tokens, request.sampling.logprobs
                 )
             start = stop
+        self._sampled = {
+            request.request_id: tokens[-1] for request, tokens in zip(plan.requests, token_ids, strict=True) if tokens
+        }
         if self.mover is not None:
             self.mover.finish()
         return RankResult(
