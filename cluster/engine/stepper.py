@@ -46,8 +46,8 @@ class RanStep:
 class Stepper:
     """Plans steps over ``scheduler`` and has ``ranks`` run them; ``requests``: those that live, by key.
 
-    Between two calls at most one step is under way. Ranks run steps in the order in which they were sent, so blocks that
-    a request leaves behind go to another at once: it writes to them in a later step than the one that still runs.
+    Between two calls at most one step is under way. Ranks run steps in the order in which they were sent, so blocks
+    that a request leaves behind go to another at once: that one writes to them in a later step than any that still runs.
     """
 
     def __init__(
