@@ -33,7 +33,8 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 
 OPTIONS = {
     "generate": """
-        --allow-uncalibrated --api-key --async-scheduling --block-size --budget-profile --chat --device --draft-len --drafter --dtype
+        --allow-uncalibrated --api-key --async-scheduling --block-size --budget-profile --chat --device
+        --draft-len --drafter --dtype
         --enable-eplb --enforce-eager --eplb-bytes-per-step --eplb-step-interval --eplb-timeout-s --eplb-window-size
         --expert-budget --expert-parallel-size
         --frequency-penalty --gpu-memory-utilization --ignore-eos --json --kv-cache-bytes

@@ -47,7 +47,7 @@ class Stepper:
     """Plans steps over ``scheduler`` and has ``ranks`` run them; ``requests``: those that live, by key.
 
     Between two calls at most one step is under way. Ranks run steps in the order in which they were sent, so blocks
-    that a request leaves behind go to another at once: that one writes to them in a later step than any that still runs.
+    that a request leaves behind go to another at once: that one writes to them in a later step than any under way.
     """
 
     def __init__(

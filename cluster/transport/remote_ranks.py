@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ...router.placement import Placement, PlacementVersion
 from ...workers.model_info import RankInfo
-from ...workers.plan import RankResult, StepFailedError, StepPlan, StepResult
+from ...workers.plan import RankError, RankResult, StepFailedError, StepPlan, StepResult
 from ...workers.process_group import open_store
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
@@ -40,7 +40,7 @@ from .messages import (
 from .rank_loop import RankSettings
 from .roster import Member, RankProcess, Roster
 from .step_plane import CoordinatorPlane
-from .step_round import StepRounds, errors_of
+from .step_round import StepRounds, results_of
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.02
@@ -166,12 +166,12 @@ class RemoteRanks:
         if step.refusal is not None:
             raise StepFailedError(step.refusal)
         self.meanwhile()
-        answers = self._round(lambda member, _: step.answers.get(member.rank), "answer a step", known=step.answers)
-        results = [said for _, said in sorted(answers.items()) if isinstance(said, RankResult)]
-        if len(results) < len(self._present):
-            errors = errors_of(answers.values())
-            errors |= {rank: f"lost ({loss.what})" for rank, loss in self._lost.items()}
-            raise StepFailedError("; ".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
+
+        def take(member: Member, _: Any) -> RankResult | RankError | None:
+            return None if member.rank is None else step.answers.get(member.rank)
+
+        answers = self._round(take, "answer a step", known=step.answers)
+        results = results_of(answers, self._present, {rank: loss.what for rank, loss in self._lost.items()})
         for rank in self._absent:
             results.insert(rank, nothing_of(rank, results[0]))
         return StepResult(results, self._steps.end())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...workers.plan import RankError, RankResult, StepPlan
+from ...workers.plan import RankError, RankResult, StepFailedError, StepPlan
 from .messages import Done, Failed
 
 
@@ -59,6 +59,16 @@ class StepRounds:
         self._rounds.clear()
 
 
-def errors_of(answers: Sequence[RankResult | RankError]) -> dict[int, str]:
-    """Return what ranks that failed have said."""
-    return {said.rank: said.message for said in answers if isinstance(said, RankError)}
+def results_of(
+    answers: Mapping[int, RankResult | RankError], ranks: Sequence[int], lost: Mapping[int, str]
+) -> list[RankResult]:
+    """Return what ``ranks`` answered; raise ``StepFailedError`` unless all have run the step.
+
+    ``lost``: how those were lost that were.
+    """
+    results = [said for _, said in sorted(answers.items()) if isinstance(said, RankResult)]
+    if len(results) < len(ranks):
+        errors = {rank: said.message for rank, said in answers.items() if isinstance(said, RankError)}
+        errors |= {rank: f"lost ({how})" for rank, how in lost.items()}
+        raise StepFailedError("; ".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
+    return results
