@@ -31,6 +31,10 @@ class TableController:
     def __init__(self, lengths: dict[int, int]) -> None:
         self._lengths = lengths
 
+    def rests(self, batch: Batch) -> bool:
+        """Whether no request may draft."""
+        return not batch.may_draft
+
     def max_draft_lens(self, batch: Batch) -> list[int]:
         """Return the table's length for the batch, within each request's limit."""
         if not batch.requests:

@@ -84,9 +84,9 @@ class WatchedRanks(ProcessRanks):
         super().__init__(config)
         self.steps: list[Step] = []
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """Run the step."""
-        result = super().step(plan)
+    def collect(self, plan: StepPlan) -> StepResult:
+        """Wait for the step."""
+        result = super().collect(plan)
         loads = [rank.expert_loads for rank in result.ranks]
         part = plan.ranks[0].rebalance
         assert part is not None

@@ -105,6 +105,9 @@ class EngineConfig:
     """Share of each GPU's memory for weights, activations and KV together; without effect beside `kv_cache_bytes`."""
     enforce_eager: bool = False
     """Launch a GPU's operations one by one, instead of replaying small steps as CUDA graphs; no effect on a CPU."""
+    async_scheduling: bool = True
+    """Send ranks the next step while they run one, where nothing is drafted in either; off: plan it after the result.
+    No effect on a single rank without Ray."""
     speculation: str = _bounded("auto", of=("auto", "off", "fixed", "cascade", "shadow"))
     """How draft lengths are chosen: off, fixed (`draft_len` always), cascade (utility measured per request by trials)
     or shadow (expected gain against expected time, every step); auto is fixed where `draft_len` is given, else shadow.

@@ -33,7 +33,9 @@ def _flags(
             continue
         default = "" if spec.default in (None, ()) else f" [default: {spec.default}]"
         hint: Any = hints[spec.name] | None
-        shown = Parameter(help=docs[spec.name] + default, negative=(), show_default=False, group=group)
+        # A switch that is on needs a flag that turns it off
+        negative = None if spec.default is True else ()
+        shown = Parameter(help=docs[spec.name] + default, negative=negative, show_default=False, group=group)
         flags.append((spec.name, Annotated[hint, shown], field(default=None)))
     made = make_dataclass(name, flags, kw_only=True)
     made.__module__ = __name__  # cyclopts takes classes of the module `types` for built-in ones
@@ -61,7 +63,7 @@ CalibrationFlags = _flags(
         *("num_spares", "recovery_timeout_s", "enable_eplb", "num_redundant_experts"),
         *("eplb_window_size", "eplb_step_interval", "eplb_bytes_per_step", "eplb_timeout_s"),
         # what the command itself decides
-        *("speculation", "draft_len", "max_draft_len", "expert_budget"),
+        *("async_scheduling", "speculation", "draft_len", "max_draft_len", "expert_budget"),
         *("budget_profile", "max_quality_loss", "max_perplexity_increase", "allow_uncalibrated"),
     ),
     group="Engine: as it will be served",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from penstock.cluster.engine.ranks import Replacement
 from penstock.workers.model_info import ModelInfo, RankInfo
@@ -14,6 +15,8 @@ FIRST, VOCAB = 4, 9
 """Few tokens, so that n-gram drafts are accepted now and then; the ids below are special in the tests' tokenizer."""
 
 
+POISON = 1000
+"""What blocks hold that their request has left, beside any sum of tokens."""
 WINDOW = 200
 """How far back a token looks; contexts of the tests about KV are shorter."""
 
@@ -49,6 +52,9 @@ class ScriptedRanks:
         self._block_size, self._step_s = block_size, step_s
         self._tables: list[dict[int, list[int]]] = [{} for _ in num_kv_blocks]
         self._slots: list[dict[int, int]] = [{} for _ in num_kv_blocks]
+        self._owners: list[dict[int, int]] = [{} for _ in num_kv_blocks]
+        """By block: the request that was given it last, the only one that may write there."""
+        self._sampled: list[dict[int, int]] = [{} for _ in num_kv_blocks]
         self._generations = [-1] * len(num_kv_blocks)
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -62,22 +68,30 @@ class ScriptedRanks:
         pass
 
     def _run(self, rank: int, plan: RankPlan) -> RankResult:
-        tables = self._tables[rank]
+        tables, owners, slots = self._tables[rank], self._owners[rank], self._slots[rank]
+        plan = replace(plan, requests=[request.filled_in(self._sampled[rank]) for request in plan.requests])
         if plan.generation != self._generations[rank]:
             tables.clear()
             self._generations[rank] = plan.generation
         for key in plan.released:
-            tables.pop(key, None)
+            for block in tables.pop(key, []):
+                if owners[block] == key:
+                    slots.update(dict.fromkeys(range(block * self._block_size, (block + 1) * self._block_size), POISON))
         for request in plan.requests:
+            owners.update(dict.fromkeys(request.new_blocks, request.request_id))
             tables[request.request_id] = tables.get(request.request_id, [])[: request.first_block] + request.new_blocks
         held = [block for request in plan.requests for block in tables[request.request_id]]
         assert len(held) == len(set(held)), "two requests share a block"
         # All write before any reads, as in a layer of a model
         for request in plan.requests:
             for place, token in enumerate(request.token_ids, start=request.committed_len):
-                self._slots[rank][self._slot(tables[request.request_id], place)] = token
+                slot = self._slot(tables[request.request_id], place)
+                assert owners[slot // self._block_size] == request.request_id, "the block is another's"
+                slots[slot] = token
         num_rows = sum(len(request.token_ids) for request in plan.requests)
         answers = [accept(request, self._sample(rank, request))[0] for request in plan.requests]
+        sampled = zip(plan.requests, answers, strict=True)
+        self._sampled[rank] = {request.request_id: tokens[-1] for request, tokens in sampled if tokens}
         return RankResult(
             generation=plan.generation,
             step_id=plan.step_id,

@@ -6,11 +6,13 @@ import asyncio
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
 import pytest
 
+from penstock.benchmarks import computing_rank, step_gaps
 from penstock.benchmarks.churn import slope
 from penstock.benchmarks.harness import Measurement, Options, Target, quantile, run
 from penstock.benchmarks.http_stream import COMPLETED, LEFT, LOST, REFUSED, Answer, ask
@@ -68,6 +70,20 @@ def test_step_overhead_times_both_transports(tmp_path):
     for row in rows:
         assert row["steps"] == 1000
         assert 0 < row["p50_us"] <= row["p90_us"] <= row["p99_us"]
+
+
+@pytest.mark.distributed
+def test_step_gaps_times_every_step_of_both_ways(monkeypatch):
+    monkeypatch.setenv(computing_rank.COMPUTE_VARIABLE, "0.0")
+    config = EngineConfig(model="computing", expert_parallel_size=step_gaps.NUM_RANKS, speculation="off")
+    ranks = step_gaps.WatchedRanks(config)
+    try:
+        for ahead in (False, True):
+            idle_s = step_gaps._turn(replace(config, async_scheduling=ahead), ranks, 2)
+            assert len(idle_s) == step_gaps.NUM_RANKS * (step_gaps.STEPS - step_gaps.SKIPPED)
+            assert min(idle_s) > 0
+    finally:
+        ranks.close()
 
 
 def test_a_bound_from_above_is_kept_by_what_lies_below():

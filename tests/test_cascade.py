@@ -130,7 +130,7 @@ def test_a_batch_shares_one_length() -> None:
     class Spy:
         wants_trials = False
         observe, learn = cascade.observe, cascade.learn
-        forget, report = cascade.forget, cascade.report
+        forget, report, rests = cascade.forget, cascade.report, cascade.rests
 
         def max_draft_lens(self, batch: Batch) -> list[int]:
             lengths.append(cascade.max_draft_lens(batch))

@@ -17,12 +17,14 @@ from penstock.cluster.serving.deployment_error import DeploymentFailedError
 
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SERVE_OPTIONS = """
---address --allow-uncalibrated --api-key --block-size --budget-profile --config --cpus-per-rank --device
+--address --allow-uncalibrated --api-key --async-scheduling --block-size --budget-profile --config --cpus-per-rank
+--device
 --downscale-delay-s --draft-len --drafter --drain-timeout-s --dtype
 --enable-eplb --enforce-eager --eplb-bytes-per-step --eplb-step-interval --eplb-timeout-s --eplb-window-size
 --expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-draft-len
 --max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase --max-quality-loss
---max-queued-requests --max-replicas --max-step-retries --min-replicas --num-redundant-experts --num-replicas
+--max-queued-requests --max-replicas --max-step-retries --min-replicas --no-async-scheduling
+--num-redundant-experts --num-replicas
 --num-spares --num-threads
 --placement --placement-group-strategy --port
 --prompt-lookup-max --prompt-lookup-min --recovery-timeout-s --request-timeout-s --revision

@@ -33,14 +33,16 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 
 OPTIONS = {
     "generate": """
-        --allow-uncalibrated --api-key --block-size --budget-profile --chat --device --draft-len --drafter --dtype
+        --allow-uncalibrated --api-key --async-scheduling --block-size --budget-profile --chat --device
+        --draft-len --drafter --dtype
         --enable-eplb --enforce-eager --eplb-bytes-per-step --eplb-step-interval --eplb-timeout-s --eplb-window-size
         --expert-budget --expert-parallel-size
         --frequency-penalty --gpu-memory-utilization --ignore-eos --json --kv-cache-bytes
         --load-timeout-s --local --max-draft-len --max-model-len --max-num-batched-tokens
         --max-num-seqs --max-perplexity-increase --max-quality-loss --max-queued-requests
         --max-step-retries --max-tokens --min-p --min-tokens
-        --model --num-redundant-experts --num-spares --num-threads --placement --prediction --presence-penalty
+        --model --no-async-scheduling --num-redundant-experts --num-spares --num-threads --placement --prediction
+        --presence-penalty
         --prompt-lookup-max --prompt-lookup-min --recovery-timeout-s
         --repetition-penalty --request-timeout-s --revision --seed --speculation --stats
         --step-timeout-s --stop --stop-token-ids --suffix-store-tokens --system --temperature

@@ -40,8 +40,8 @@ class Ranks(ProcessRanks):
         self.plans: list[StepPlan] = []
         self.absent_in: list[tuple[int, ...]] = []
 
-    def step(self, plan: StepPlan) -> StepResult:
-        result = super().step(plan)
+    def collect(self, plan: StepPlan) -> StepResult:
+        result = super().collect(plan)
         self.plans.append(plan)
         self.absent_in.append(tuple(self._absent))
         return result

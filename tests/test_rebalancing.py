@@ -43,7 +43,7 @@ class Ranks(ProcessRanks):
     computed: Any = 0
     """[R] pairs of row and expert."""
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
         part = plan.ranks[0].rebalance
         assert part is not None
         for rank in range(2):
@@ -55,7 +55,12 @@ class Ranks(ProcessRanks):
             process = self._roster.of_rank[1].process._process  # type: ignore[attr-defined]
             process.kill()
             process.wait()
-        result = super().step(plan)
+        super().submit(plan)
+
+    def collect(self, plan: StepPlan) -> StepResult:
+        result = super().collect(plan)
+        part = plan.ranks[0].rebalance
+        assert part is not None
         if part.wants_loads:
             self.computed = self.computed + np.array([rank.expert_loads.computed for rank in result.ranks]).sum(axis=1)
         return result

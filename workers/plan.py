@@ -7,11 +7,16 @@ again from ``committed_len`` under the next generation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from ..router.expert_budget import ExpertBudget
 from .rebalance_plan import ExpertLoads, RebalancePlan
 from .sampling_params import TokenSampling
+
+SAMPLED_LAST = -1
+"""In place of a request's first token: the one that its rank sampled for it in the step before, which the coordinator
+had not heard of when it planned this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,17 @@ class RequestPlan:
     def num_sampled_rows(self) -> int:
         """Rows that yield a token."""
         return len(self.token_ids) - self.first_sampled_row
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether its first token is the one that its rank sampled last."""
+        return self.token_ids[0] == SAMPLED_LAST
+
+    def filled_in(self, sampled: Mapping[int, int]) -> RequestPlan:
+        """Return it with its first token known; ``sampled``: what the step before sampled last, by request."""
+        if not self.is_deferred:
+            return self
+        return replace(self, token_ids=[sampled[self.request_id], *self.token_ids[1:]])
 
 
 @dataclass(frozen=True, slots=True)

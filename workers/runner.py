@@ -139,6 +139,8 @@ class ModelRunner:
             self.compile_layers()
         self.texts = Texts()
         self.generation = -1
+        self._sampled: dict[int, int] = {}
+        """The last token of each request that the step before sampled."""
         # One block is scratch for padding rows
         needed = (-(-self.max_model_len // block_size) + 1) * self.cache.block_bytes
         if needed > pool_bytes:
@@ -227,6 +229,7 @@ class ModelRunner:
     def step(self, plan: RankPlan) -> RankResult:
         """Run one step; the result is only true once every rank has answered it."""
         started = time.thread_time()
+        plan = replace(plan, requests=[request.filled_in(self._sampled) for request in plan.requests])
         self._apply_tables(plan)
         self.log.reset()
         if plan.rebalance is not None:
@@ -255,6 +258,9 @@ class ModelRunner:
                     logits[start:stop][emitted.to(self.device)], tokens, request.sampling.logprobs
                 )
             start = stop
+        self._sampled = {
+            request.request_id: tokens[-1] for request, tokens in zip(plan.requests, token_ids, strict=True) if tokens
+        }
         if self.mover is not None:
             self.mover.finish()
         return RankResult(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import time
 from collections import Counter
@@ -11,7 +10,7 @@ from dataclasses import replace
 from itertools import takewhile
 
 from ...workers.model_info import ModelInfo
-from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan, StepFailedError, StepPlan, StepResult
+from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan, StepPlan, StepResult
 from ...workers.sampling_params import SamplingParams
 from ..config import EngineConfig
 from ..speculation.controller import PHASES, Controller, RequestReport
@@ -20,10 +19,9 @@ from ..speculation.drafting import Drafting
 from ..speculation.observation import RequestOutcome, StepObservation
 from ..speculation.options import AUTO, MAX_DRAFT_LEN, SpeculationOptions
 from ..speculation.policy import make_controller
-from .backend import EngineDeadError
 from .block_pool import BlockPool
 from .budget import EngineBudget, make_budgets
-from .events import RECOVERY, Event, EventLog
+from .events import EventLog
 from .output import ABORT, ERROR, LENGTH, STOP, TIMEOUT, EngineStats, RequestOutput, RequestStats
 from .prompt_check import check_prompt
 from .proposer import Proposer
@@ -32,15 +30,15 @@ from .rebalancer import Rebalancer
 from .request import Request
 from .scheduler import Scheduler
 from .stats import Counters
-
-logger = logging.getLogger(__name__)
+from .stepper import Stepper
 
 _PHASES_S = 1.0
 """Requests are counted by phase at most this often: it asks the controller about each."""
 
 
 class Engine:
-    """Serves requests over ``ranks``. One thread calls it; between calls its state is always committed.
+    """Serves requests over ``ranks``. One thread calls it; between calls its state is always committed, even if
+    ranks run a step that was sent ahead.
 
     ``controller`` replaces the one that ``config.policy`` names, and may then draft up to 64 tokens. ``budgets``: what
     is known of ``config.budgets``, for a controller that weighs them. ``events``: where faults and recoveries are
@@ -96,10 +94,17 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._by_key: dict[int, Request] = {}
         self._next_key = 0
-        self._generation = 0
-        self._step_id = 0
-        self._failures_in_row = 0
-        self._must_recover = False
+        self._stepper = Stepper(
+            config,
+            ranks,
+            self.scheduler,
+            self._proposer,
+            self._rebalancer,
+            self._by_key,
+            self.counters,
+            self.events,
+            clock,
+        )
         self._unlearned: list[int] = []
         """Requests (`Request.key`) that decoded in the last step, until `learn` has been called."""
         self._phases: Counter[str] = Counter()
@@ -108,7 +113,7 @@ class Engine:
     @property
     def has_requests(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return bool(self._requests)
+        return bool(self._requests) or self._stepper.is_under_way
 
     def add_request(
         self,
@@ -172,36 +177,15 @@ class Engine:
         return self._finish(request, reason, self.clock())
 
     def step(self) -> list[RequestOutput]:
-        """Run one step and return what it adds to each request.
+        """Run one step and return what it adds to each request; the next one may be under way when it returns.
 
         Raises ``EngineDeadError`` after ``max_step_retries`` failures in a row.
         """
-        if self._must_recover:
-            self._recover()
-        self._admit()
-        started = self.clock()
-        drafts, budget, reach = self._proposer.propose()
-        plan = self.scheduler.schedule(self._generation, self._step_id, drafts, budget, reach)
-        if plan is None:
-            return []
-        if self._rebalancer is not None:
-            plan = self._rebalancer.amend(plan)
-        try:
-            result = self.ranks.step(plan)
-            _check_lock_step(result)
-        except StepFailedError as error:
-            self._discard(error)
+        step = self._stepper.step()
+        if step is None:
             return self._expire()
-        except BaseException:
-            # Interrupted: ranks may still answer this step, so its number must not come again
-            self._void()
-            raise
         self.learn()
-        self._step_id += 1
-        self._failures_in_row = 0
-        if self._rebalancer is not None:
-            self._rebalancer.commit(result)
-        return self._commit(plan, result, started) + self._expire()
+        return self._commit(step.plan, step.result, step.started_s) + self._expire()
 
     def learn(self) -> None:
         """Learn what drafts and time of the last step teach.
@@ -217,13 +201,6 @@ class Engine:
                 for trial in self._drafting.settle(key, self._by_key[key].token_ids)
             ]
         )
-
-    def _admit(self) -> None:
-        now = self.clock()
-        for request in self.scheduler.admit():
-            if request.admitted_s is None:
-                request.admitted_s = now
-                self.counters.latencies.admitted(request, now)
 
     def _expire(self) -> list[RequestOutput]:
         """End the requests that have taken too long; those that came first come first."""
@@ -266,64 +243,18 @@ class Engine:
             return report
         return replace(report, phase="fixed" if limit else "off", draft_len=limit)
 
-    def _discard(self, error: StepFailedError) -> None:
-        self.counters.num_failed_steps += 1
-        self._failures_in_row += 1
-        logger.warning("step %d of generation %d discarded: %s", self._step_id, self._generation, error)
-        if self._failures_in_row > self.config.max_step_retries:
-            raise EngineDeadError(f"step {self._step_id} failed {self._failures_in_row} times in a row: {error}")
-        self._void()
-
-    def _void(self) -> None:
-        """Nothing of the present step counts; the next one starts by bringing the ranks back together."""
-        self._generation += 1
-        self.scheduler.forget_ranks()
-        if self._rebalancer is not None:
-            self._rebalancer.void()
-        self._must_recover = True
-
     def recover(self) -> None:
         """Bring the ranks back together between steps; for a caller that knows that one is lost."""
-        self._void()
-        self._recover()
-
-    def _recover(self) -> None:
-        """Requests of ranks that kept their KV go on; those of ranks that were lost are replayed."""
-        started = time.monotonic()
-        replaced = self.ranks.recover(self._generation)
-        self._must_recover = False
-        if not replaced:
-            return
-        infos = self.ranks.infos
-        num_replayed = sum(
-            self.scheduler.lose_kv(lost.rank, 0 if lost.is_absent else infos[lost.rank].num_kv_blocks)
-            for lost in replaced
-        )
-        since = min(started, *(lost.lost_s for lost in replaced))
-        lost_ranks = tuple(sorted(lost.rank for lost in replaced))
-        there = [lost for lost in replaced if not lost.is_absent]
-        self.events.record(
-            Event(
-                RECOVERY,
-                replaced[0].what,
-                f"rank {', '.join(map(str, lost_ranks))} is there again, "
-                f"{sum(lost.was_spare for lost in replaced)} from spares"
-                if there
-                else f"the others go on without rank {', '.join(map(str, lost_ranks))}",
-                duration_s=time.monotonic() - since,
-                generation=self._generation,
-                ranks=lost_ranks,
-                expert_bytes_loaded=sum(infos[lost.rank].expert_bytes for lost in there),
-                num_requests_replayed=num_replayed,
-            )
-        )
+        self._stepper.recover()
 
     def _commit(self, plan: StepPlan, result: StepResult, started: float) -> list[RequestOutput]:
         now = self.clock()
         outputs, outcomes = [], []
         for rank_plan, rank_result in zip(plan.ranks, result.ranks, strict=True):
             for part, tokens in self._parts(rank_plan, rank_result):
-                request = self._by_key[part.request_id]
+                request = self._by_key.get(part.request_id)
+                if request is None:  # it ended while this step was under way
+                    continue
                 if (kept_weight := rank_result.kept_weights.get(request.key)) is not None:
                     request.take_kept_weight(kept_weight)
                 if (scored := rank_result.prompt_logprobs.get(request.key)) is not None:
@@ -428,9 +359,3 @@ class Engine:
         self.controller.forget(request.key)
         del self._requests[request.request_id], self._by_key[request.key]
         return stats
-
-
-def _check_lock_step(result: StepResult) -> None:
-    """Ranks whose sequences of collectives differ may have mixed their data: nothing of the step can be trusted."""
-    if len({(r.num_collectives, r.collectives_crc) for r in result.ranks}) > 1:
-        raise StepFailedError("ranks ran different sequences of collectives")

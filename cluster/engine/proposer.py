@@ -32,14 +32,25 @@ class Proposer:
 
     def decoding(self) -> list[Request]:
         """Return the requests that have nothing but their last token to compute."""
-        return [request for requests in self._scheduler.running for request in requests if request.is_decoding]
+        ranks = range(len(self._scheduler.pools))
+        return [request for rank in ranks for request in self._scheduler.planned(rank) if request.is_decoding]
 
-    def propose(self) -> tuple[dict[int, Sequence[int]], ExpertBudget | None, dict[int, Sequence[float]]]:
-        """Return the drafts to verify, by `Request.key`, under which budget, and how likely they are right if it asks.
+    def foresee(self) -> Batch | None:
+        """Return the next step's requests if nothing is drafted for them, whatever the step that runs brings."""
+        batch = self._batch_of(self.decoding())
+        return batch if self._controller.rests(batch) else None
 
-        One decision over the requests of all ranks.
-        """
-        decoding = self.decoding()
+    def propose_nothing(self, batch: Batch) -> None:
+        """Make the decision of a step that was foreseen, once the step before it has committed."""
+        self._index_prompts()
+        live = {request.key for requests in self._scheduler.running for request in requests}
+        if batch.requests and not any(view.key in live for view in batch.requests):
+            return  # the controller has forgotten them all
+        wanted = self._controller.max_draft_lens(batch)
+        assert not any(wanted), "a controller that rests drafts nothing"
+        self._controller.draft_lens(batch, [NOTHING] * len(wanted))
+
+    def _batch_of(self, decoding: Sequence[Request]) -> Batch:
         views = [
             RequestView(
                 key=request.key,
@@ -51,8 +62,16 @@ class Proposer:
             )
             for request in decoding
         ]
+        return Batch(views, len(self._scheduler.pools), self._scheduler.prompt_rows())
+
+    def propose(self) -> tuple[dict[int, Sequence[int]], ExpertBudget | None, dict[int, Sequence[float]]]:
+        """Return the drafts to verify, by `Request.key`, under which budget, and how likely they are right if it asks.
+
+        One decision over the requests of all ranks.
+        """
+        decoding = self.decoding()
+        batch = self._batch_of(decoding)
         self._index_prompts()
-        batch = Batch(views, len(self._scheduler.pools), self._scheduler.prompt_rows())
         proposals = [
             self._drafting.propose(request.key, request.token_ids, most) if most > 0 else NOTHING
             for request, most in zip(decoding, self._controller.max_draft_lens(batch), strict=True)

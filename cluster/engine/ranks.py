@@ -59,6 +59,23 @@ class Ranks(Protocol):
 
 
 @runtime_checkable
+class QueueingRanks(Ranks, Protocol):
+    """Ranks that take the plan of a step while they run the one before, and run both in that order."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Hand a step over and do not wait for it; at most one other has not been collected."""
+        ...
+
+    def collect(self, plan: StepPlan) -> StepResult:
+        """Wait for the oldest step that was submitted, which is ``plan``; raises as `step` does.
+
+        After a failure every step that was submitted is given up, and `recover` comes next. ``wall_s`` of the result is
+        the time since the ranks could begin with the step.
+        """
+        ...
+
+
+@runtime_checkable
 class MovableRanks(Ranks, Protocol):
     """Ranks that can hand experts to each other."""
 

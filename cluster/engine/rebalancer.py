@@ -93,6 +93,11 @@ class Rebalancer:
         self._last_s = clock()
         self._run: _Run | None = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a rebalance is under way, so that a plan's part in it depends on the result of the one before."""
+        return self._run is not None
+
     def amend(self, plan: StepPlan) -> StepPlan:
         """Return ``plan`` with the step's part in a rebalance."""
         run, changes, transfers, staging = self._run, {}, [], 0

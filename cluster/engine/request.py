@@ -53,6 +53,8 @@ class Request:
     """Name of the drafter whose tokens are being verified (`Evidence.source`)."""
     num_prediction_draft_tokens: int = 0
     num_prediction_accepted_tokens: int = 0
+    has_last_rows: bool = False
+    """The step that runs brings it to its end, as far as its length says; only while the next one is planned."""
     was_admitted: bool = False
     """It has had a rank, and waits before all that have not."""
     num_preemptions: int = 0
@@ -87,6 +89,12 @@ class Request:
         """All KV is there and no token is wanted."""
         return not self.num_pending_tokens and not self.num_tokens_left
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether its rank must know its whole text."""
+        adjustments = self.token_sampling.adjustments
+        return adjustments is not None and adjustments.has_penalties
+
     def targets(self, num_rows: int) -> list[int]:
         """Return the prompt tokens that follow its next ``num_rows`` rows, if their log-probabilities are wanted."""
         if self.token_sampling.prompt_logprobs is None:
@@ -96,8 +104,7 @@ class Request:
 
     def text_update(self, *, is_new: bool) -> TextUpdate | None:
         """Return what its rank must be told of its text now; ``is_new``: the rank knows nothing of this request."""
-        adjustments = self.token_sampling.adjustments
-        if adjustments is None or not adjustments.has_penalties:
+        if not self.has_penalties:
             return None
         first, self.num_tokens_sent = 0 if is_new else self.num_tokens_sent, len(self.token_ids)
         return TextUpdate(self.num_prompt_tokens, first, self.token_ids[first:])

@@ -78,6 +78,17 @@ class Scheduler:
         """Requests that could start besides those that run, right after ``admit``; none while others wait."""
         return 0 if self.waiting else sum(self._max_num_seqs - len(requests) for requests in self.running)
 
+    def planned(self, rank: int) -> list[Request]:
+        """Return the requests of ``rank`` that have rows in the next step, if there is room for all."""
+        return [request for request in self.running[rank] if not request.has_last_rows]
+
+    def can_grow(self) -> bool:
+        """Whether every running request can hold its known tokens with the blocks that are free."""
+        return all(
+            sum(max(0, pool.blocks_for(len(r.token_ids)) - len(r.blocks)) for r in self.running[rank]) <= pool.num_free
+            for rank, pool in enumerate(self.pools)
+        )
+
     def add(self, request: Request) -> None:
         """Queue a request."""
         self.waiting.add(request)
@@ -197,7 +208,7 @@ class Scheduler:
     def prompt_rows(self) -> list[int]:
         """Return how many rows each rank would run of prompts, and of texts to replay, if nothing is drafted."""
         rows = []
-        for requests in self.running:
+        for requests in map(self.planned, range(len(self.pools))):
             num_decoding = sum(request.is_decoding for request in requests)
             pending = sum(request.num_pending_tokens for request in requests if not request.is_decoding)
             rows.append(min(pending, self._max_rows - num_decoding))
@@ -207,7 +218,7 @@ class Scheduler:
         num_left = self._max_rows
         plans = []
         # Decoding requests first: a stable sort keeps arrival order within both kinds
-        requests = sorted(self.running[rank], key=lambda r: not r.is_decoding)
+        requests = sorted(self.planned(rank), key=lambda r: not r.is_decoding)
         for place, request in enumerate(requests):
             if num_left == 0:
                 break

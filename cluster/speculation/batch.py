@@ -44,6 +44,11 @@ class Batch:
     """Rows of prompts that each rank is also expected to compute; empty where no rank has any."""
 
     @property
+    def may_draft(self) -> bool:
+        """Whether any request's own limit leaves room for a draft."""
+        return any(request.max_draft_len > 0 for request in self.requests)
+
+    @property
     def has_prefill(self) -> bool:
         """Whether any rank is also expected to compute part of a prompt."""
         return any(self.prompt_rows)

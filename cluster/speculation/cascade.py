@@ -37,6 +37,15 @@ class CascadeController:
         self._batch = Batch(())
         """The step that was planned last."""
 
+    def rests(self, batch: Batch) -> bool:
+        """Whether no request may draft, or all wait for a machine to end a disabled phase that has steps to go."""
+        if not batch.may_draft:
+            return True
+        if any(view.is_fixed and view.max_draft_len for view in batch.requests):
+            return False
+        machine = self._known_machine(batch)
+        return machine is not None and machine.rests
+
     def max_draft_lens(self, batch: Batch) -> list[int]:
         """Return the machine's length, within each request's limit; requests with a length of their own keep it."""
         machine, wanted = self._machine(batch), 0
@@ -106,14 +115,23 @@ class CascadeController:
         )
         if not limit:
             return None
-        if len(batch.requests) == 1:
-            key, machines = batch.requests[0].key, self._by_request
-        else:
-            key, machines = batch_bucket(len(batch.requests)), self._by_batch
+        key, machines = self._place(batch)
+        if machines is self._by_batch:
             limit = self._max_draft_len
         if key not in machines:
             machines[key] = PhaseMachine(limit, min(START_LEN, limit))
         return machines[key]
+
+    def _known_machine(self, batch: Batch) -> PhaseMachine | None:
+        """Return the machine that would rule this batch, if there is one yet."""
+        key, machines = self._place(batch)
+        return machines.get(key)
+
+    def _place(self, batch: Batch) -> tuple[int, dict[int, PhaseMachine]]:
+        """Return where the machine of a batch is kept."""
+        if len(batch.requests) == 1:
+            return batch.requests[0].key, self._by_request
+        return batch_bucket(len(batch.requests)), self._by_batch
 
     def _learners(self, step: StepObservation) -> list[RequestOutcome]:
         free = {view.key for view in self._batch.requests if not view.is_fixed and view.max_draft_len}

@@ -33,10 +33,20 @@ class Controller(Protocol):
     In each step: `max_draft_lens`, then the drafters propose, then `draft_lens` and `budget_level`; `observe` once the
     step has committed, and `learn` once the next one was planned. A step that failed is planned again with the same
     calls and no `observe`, so none may depend on how often it was called.
+
+    Where `rests` promises that nothing will be drafted, the next step is sent while one runs; its `max_draft_lens` and
+    `draft_lens` follow the `observe` of that one all the same, with the batch as it was foreseen.
     """
 
     wants_trials: bool
     """Whether `learn` is given trials, so that proposals must be kept until the text has followed."""
+
+    def rests(self, batch: Batch) -> bool:
+        """Whether `max_draft_lens` will be 0 for all of ``batch``, whatever `observe` brings of the step that runs.
+
+        Asked before that, and changes nothing. False where drafters are to be called even if nothing is verified.
+        """
+        ...
 
     def max_draft_lens(self, batch: Batch) -> list[int]:
         """Return per request the most tokens its drafter should propose, at most its own limit; 0 calls no drafter."""

@@ -21,6 +21,10 @@ class FixedController:
     def __init__(self, draft_len: int) -> None:
         self._draft_len = draft_len
 
+    def rests(self, batch: Batch) -> bool:
+        """Whether there is nothing to draft: with length 0, and where no request may."""
+        return not self._draft_len or not batch.may_draft
+
     def max_draft_lens(self, batch: Batch) -> list[int]:
         """Return the configured length, within each request's limit."""
         if not self._draft_len:

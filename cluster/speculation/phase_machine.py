@@ -41,6 +41,11 @@ class PhaseMachine:
         self._tokens: list[float] = []
         self._times_s: list[float] = []
 
+    @property
+    def rests(self) -> bool:
+        """Whether the length is 0, and still is after the next step, whatever that shows."""
+        return self.phase == DISABLED and self._steps_left > 1
+
     def observe(self, num_tokens: float, step_s: float, baseline_s: float | None, *, drafted: bool) -> None:
         """Take one step without prompt rows.
 

@@ -117,6 +117,10 @@ class ShadowController:
         self._ledgers: dict[int, UtilityLedger] = {}
         self._draft_lens: dict[int, int] = {}
 
+    def rests(self, batch: Batch) -> bool:
+        """Whether no request may draft: otherwise proposals are wanted, which teach if they are not verified too."""
+        return not batch.may_draft
+
     def max_draft_lens(self, batch: Batch) -> list[int]:
         """Return each request's limit: a proposal is worth its comparison with the text even if never verified."""
         return [

@@ -58,6 +58,8 @@ class RankLoop:
         self._runner: ModelRunner | None = None
         self._dense: DenseModel | None = None
         """What a spare has of the model."""
+        self._failed_generation: int | None = None
+        """Of the last step, if that failed here: what was planned upon it must not run."""
 
     def serve(self, settings: RankSettings, closed: Callable[[], bool] = lambda: False) -> None:
         """Serve a coordinator until it says to close, or until ``closed`` says that it is gone."""
@@ -66,6 +68,7 @@ class RankLoop:
             torch.set_num_threads(settings.config.threads_per_rank)
             if self._runner is not None:
                 self._runner.generation = -1  # this coordinator counts anew
+                self._failed_generation = None
                 plane.send(_as_loaded(self._runner))
             elif settings.rank is not None:
                 plane.send(self._load(settings, settings.rank, settings.placed))
@@ -75,8 +78,9 @@ class RankLoop:
             while True:
                 command = plane.receive(closed)
                 if isinstance(command, Run):
-                    plane.send(_step(self._loaded(), command.plan))
+                    plane.send(self._step(command.plan))
                 elif isinstance(command, Regroup):
+                    self._failed_generation = None
                     plane.send(_regroup(settings, self._loaded(), command))
                 elif isinstance(command, Assign):
                     plane.send(Assigned(command.rank))
@@ -92,6 +96,17 @@ class RankLoop:
     def _loaded(self) -> ModelRunner:
         assert self._runner is not None, "a spare is assigned a rank first"
         return self._runner
+
+    def _step(self, plan: RankPlan) -> Answer:
+        runner = self._loaded()
+        try:
+            if plan.generation == self._failed_generation:
+                raise RuntimeError("a step before this one has failed")
+            self._failed_generation = None
+            return Done(runner.step(plan))
+        except Exception as error:  # whatever a model or a collective raises, the step is void and the rank lives on
+            self._failed_generation = plan.generation
+            return Failed(RankError(plan.generation, plan.step_id, runner.rank, f"{type(error).__name__}: {error}"))
 
     def _load(self, settings: RankSettings, rank: int, placed: PlacementVersion | None) -> Answer:
         dense, self._dense = self._dense, None
@@ -117,13 +132,6 @@ def run_rank(
 
 def _as_loaded(runner: ModelRunner) -> Loaded:
     return Loaded(runner.info, None if runner.mover is None else runner.mover.present)
-
-
-def _step(runner: ModelRunner, plan: RankPlan) -> Answer:
-    try:
-        return Done(runner.step(plan))
-    except Exception as error:  # whatever a model or a collective raises, the step is void and the rank lives on
-        return Failed(RankError(plan.generation, plan.step_id, runner.rank, f"{type(error).__name__}: {error}"))
 
 
 def _regroup(settings: RankSettings, runner: ModelRunner, command: Regroup) -> Answer:

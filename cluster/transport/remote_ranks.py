@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,7 @@ from .messages import (
 from .rank_loop import RankSettings
 from .roster import Member, RankProcess, Roster
 from .step_plane import CoordinatorPlane
+from .step_round import StepRounds, results_of
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.02
@@ -89,6 +90,7 @@ class RemoteRanks:
         self._lost: dict[int, Replacement] = {}
         """Ranks that were lost and have no process group with the others yet."""
         self._absent = Absences()
+        self._steps = StepRounds()
         self._num_spares_lost = 0
         """In a row, before they were ready."""
         self._num_pings = 0
@@ -144,29 +146,35 @@ class RemoteRanks:
         self._num_spares_lost = 0
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Run one step on every rank; all answers are awaited even after a failure, so that none comes late."""
-        started = time.perf_counter()
+        """Run one step on every rank."""
+        self.submit(plan)
+        return self.collect(plan)
+
+    def submit(self, plan: StepPlan) -> None:
+        """Send a step to every rank; those that run another begin with it after that one."""
         self._generation = plan.generation
         if returning := self._absent.returning:
-            raise StepFailedError(f"rank {', '.join(map(str, returning))} has loaded, and joins the others")
+            self._steps.begin(plan, f"rank {', '.join(map(str, returning))} has loaded, and joins the others")
+            return
         for rank in self._present:
             self._send(rank, Run(plan.ranks[rank]))
+        self._steps.begin(plan)
+
+    def collect(self, plan: StepPlan) -> StepResult:
+        """Wait for the oldest step that was submitted, whose answers are all awaited even after a failure."""
+        step = self._steps.first(plan)
+        if step.refusal is not None:
+            raise StepFailedError(step.refusal)
         self.meanwhile()
 
-        def take(_: Member, answer: Any) -> RankResult | RankError | None:
-            said = answer.result if isinstance(answer, Done) else answer.error if isinstance(answer, Failed) else None
-            # An answer to an earlier generation's step says nothing about this one
-            return said if said and (said.generation, said.step_id) == (plan.generation, plan.step_id) else None
+        def take(member: Member, _: Any) -> RankResult | RankError | None:
+            return None if member.rank is None else step.answers.get(member.rank)
 
-        answers = self._round(take, "answer a step")
-        results = [said for _, said in sorted(answers.items()) if isinstance(said, RankResult)]
-        if len(results) < len(self._present):
-            errors = {rank: said.message for rank, said in answers.items() if isinstance(said, RankError)}
-            errors |= {rank: f"lost ({loss.what})" for rank, loss in self._lost.items()}
-            raise StepFailedError("; ".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
+        answers = self._round(take, "answer a step", known=step.answers)
+        results = results_of(answers, self._present, {rank: loss.what for rank, loss in self._lost.items()})
         for rank in self._absent:
             results.insert(rank, nothing_of(rank, results[0]))
-        return StepResult(results, time.perf_counter() - started)
+        return StepResult(results, self._steps.end())
 
     @property
     def _present(self) -> list[int]:
@@ -212,6 +220,7 @@ class RemoteRanks:
         Raises ``EngineDeadError`` if that cannot be done.
         """
         self._generation = generation
+        self._steps.clear()
         deadline_s = time.monotonic() + self._config.recovery_timeout_s
         replaced: dict[int, Replacement] = {}
         for _ in range(_ATTEMPTS):
@@ -305,11 +314,16 @@ class RemoteRanks:
         answers = self._round(take, "regroup")
         return next((f"rank {rank}: {said.error}" for rank, said in answers.items() if said.error), None)
 
-    def _round(self, take: Callable[[Member, Any], Any], what: str) -> dict[int, Any]:
-        """Collect the answer of every rank to what they were just told."""
+    def _round(
+        self, take: Callable[[Member, Any], Any], what: str, known: Mapping[int, Any] | None = None
+    ) -> dict[int, Any]:
+        """Collect the answer of every rank to what they were told; ``known``: those that have come already, by rank."""
         deadline = Deadline(self._config.step_timeout_s, time.monotonic(), alone=self._num_ranks == 1)
-        return self._collect(
-            self._present,
+        answers = dict(known or {})
+        if answers:
+            deadline.answered(time.monotonic())
+        return answers | self._collect(
+            [rank for rank in self._present if rank not in answers],
             take,
             lambda: deadline.at_s,
             lambda _: deadline.answered(time.monotonic()),
@@ -369,6 +383,8 @@ class RemoteRanks:
             member.ponged = answer.number
         elif member.rank in self._absent:
             self._hear_absent(member, answer)
+        elif isinstance(answer, Done | Failed) and member.rank is not None:
+            self._steps.hear(member.rank, answer)
         return member, answer
 
     def _hear_absent(self, member: Member, answer: Any) -> None:
