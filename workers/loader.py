@@ -20,6 +20,7 @@ from .attention import ATTENTION
 from .checkpoint import CheckpointReader, load_config, resolve
 from .expert_parallel import EXPERTS
 from .gpu_experts import objection
+from .model_config import eos_token_ids
 from .quantization import Weights, check_quantization, is_quantized, open_weights
 from .stored_experts import ExpertTensor, await_values, choose_storage, kept_storage, scales_awaited
 
@@ -74,6 +75,8 @@ class LoadedModel:
     """The routers of ``expert_modules``."""
     bytes_read: int
     checkpoint_bytes: int
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end an answer."""
 
 
 def inspect(model: str, revision: str | None = None) -> tuple[Path, PreTrainedConfig]:
@@ -182,12 +185,18 @@ def load_experts(directory: Path, dense: DenseModel, placement: Placement, rank:
     missing = info.missing_keys - set(model.all_tied_weights_keys)
     model._adjust_missing_and_unexpected_keys(info)
     _check(directory, missing, info)
-    model._move_missing_keys_from_meta_to_device(info.missing_keys, {"": dense.device}, None, None)
+    finish(model, info.missing_keys, dense.device)
+    ends = eos_token_ids(directory, empty.config.get_text_config())
+    return LoadedModel(model, empty.config, empty.expert_modules, empty.routers, bytes_read, total, ends)
+
+
+def finish(model: PreTrainedModel, missing: set[str], device: torch.device) -> None:
+    """Give what is ``missing`` storage, and the numbers that an untrained model has there."""
+    model._move_missing_keys_from_meta_to_device(missing, {"": device}, None, None)
     model._initialize_missing_keys(False)
-    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
     model.eval()
     model.requires_grad_(False)
-    return LoadedModel(model, empty.config, empty.expert_modules, empty.routers, bytes_read, total)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import torch
 
 from .context_pages import ContextPages
 from .plan import RankPlan, RequestPlan
+from .sampling_params import TokenSampling
 
 WIDE_ROWS = 32
 """Requests with more rows attend alone; the others share one padded attention call."""
@@ -224,6 +225,30 @@ def _group(
         is_whole=r * n == sum(map(len, positions)) == num_rows_of_step,
         sees_all=bool(visible.all()),
     )
+
+
+def largest_step(max_rows: int, num_ranks: int, block_size: int) -> PackedRows:
+    """Return a step of ``max_rows`` sampled rows beside those that the other ranks might send, to see what it takes.
+
+    All are padding to the experts: which of them a row visits is not known, what it takes to move rows is. There need
+    be no pool yet.
+    """
+    requests = [
+        RequestPlan(
+            request_id=rank,
+            committed_len=0,
+            first_block=0,
+            new_blocks=[],
+            token_ids=[0] * max_rows,
+            parents=list(range(-1, max_rows - 1)),
+            first_sampled_row=max_rows if rank else 0,
+            sampling=TokenSampling(),
+        )
+        for rank in range(num_ranks)
+    ]
+    blocks = np.arange(-(-max_rows // block_size))
+    rows = pack(RankPlan(-1, -1, requests=requests), dict.fromkeys(range(num_ranks), blocks), block_size, 0)
+    return replace(rows, valid=torch.zeros(len(rows.token_ids), dtype=torch.bool))
 
 
 def _padding_row(scratch_slot: int) -> PackedRows:

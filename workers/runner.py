@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
-import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -23,23 +22,23 @@ from .adjustments import Texts, adjust
 from .architectures import UNSTEERABLE
 from .compiled_layers import Backend, CompiledLayers
 from .computed_step import ComputedStep
+from .device import resolve_device
 from .dispatch import AllToAllDispatcher, CollectiveLog, Dispatcher, LocalDispatcher
 from .expert_mover import ExpertMover
 from .expert_parallel import ExpertParallel
 from .gpu_routing import LaunchedRouting, known_routers
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
-from .loader import DenseModel, build, inspect, load_dense, load_experts, resolve_dtype
+from .loader import DenseModel, LoadedModel, build, inspect, load_dense, load_experts, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
-from .model_config import eos_token_ids, num_experts_of, num_experts_per_tok
+from .model_config import num_experts_of, num_experts_per_tok
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
-from .plan import Bucket, Logprobs, RankPlan, RankResult, RequestPlan
+from .plan import Bucket, Logprobs, RankPlan, RankResult
 from .rebalance_plan import RebalancePlan
-from .rows import PackedRows, pack
+from .rows import PackedRows, largest_step, pack
 from .sampler import accept, sample
-from .sampling_params import TokenSampling
 from .static_dispatch import StaticAllToAll
 from .static_rows import StaticRows
 from .static_step import StaticStep, StepShape
@@ -54,8 +53,9 @@ class ModelRunner:
 
     ``placement``: which ranks hold which experts, equal runs of them when None. ``moved_bytes``: most bytes of experts
     that reach a rank in a step; None where they stay where they are. ``enforce_eager``: replay no graphs. ``dense``:
-    this model without its experts, on the rank's device, if it has been loaded already; it is used up. Raises
-    ``ValueError`` naming the field for a model that cannot be served or a pool too small for ``max_model_len``.
+    this model without its experts, on the rank's device, if it has been loaded already, or with them ``loaded``; it is
+    used up. Raises ``ValueError`` naming the field for a model that cannot be served or a pool too small for
+    ``max_model_len``.
     """
 
     def __init__(
@@ -76,11 +76,12 @@ class ModelRunner:
         placement: Placement | None = None,
         moved_bytes: int | None = None,
         dense: DenseModel | None = None,
+        loaded: LoadedModel | None = None,
     ) -> None:
         started = time.perf_counter()
         self.rank, self.num_ranks = rank, num_ranks
         self.device = resolve_device(device, rank)
-        directory, config = inspect(model, revision)
+        directory, config = inspect(model, revision) if loaded is None else (None, loaded.config)
         text_config = config.get_text_config()
         self.dtype = resolve_dtype(config, dtype)
         num_experts = num_experts_of(text_config)
@@ -88,9 +89,12 @@ class ModelRunner:
         limit = int(text_config.max_position_embeddings)
         if max_model_len is not None and max_model_len > limit:
             raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
-        dense = dense or load_dense(directory, build(config, self.dtype), self.device)
-        placement = placement or contiguous(len(dense.empty.expert_modules), num_experts, num_ranks)
-        loaded = load_experts(directory, dense, placement, rank)
+        if directory is not None:
+            dense = dense or load_dense(directory, build(config, self.dtype), self.device)
+            placement = placement or contiguous(len(dense.empty.expert_modules), num_experts, num_ranks)
+            loaded = load_experts(directory, dense, placement, rank)
+        assert loaded is not None, "it has been loaded, here or before"
+        placement = placement or contiguous(len(loaded.expert_modules), num_experts, num_ranks)
         self.model = loaded.model
         all_bytes = sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
         self.hidden_size = int(text_config.hidden_size)
@@ -128,14 +132,13 @@ class ModelRunner:
         self.cache.allocate(pool_bytes, self.device)
         replays_graphs = self.experts.is_capturable and not enforce_eager
         reason = page_attention.objection(self.cache, self.device)
-        if replays_graphs:
-            page_attention.say(reason)
         self.reads_pages = not reason
         """Steps that are padded to a bucket attend to the pool in place."""
         self.max_model_len = max_model_len or limit
         self._opaque = (*loaded.expert_modules, *loaded.routers)
         self._compiled: CompiledLayers | None = None
         if replays_graphs:
+            self._choose_attention(reason)
             self.compile_layers()
         self.texts = Texts()
         self.generation = -1
@@ -166,7 +169,7 @@ class ModelRunner:
                 num_experts=num_experts,
                 num_experts_per_tok=self.top_k,
                 max_model_len=self.max_model_len,
-                eos_token_ids=eos_token_ids(directory, text_config),
+                eos_token_ids=loaded.eos_token_ids,
                 steerable=steerable,
             ),
             num_local_experts=[shard.num_experts for shard in self.experts.shards],
@@ -318,17 +321,31 @@ class ModelRunner:
             return self._forward(rows, selections, routings)
 
     @torch.inference_mode()
+    def _choose_attention(self, objection: str) -> None:
+        """Attend to the pool in place if there is no ``objection`` and it works here; a line in the log says which."""
+        if not objection:
+            try:
+                self._run_padding()
+            except Exception as error:  # the compiler's, of many types
+                self.reads_pages, objection = False, str(error)
+        page_attention.say(objection)
+
+    @torch.inference_mode()
     def compile_layers(self, backend: Backend = "inductor") -> None:
         """Have steps that are padded to a bucket run compiled layers; where that fails, a line in the log says why."""
         self._compiled = CompiledLayers(self.model, self._opaque, self.cache, backend)
         try:
-            for shape in ((1, 1), (1, 2), (2, 1), (2, 2)):  # of all variants, so that no request waits for one
-                self._static_forward(self._static_rows(Bucket(*shape, self.cache.block_size)).layout())
+            self._run_padding()
         except Exception as error:  # the compiler's, of many types
             self._compiled = None
             logger.warning("the dense part of layers runs as it is written: %s", error)
         else:
             logger.info("the dense part of layers is compiled by torch")
+
+    def _run_padding(self) -> None:
+        """Run small steps of nothing but padding: of all variants that are compiled, so that no request waits."""
+        for shape in ((1, 1), (1, 2), (2, 1), (2, 2)):
+            self._static_forward(self._static_rows(Bucket(*shape, self.cache.block_size)).layout())
 
     def _begin_moves(self, plan: RebalancePlan) -> None:
         dispatcher = self.experts.dispatcher
@@ -398,40 +415,8 @@ class ModelRunner:
         free, total = torch.cuda.mem_get_info(self.device)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._run_largest_step(max_rows)
+        with torch.inference_mode():
+            self._forward(largest_step(max_rows, self.num_ranks, self.cache.block_size))
         activation_bytes = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         return gpu_pool_bytes(total=total, free=free, activation_bytes=activation_bytes, utilization=utilization)
-
-    @torch.inference_mode()
-    def _run_largest_step(self, max_rows: int) -> None:
-        """Run a step of ``max_rows`` sampled rows beside those that the other ranks might send, before the pool exists.
-
-        All are padding to the experts: which of them a row visits is not known, what it takes to move rows is.
-        """
-        requests = [
-            RequestPlan(
-                request_id=rank,
-                committed_len=0,
-                first_block=0,
-                new_blocks=[],
-                token_ids=[0] * max_rows,
-                parents=list(range(-1, max_rows - 1)),
-                first_sampled_row=max_rows if rank else 0,
-                sampling=TokenSampling(),
-            )
-            for rank in range(self.num_ranks)
-        ]
-        plan = RankPlan(generation=-1, step_id=-1, requests=requests)
-        blocks = np.arange(-(-max_rows // self.cache.block_size))
-        rows = pack(plan, dict.fromkeys(range(self.num_ranks), blocks), self.cache.block_size, 0)
-        self._forward(replace(rows, valid=torch.zeros(len(rows.token_ids), dtype=torch.bool)))
-
-
-def resolve_device(device: str, rank: int) -> torch.device:
-    """Return where ``rank`` computes; raise ``ValueError`` for a GPU that is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda is not available on this machine; choose cpu")
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", rank % torch.cuda.device_count())
-    return torch.device("cpu")

@@ -12,11 +12,12 @@ import torch
 
 from ...kernels.fused_moe import kernel
 from ...router.placement import Placement, PlacementVersion
+from ...workers.device import resolve_device
 from ...workers.loader import DenseModel, build, inspect, load_dense, resolve_dtype
 from ...workers.model_info import RankInfo
 from ...workers.packed_weights import packs_weights
 from ...workers.plan import StepFailedError, StepPlan, StepResult
-from ...workers.runner import ModelRunner, resolve_device
+from ...workers.runner import ModelRunner
 from ..config import EngineConfig
 
 logger = logging.getLogger(__name__)
