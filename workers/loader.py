@@ -7,7 +7,7 @@ will be takes the first.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -190,11 +190,12 @@ def load_experts(directory: Path, dense: DenseModel, placement: Placement, rank:
     return LoadedModel(model, empty.config, empty.expert_modules, empty.routers, bytes_read, total, ends)
 
 
-def finish(model: PreTrainedModel, missing: set[str], device: torch.device) -> None:
+def finish(model: PreTrainedModel, missing: Iterable[str], device: torch.device) -> None:
     """Give what is ``missing`` storage, and the numbers that an untrained model has there."""
-    model._move_missing_keys_from_meta_to_device(missing, {"": device}, None, None)
+    names: Any = set(missing)
+    model._move_missing_keys_from_meta_to_device(names, {"": device}, None, None)
     model._initialize_missing_keys(False)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    model.tie_weights(missing_keys=names, recompute_mapping=False)
     model.eval()
     model.requires_grad_(False)
 

@@ -37,6 +37,10 @@ class StepGraphs:
         self._graphs.clear()
         self._pool = None
 
+    def graph_of(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
+        """Return the graph of ``shape``, if one has been captured: replayed by itself it runs the last step again."""
+        return self._graphs.get(shape)
+
     def step(self, shape: StepShape, plan: RankPlan, tables: Mapping[int, np.ndarray]) -> tuple[Answer, torch.Tensor]:
         """Run ``plan``; return its answer and the logits [T, V], which the next step of this shape overwrites."""
         step = self._steps.get(shape)
