@@ -24,6 +24,7 @@ from ..kernels.device import triton_on
 from ..router.budgeted_choice import LayerRanks
 from ..router.expert_budget import ExpertBudget
 from ..router.placement import contiguous
+from ..workers.collectives import Collectives
 from ..workers.dispatch import LocalDispatcher
 from ..workers.gpu_experts import fused
 from ..workers.plan import Bucket
@@ -153,7 +154,7 @@ def count(runner: ModelRunner, budget: str | None, num_ranks: int, *, kernels: b
     runner.experts.dispatcher = LocalDispatcher()
     if num_ranks > 1:
         placement, hidden_bytes = contiguous(num_layers, num_experts, num_ranks), runner.hidden_size * 4
-        dispatcher = _Uncoupled(placement, 0, None, runner.log, _META, hidden_bytes, runner.top_k)
+        dispatcher = _Uncoupled(placement, 0, Collectives(), runner.log, _META, hidden_bytes, runner.top_k)
         dispatcher.counts = counts
         runner.experts.dispatcher = dispatcher
     shape = StepShape.of(_BUCKET, None if budget is None else ExpertBudget.parse(budget))

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..router.placement import Placement
+from .collectives import Collectives
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +101,13 @@ class AllToAllDispatcher:
         self,
         placement: Placement,
         rank: int,
-        group: dist.ProcessGroup | None,
+        collectives: Collectives,
         log: CollectiveLog,
         device: torch.device,
         hidden_bytes: int,
         top_k: int,
     ) -> None:
-        self.rank, self.num_ranks, self.group, self.log = rank, placement.num_ranks, group, log
+        self.rank, self.num_ranks, self.collectives, self.log = rank, placement.num_ranks, collectives, log
         shape = placement.num_layers, placement.num_experts + 1
         self.owner = torch.empty(shape, dtype=torch.int64, device=device)  # [L, E + 1]
         self.local_ids = torch.empty_like(self.owner)
@@ -135,7 +136,8 @@ class AllToAllDispatcher:
         """
         inbox = message.new_empty(sum(received_counts))
         self.log.add("experts")
-        work = dist.all_to_all_single(inbox, message, received_counts, sent_counts, group=self.group, async_op=True)
+        group = self.collectives.group
+        work = dist.all_to_all_single(inbox, message, received_counts, sent_counts, group=group, async_op=True)
         assert work is not None, "the rank is in the group"
         return inbox, work
 
@@ -148,7 +150,7 @@ class AllToAllDispatcher:
         counts = visits.sum(dim=0)
         received_counts_t = torch.empty_like(counts)
         self.log.add("counts")
-        dist.all_to_all_single(received_counts_t, counts, group=self.group)
+        self.collectives.all_to_all(received_counts_t, counts)
         sent_counts, received_counts = counts.tolist(), received_counts_t.tolist()
 
         mine = owners[sent_rows] == to_rank[:, None]  # [S, K]
@@ -163,7 +165,7 @@ class AllToAllDispatcher:
         )
         inbox = message.new_empty(sum(received_counts), self.row_bytes)
         self.log.add("rows")
-        dist.all_to_all_single(inbox, message, received_counts, sent_counts, group=self.group)
+        self.collectives.all_to_all(inbox, message, received_counts, sent_counts)
         rows_out = sum(sent_counts) - sent_counts[self.rank]
         sums_out = sum(received_counts) - received_counts[self.rank]
         score_bytes, self._score_bytes = self._score_bytes, 0
@@ -187,9 +189,7 @@ class AllToAllDispatcher:
         """Return partial sums to their rows; ranks are added in rank order."""
         returned = partial.new_empty(len(received.sent_rows), partial.shape[-1])
         self.log.add("sums")
-        dist.all_to_all_single(
-            returned, partial.contiguous(), received.sent_counts, received.received_counts, group=self.group
-        )
+        self.collectives.all_to_all(returned, partial.contiguous(), received.sent_counts, received.received_counts)
         output = torch.zeros(num_rows, partial.shape[-1], dtype=torch.float32, device=partial.device)
         output.index_add_(0, received.sent_rows, returned.float())
         return output.to(partial.dtype)
@@ -197,6 +197,6 @@ class AllToAllDispatcher:
     def sum_scores(self, scores: torch.Tensor) -> None:
         """Sum ``scores`` over all ranks; one collective."""
         self.log.add("scores")
-        dist.all_reduce(scores, group=self.group)
+        self.collectives.all_reduce(scores)
         # As a ring sends it
         self._score_bytes += 2 * (self.num_ranks - 1) * scores.nbytes // self.num_ranks

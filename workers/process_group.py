@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
 import psutil
+import torch
 import torch.distributed as dist
+
+from .collectives import Collectives
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +50,18 @@ def interface_of(address: str) -> str:
     raise ValueError(f"node address {address} belongs to no network interface of this machine")
 
 
-def join(store: StoreAddress, rank: int, num_ranks: int, *, node: str, timeout_s: float, backend: str) -> None:
+def join(
+    store: StoreAddress, rank: int, num_ranks: int, *, node: str, timeout_s: float, device: torch.device
+) -> Collectives:
     """Join the group that meets at ``store``, leaving any other; blocks until all ranks have or ``timeout_s`` passes.
 
     A store serves one group: who has left it, or was left behind, knows no other's.
 
     ``node``: this machine's address, whose interface carries the data. Collectives that take longer than ``timeout_s``
     raise, which is how a rank leaves a step that another rank will never finish.
+
+    NCCL where ranks compute on GPUs, gloo elsewhere. NCCL refuses two ranks on one GPU: if any share one, all use gloo,
+    by way of the host, and say so. That is for development: its times mean nothing for GPUs of their own.
     """
     leave()
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface_of(node)
@@ -58,7 +69,25 @@ def join(store: StoreAddress, rank: int, num_ranks: int, *, node: str, timeout_s
     # A store that was given up refuses at once; torch's client would try again for longer than the timeout
     socket.create_connection((store.host, store.port), timeout_s).close()
     client = dist.TCPStore(store.host, store.port, is_master=False, timeout=timeout)
+    through_host = device.type == "cuda" and _share_a_device(client, rank, num_ranks, device)
+    if through_host:
+        logger.warning("ranks share a GPU: what they send each other goes by way of the host, and no step is a graph")
+    backend = "nccl" if device.type == "cuda" and not through_host else "gloo"
     dist.init_process_group(backend, store=client, rank=rank, world_size=num_ranks, timeout=timeout)
+    return Collectives(through_host=through_host)
+
+
+def _share_a_device(store: dist.Store, rank: int, num_ranks: int, device: torch.device) -> bool:
+    """Whether any two ranks compute on one GPU; all ranks ask, and all are told the same."""
+    return anything_twice(store, rank, num_ranks, str(torch.cuda.get_device_properties(device).uuid))
+
+
+def anything_twice(store: dist.Store, rank: int, num_ranks: int, mine: str) -> bool:
+    """Tell the others ``mine``, wait for what is theirs, and return whether two of all are the same."""
+    keys = [f"device/{number}" for number in range(num_ranks)]
+    store.set(keys[rank], mine)
+    store.wait(keys)
+    return len({store.get(key) for key in keys}) < num_ranks
 
 
 def leave() -> None:

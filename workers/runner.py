@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from ..kernels.fused_moe import kernel
 from ..router.budgeted_choice import LayerRanks
@@ -20,6 +19,7 @@ from ..router.topk import RouterSeam
 from . import attention, page_attention
 from .adjustments import Texts, adjust
 from .architectures import UNSTEERABLE
+from .collectives import Collectives
 from .compiled_layers import Backend, CompiledLayers
 from .computed_step import ComputedStep
 from .device import resolve_device
@@ -214,19 +214,20 @@ class ModelRunner:
         placement, seat = self._seat()
         return LayerRanks(placement.owner_table(layer, seat)[:-1].to(self.device), placement.num_ranks, seat)
 
-    def connect(self, group: dist.ProcessGroup | None, absent: Sequence[int] = ()) -> None:
-        """Dispatch over ``group`` (the default group when None) from the next step on.
+    def connect(self, collectives: Collectives, absent: Sequence[int] = ()) -> None:
+        """Dispatch over ``collectives`` from the next step on.
 
-        ``absent``: ranks that are not in it, whose experts the others hold as well.
+        ``absent``: ranks that are not in their group, whose experts the others hold as well.
         """
         assert self.num_ranks > 1, "one rank needs no process group"
         hidden_bytes = self.hidden_size * self.activation_dtype.itemsize
         self._absent = tuple(absent)
         placement, seat = self._seat()
         self.layers = [self._layer_ranks(layer) for layer in range(placement.num_layers)]
-        shared = placement, seat, group, self.log, self.device, hidden_bytes, self.top_k
+        shared = placement, seat, collectives, self.log, self.device, hidden_bytes, self.top_k
         self.experts.dispatcher, self.static_dispatcher = AllToAllDispatcher(*shared), StaticAllToAll(*shared)
         self.graphs.clear()
+        self.graphs.captures = not collectives.through_host
 
     @torch.inference_mode()
     def step(self, plan: RankPlan) -> RankResult:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from ..kernels.device import has_triton
 from .dispatch import AllToAllDispatcher, Received
@@ -94,7 +93,7 @@ class StaticAllToAll(AllToAllDispatcher):
         """Return what all ranks sent, in equal parts, as ``message`` is."""
         inbox = torch.empty_like(message)
         self.log.add(name)
-        dist.all_to_all_single(inbox, message, group=self.group)
+        self.collectives.all_to_all(inbox, message)
         return inbox
 
     def _wire_bytes(self, num_rows: int) -> int:

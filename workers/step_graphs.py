@@ -30,6 +30,8 @@ class StepGraphs:
         self._steps: dict[StepShape, StaticStep] = {}
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
+        self.captures = True
+        """Whether steps can be captured: not where collectives go by way of the host."""
 
     def clear(self) -> None:
         """Forget all graphs; the next step of each shape is captured anew."""
@@ -47,7 +49,7 @@ class StepGraphs:
         if step is None:
             step = self._steps[shape] = self._make(shape)
         step.fill(plan, tables)
-        if self._device.type != "cuda":
+        if self._device.type != "cuda" or not self.captures:
             step.run()
         elif shape in self._graphs:
             self._graphs[shape].replay()

@@ -138,15 +138,15 @@ def _regroup(settings: RankSettings, runner: ModelRunner, command: Regroup) -> A
     try:
         if command.placed is not None:
             runner.settle(command.placed)
-        process_group.join(
+        collectives = process_group.join(
             command.store,
             runner.rank - sum(rank < runner.rank for rank in command.absent),
             runner.num_ranks - len(command.absent),
             node=settings.node,
             timeout_s=settings.config.step_timeout_s,
-            backend="nccl" if runner.device.type == "cuda" else "gloo",
+            device=runner.device,
         )
     except Exception as error:  # torch.distributed has no common error type
         return Regrouped(command.epoch, f"{type(error).__name__}: {error}")
-    runner.connect(None, command.absent)
+    runner.connect(collectives, command.absent)
     return Regrouped(command.epoch)

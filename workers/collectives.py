@@ -1,0 +1,48 @@
+"""The collectives of one process group, also where its backend does not reach the device's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class Collectives:
+    """All-to-all and sums over ``group`` (the default one when None), in place.
+
+    ``through_host``: copy what is sent to the host and what arrives back from it. gloo needs that on a GPU, and it is
+    gloo that joins ranks which share one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, through_host: bool = False) -> None:
+        self.group, self.through_host = group, through_host
+
+    def all_to_all(
+        self,
+        inbox: torch.Tensor,
+        message: torch.Tensor,
+        received: Sequence[int] | None = None,
+        sent: Sequence[int] | None = None,
+    ) -> None:
+        """Send ``sent`` rows of ``message`` to each rank, and get ``received`` rows of each into ``inbox``.
+
+        Equal parts where counts are None.
+        """
+        into, out = (None if counts is None else list(counts) for counts in (received, sent))
+        self._run(lambda to, of: dist.all_to_all_single(to, of, into, out, group=self.group), inbox, message)
+
+    def all_reduce(self, numbers: torch.Tensor) -> None:
+        """Sum ``numbers`` over all ranks."""
+        self._run(lambda into, _: dist.all_reduce(into, group=self.group), numbers, numbers)
+
+    def _run(
+        self, collective: Callable[[torch.Tensor, torch.Tensor], object], into: torch.Tensor, of: torch.Tensor
+    ) -> None:
+        if not self.through_host:
+            collective(into, of)
+            return
+        sent = of.to("cpu", copy=True)
+        arrived = sent if into is of else torch.empty_like(into, device="cpu")
+        collective(arrived, sent)
+        into.copy_(arrived)
