@@ -271,6 +271,23 @@ def test_kernels_are_cut_into_tiles_that_blocks_divide_into() -> None:
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
+def test_attention_that_cannot_be_compiled_gathers(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise RuntimeError("no such template")
+
+    monkeypatch.setattr(page_attention, "attend", fails)
+    runner = make(checkpoint("qwen3_moe"))
+    runner.step(prompts())
+    runner.reads_pages = True
+    runner._choose_attention("")
+    assert not runner.reads_pages
+    assert "gather padded contexts, for torch's dense attention: no such template" in caplog.text
+    plan = RankPlan(0, 1, requests=STEPS["plain"])
+    assert runner.step(padded(plan, runner)).token_ids == runner.step(plan).token_ids
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("has_sinks", [False, True])
