@@ -131,7 +131,7 @@ def time_steps(runner: ModelRunner, plan: Callable[[], RankPlan]) -> Timed:
 
 def _replay_s(runner: ModelRunner, plan: RankPlan) -> float | None:
     """Return what the graph of ``plan``, which has just run, takes by itself."""
-    graph = None if plan.bucket is None else runner.graphs.graph_of(StepShape.of(plan.bucket, plan.budget))
+    graph = None if plan.bucket is None else runner.padded.graphs.graph_of(StepShape.of(plan.bucket, plan.budget))
     if graph is None:
         return None
     times = []
@@ -327,7 +327,7 @@ def measure(options: Options) -> Measurement:
         measure_steps(model, batches, DRAFT_LENS, CONTEXT, options.seed)
         if given.profile and name == names[0]:
             profile(runner, given.profile, options.seed)
-        runner.graphs.clear()
+        runner.padded.graphs.clear()
         peer = Transformers(name, runner)
         model.rows += [peer.row(batch, CONTEXT, (8, 40), 3) for batch in (batches[:1] if options.quick else (1, 8, 32))]
         rows += [*model.rows, *ratios_of(model.rows)]

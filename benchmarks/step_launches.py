@@ -150,7 +150,7 @@ def count(runner: ModelRunner, budget: str | None, num_ranks: int, *, kernels: b
     counts = Counts()
     num_layers, num_experts = len(runner.experts.shards), runner.experts.num_experts
     owners = torch.zeros(num_experts, dtype=torch.int64, device=_META)
-    runner.layers = [LayerRanks(owners, num_ranks, 0)] * num_layers
+    runner.layers[:] = [LayerRanks(owners, num_ranks, 0)] * num_layers
     runner.experts.dispatcher = LocalDispatcher()
     if num_ranks > 1:
         placement, hidden_bytes = contiguous(num_layers, num_experts, num_ranks), runner.hidden_size * 4
@@ -158,7 +158,7 @@ def count(runner: ModelRunner, budget: str | None, num_ranks: int, *, kernels: b
         dispatcher.counts = counts
         runner.experts.dispatcher = dispatcher
     shape = StepShape.of(_BUCKET, None if budget is None else ExpertBudget.parse(budget))
-    routers = runner.known_routers if kernels else []
+    routers = runner.padded.known_routers if kernels else []
     with ExitStack() as stack:
         if kernels:
             stack.enter_context(triton_on("meta"))

@@ -27,7 +27,7 @@ def test_compiled_layers_give_what_layers_give(
     runner = runner_of(checkpoint(model_type))
     runner.step(prompts())
     with caplog.at_level(logging.INFO):
-        runner.compile_layers(backend)
+        runner.padded.compile_layers(backend)
     assert "is compiled by torch" in caplog.text
     num_graphs = counters["stats"]["unique_graphs"]
     assert num_graphs > 0
@@ -37,7 +37,7 @@ def test_compiled_layers_give_what_layers_give(
             requests = [replace(part, first_budgeted_row=first) for part in step]
             plan = RankPlan(0, 1, requests=requests, budget=budget)
             with torch.inference_mode():
-                launched, replayed = runner._launched(plan), runner._replayed(padded(plan, runner))
+                launched, replayed = runner._launched(plan), runner.padded.run(padded(plan, runner))
             torch.testing.assert_close(replayed.logits, launched.logits, rtol=1e-4, atol=1e-5)
             assert exact_counts(replayed.counts) == exact_counts(launched.counts)
     assert counters["stats"]["unique_graphs"] == num_graphs, "all shapes are compiled before the first request"
@@ -52,7 +52,7 @@ def test_what_is_ours_is_in_no_graph(checkpoint: Callable[[str], Path]) -> None:
         seen.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call_"))
         return graph.forward
 
-    runner.compile_layers(backend)
+    runner.padded.compile_layers(backend)
     assert any("rsqrt" in name or "rms_norm" in name for name in seen)
     for name in ("topk", "softmax", "index_copy", "index_select", "scaled_dot_product_attention"):
         assert not any(name in target for target in seen)
@@ -67,7 +67,7 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
     def backend(*_: object) -> Callable[..., object]:
         raise RuntimeError("no such instruction")
 
-    runner.compile_layers(backend)
+    runner.padded.compile_layers(backend)
     assert "runs as it is written" in caplog.text
     assert "no such instruction" in caplog.text
     plan = RankPlan(0, 1, requests=STEPS["plain"])

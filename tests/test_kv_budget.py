@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from penstock.workers.kv_budget import DEFAULT_BYTES, fixed_pool_bytes, gpu_pool_bytes
+from penstock.workers.rows import largest_step
 from penstock.workers.runner import ModelRunner
 
 GIB = 1 << 30
@@ -45,13 +46,13 @@ def test_the_largest_step_samples_every_row_and_reaches_no_expert(
     checkpoint: Callable[[str], Path], model_type: str
 ) -> None:
     runner = ModelRunner(model=str(checkpoint(model_type)), device="cpu", kv_cache_bytes=1 << 20)
-    runner.num_ranks = 2  # as if rows of another rank came too
     runner.cache._pools = {}
     seen: list[tuple[int, ...]] = []
     handle = runner.model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, logits: seen.append(tuple(logits.shape[:-1]))
     )
-    runner._run_largest_step(40)
+    with torch.inference_mode():
+        runner._forward(largest_step(40, 2, runner.cache.block_size))
     handle.remove()
     assert seen == [(1, 40)]
     counts = runner.experts.finish()

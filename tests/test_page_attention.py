@@ -78,7 +78,7 @@ def runner_for(checkpoint: Callable[[str], Path]) -> Callable[[str], ModelRunner
     def get(model_type: str) -> ModelRunner:
         if model_type not in made:
             made[model_type] = make(checkpoint(model_type))
-            made[model_type].reads_pages = True
+            made[model_type].padded.objection = ""
         return made[model_type]
 
     return get
@@ -114,10 +114,10 @@ def test_a_step_over_pages_is_the_step(
     acts = any(part.first_budgeted_row is not None for part in requests)
     plan = RankPlan(0, 1, requests=requests, budget=ExpertBudget.parse(budget) if budget and acts else None)
     with torch.inference_mode():
-        launched, replayed = runner._launched(plan), runner._replayed(padded(plan, runner))
+        launched, replayed = runner._launched(plan), runner.padded.run(padded(plan, runner))
         monkeypatch.setattr(page_attention, "attend", attend_by_blocks)
         forget_the_rest(runner, requests)
-        by_blocks = runner._replayed(padded(plan, runner))
+        by_blocks = runner.padded.run(padded(plan, runner))
     for found in (replayed, by_blocks):
         torch.testing.assert_close(found.logits, launched.logits, rtol=1e-4, atol=1e-5)
         assert found.counts.experts == launched.counts.experts
@@ -131,7 +131,7 @@ def test_an_engine_publishes_the_same_tokens(checkpoint: Callable[[str], Path]) 
     config = config_of(checkpoint("gpt_oss"))
     runner = make_runner(config, 0)
     ranks = LocalRanks(runner)
-    runner.reads_pages = True
+    runner.padded.objection = ""
     expected, _ = outputs_of(config, ranks, 3, GREEDY)
     found, watched = outputs_of(config, Padded(ranks), 3, GREEDY)
     assert found == expected
@@ -232,7 +232,7 @@ def test_what_the_kernels_cannot_read_is_gathered(checkpoint: Callable[[str], Pa
     large.allocate(1 << 34, torch.device("meta"))
     assert "32 bits" in objection(large, cuda)
     latent = make(checkpoint("deepseek_v3"))
-    assert not latent.reads_pages
+    assert latent.padded.objection
     assert "makes keys and values" in objection(latent.cache, cuda)
     for model_type in ("qwen3_moe", "gpt_oss", "mimo_v2_flash", "gemma4_text"):
         assert make(checkpoint(model_type)).cache.attends_to_what_it_keeps
@@ -280,9 +280,9 @@ def test_attention_that_cannot_be_compiled_gathers(
     monkeypatch.setattr(page_attention, "attend", fails)
     runner = make(checkpoint("qwen3_moe"))
     runner.step(prompts())
-    runner.reads_pages = True
-    runner._choose_attention("")
-    assert not runner.reads_pages
+    runner.padded.objection = ""
+    runner.padded.choose_attention()
+    assert runner.padded.objection == "no such template"
     assert "gather padded contexts, for torch's dense attention: no such template" in caplog.text
     plan = RankPlan(0, 1, requests=STEPS["plain"])
     assert runner.step(padded(plan, runner)).token_ids == runner.step(plan).token_ids

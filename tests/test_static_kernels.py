@@ -80,7 +80,7 @@ def test_a_step_through_kernels_is_the_step(
     runner_for: Callable[[str], ModelRunner], model_type: str, step: str, budget: str | None
 ) -> None:
     runner = runner_for(model_type)
-    assert bool(runner.known_routers) == (model_type != "deepseek_v3"), "the tiny one has groups of experts"
+    assert bool(runner.padded.known_routers) == (model_type != "deepseek_v3"), "the tiny one has groups of experts"
     parsed = None if budget is None else ExpertBudget.parse(budget)
     first = None if budget is None else 0
     requests = [
@@ -90,9 +90,9 @@ def test_a_step_through_kernels_is_the_step(
     plan = RankPlan(0, 1, requests=requests, budget=parsed)
     with torch.inference_mode():
         launched = runner._launched(plan)
-        runner.graphs.clear()
+        runner.padded.graphs.clear()
         with triton_on("cpu"):
-            replayed = runner._replayed(padded(plan, runner))
+            replayed = runner.padded.run(padded(plan, runner))
     torch.testing.assert_close(replayed.logits, launched.logits, rtol=1e-4, atol=1e-5)
     assert exact_counts(replayed.counts) == exact_counts(launched.counts)
     assert replayed.counts.weight_kept == pytest.approx(launched.counts.weight_kept, rel=1e-5)
@@ -100,7 +100,7 @@ def test_a_step_through_kernels_is_the_step(
         {key: kept.share for key, kept in launched.kept_weights.items()}, rel=1e-5
     )
     launches = {seam.replacement is not None for seam in runner.routers}
-    assert launches == {bool(runner.known_routers) and (parsed is None or knows(parsed))}
+    assert launches == {bool(runner.padded.known_routers) and (parsed is None or knows(parsed))}
     assert (replayed.accepted is None) == (step == "filtered")
     if replayed.accepted is not None:
         assert replayed.tokens is not None
@@ -118,7 +118,7 @@ def reach(num_rows: int) -> list[float]:
 
 def test_one_sequence_serves_changing_budgets(runner_for: Callable[[str], ModelRunner]) -> None:
     runner = runner_for("qwen3_moe")
-    runner.graphs.clear()
+    runner.padded.graphs.clear()
     requests = [replace(part, first_budgeted_row=0) for part in STEPS["mixed"]]
     read = {}
     for number in (8, 2, 5, 2):
@@ -126,10 +126,10 @@ def test_one_sequence_serves_changing_budgets(runner_for: Callable[[str], ModelR
         with torch.inference_mode():
             expected = runner._launched(plan).counts.experts
             with triton_on("cpu"):
-                found = runner._replayed(padded(plan, runner)).counts.experts
+                found = runner.padded.run(padded(plan, runner)).counts.experts
         assert found == expected
         assert read.setdefault(number, found) == found
-    assert len(runner.graphs._steps) == 1
+    assert len(runner.padded.graphs._steps) == 1
     assert sum(read[2]) < sum(read[5]) < sum(read[8])
 
 
@@ -144,13 +144,13 @@ def test_the_device_follows_a_tree_to_its_second_branch(runner_for: Callable[[st
     tokens[1] = (tokens[2] + 1) % 90
     plan = RankPlan(0, 1, requests=[STEPS["plain"][0], replace(tree, token_ids=tokens)])
     with torch.inference_mode(), triton_on("cpu"):
-        accepted = runner._replayed(padded(plan, runner)).accepted
+        accepted = runner.padded.run(padded(plan, runner)).accepted
     assert accepted is not None
     assert [path for _, path in accepted] == [[0], [0, 2, 4]]
     assert accepted[1][0][:2] == [tokens[2], tokens[4]]
     pools = {}
     for kernels in (False, True):
-        runner.graphs.clear()
+        runner.padded.graphs.clear()
         with triton_on("cpu" if kernels else "cuda"):
             assert runner.step(padded(plan, runner)).token_ids == [emitted for emitted, _ in accepted]
         pools[kernels] = [pool.clone() for pool in runner.cache.pools]

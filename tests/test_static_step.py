@@ -108,7 +108,7 @@ def test_a_padded_step_is_the_step(
     plan = RankPlan(0, 1, requests=requests, budget=parsed if acts else None)
     padding = padded(plan, runner)
     with torch.inference_mode():
-        launched, replayed = runner._launched(plan), runner._replayed(padding)
+        launched, replayed = runner._launched(plan), runner.padded.run(padding)
     torch.testing.assert_close(replayed.logits, launched.logits, rtol=1e-4, atol=1e-5)
     assert replayed.positions == launched.positions
     counts, expected = (exact_counts(found.counts) for found in (replayed, launched))
@@ -127,16 +127,16 @@ def exact_counts(counts: LayerCounts) -> list[list[int]]:
 def test_a_number_of_experts_is_an_input_of_the_same_operations(runner_for: Callable[[str], ModelRunner]) -> None:
     runner = runner_for("qwen3_moe")
     runner.step(prompts())
-    runner.graphs.clear()
+    runner.padded.graphs.clear()
     requests = [replace(part, first_budgeted_row=0) for part in STEPS["mixed"]]
     read = {}
     for number in (8, 2, 5, 2, 8):
         plan = RankPlan(0, 1, requests=requests, budget=ExpertBudget(experts=number))
         with torch.inference_mode():
-            experts = runner._replayed(padded(plan, runner)).counts.experts
+            experts = runner.padded.run(padded(plan, runner)).counts.experts
             assert experts == runner._launched(plan).counts.experts
         assert read.setdefault(number, experts) == experts
-    assert len(runner.graphs._steps) == 1
+    assert len(runner.padded.graphs._steps) == 1
     assert sum(read[2]) < sum(read[5]) < sum(read[8])
 
 
@@ -175,8 +175,8 @@ def blind_runner(
     runner.cache._pools = {
         layer: (keys.to("meta"), values.to("meta")) for layer, (keys, values) in runner.cache._pools.items()
     }
-    runner.device = torch.device("meta")
-    runner.layers = [LayerRanks(layer.owner.to("meta"), layer.num_ranks, layer.home) for layer in runner.layers]
+    runner.device = runner.padded._device = torch.device("meta")
+    runner.layers[:] = [LayerRanks(layer.owner.to("meta"), layer.num_ranks, layer.home) for layer in runner.layers]
     for shard in runner.experts.shards:
         monkeypatch.setattr(shard, "run", lambda hidden, ids, weights: (hidden + weights.sum(1, True), ids.sum()))
     return runner
@@ -213,8 +213,8 @@ def test_the_host_learns_nothing_of_the_pages_that_a_step_reads(
         return query.new_empty(*query.shape[:-1], values.shape[-1]) + hidden[..., None]
 
     monkeypatch.setattr(page_attention, "attend", attend)
-    blind_runner.reads_pages = True
-    step = blind_runner._static_step(StepShape.of(Bucket(4, 2, 32), None))
+    blind_runner.padded.objection = ""
+    step = blind_runner.padded.step_of(StepShape.of(Bucket(4, 2, 32), None))
     with torch.inference_mode(), OnTheDevice():
         step.run()
     slots = blind_runner.cache.scratch_slot + BLOCK
@@ -344,13 +344,13 @@ def test_a_replayed_graph_keeps_to_a_changing_budget(checkpoint: Callable[[str],
         model=str(checkpoint("qwen3_moe")), device="cuda", block_size=BLOCK, max_model_len=64, kv_cache_bytes=1 << 20
     )
     assert runner.info.replays_graphs
-    assert runner.known_routers, "the kernel routes"
+    assert runner.padded.known_routers, "the kernel routes"
     runner.step(prompts())
     requests = [replace(part, first_budgeted_row=0) for part in STEPS["mixed"]]
     for number in (8, 2, 5, 2, 8):
         plan = RankPlan(0, 1, requests=requests, budget=ExpertBudget(experts=number))
         with torch.inference_mode():
-            replayed, launched = runner._replayed(padded(plan, runner)), runner._launched(plan)
+            replayed, launched = runner.padded.run(padded(plan, runner)), runner._launched(plan)
         torch.testing.assert_close(replayed.logits, launched.logits, rtol=1e-3, atol=1e-3)
         assert replayed.counts.experts == launched.counts.experts
         assert replayed.tokens is not None
@@ -358,4 +358,4 @@ def test_a_replayed_graph_keeps_to_a_changing_budget(checkpoint: Callable[[str],
         starts = np.cumsum([0, *(part.num_sampled_rows for part in requests)])
         tokens = [replayed.tokens[start:stop] for start, stop in itertools.pairwise(starts)]
         assert replayed.accepted == [accept(part, own) for part, own in zip(requests, tokens, strict=True)]
-    assert len(runner.graphs._graphs) == 1
+    assert len(runner.padded.graphs._graphs) == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import psutil
@@ -16,17 +15,16 @@ from ..router.budgeted_choice import LayerRanks
 from ..router.budgeted_selection import BudgetedSelection
 from ..router.placement import Placement, PlacementVersion, contiguous
 from ..router.topk import RouterSeam
-from . import attention, page_attention
+from . import attention
 from .adjustments import Texts, adjust
 from .architectures import UNSTEERABLE
 from .collectives import Collectives
-from .compiled_layers import Backend, CompiledLayers
 from .computed_step import ComputedStep
 from .device import resolve_device
-from .dispatch import AllToAllDispatcher, CollectiveLog, Dispatcher, LocalDispatcher
+from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
 from .expert_mover import ExpertMover
 from .expert_parallel import ExpertParallel
-from .gpu_routing import LaunchedRouting, known_routers
+from .gpu_routing import LaunchedRouting
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
 from .loader import DenseModel, LoadedModel, build, inspect, load_dense, load_experts, resolve_dtype
@@ -35,15 +33,13 @@ from .model_config import num_experts_of, num_experts_per_tok
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
-from .plan import Bucket, Logprobs, RankPlan, RankResult
+from .padded_steps import PaddedSteps
+from .plan import Logprobs, RankPlan, RankResult
 from .rebalance_plan import RebalancePlan
 from .rows import PackedRows, largest_step, pack
 from .sampler import accept, sample
 from .static_dispatch import StaticAllToAll
-from .static_rows import StaticRows
-from .static_step import StaticStep, StepShape
 from .step_budget import StepBudget
-from .step_graphs import StepGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +104,6 @@ class ModelRunner:
         self.experts = ExpertParallel(
             loaded.expert_modules, num_experts, LocalDispatcher(), counts_loads=moved_bytes is not None
         )
-        self.static_dispatcher: Dispatcher = self.experts.dispatcher
-        """What steps that are padded to a bucket dispatch over."""
-        self.graphs = StepGraphs(self._static_step, self.device)
         if moved_bytes is not None and self.experts.is_capturable:
             raise ValueError(
                 "enable_eplb: the kernels of a GPU read a layer's experts where they lie; leave it out there"
@@ -125,21 +118,25 @@ class ModelRunner:
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
-        with torch.inference_mode():
-            self.known_routers = known_routers(self.routers, self.device)
-        """Of all layers, where a kernel does what follows their logits in steps of fixed shapes; else empty."""
         pool_bytes = self._pool_bytes(kv_cache_bytes, gpu_memory_utilization, max_num_batched_tokens)
         self.cache.allocate(pool_bytes, self.device)
-        replays_graphs = self.experts.is_capturable and not enforce_eager
-        reason = page_attention.objection(self.cache, self.device)
-        self.reads_pages = not reason
-        """Steps that are padded to a bucket attend to the pool in place."""
         self.max_model_len = max_model_len or limit
-        self._opaque = (*loaded.expert_modules, *loaded.routers)
-        self._compiled: CompiledLayers | None = None
+        self.padded = PaddedSteps(
+            self.model,
+            (*loaded.expert_modules, *loaded.routers),
+            self._forward,
+            self.cache,
+            self.routers,
+            self.experts,
+            self.layers,
+            self.log,
+            self.device,
+            self.max_model_len,
+        )
+        replays_graphs = self.experts.is_capturable and not enforce_eager
         if replays_graphs:
-            self._choose_attention(reason)
-            self.compile_layers()
+            self.padded.choose_attention()
+            self.padded.compile_layers()
         self.texts = Texts()
         self.generation = -1
         self._sampled: dict[int, int] = {}
@@ -199,10 +196,10 @@ class ModelRunner:
             self.layers[layer] = self._layer_ranks(layer)
         if layers:
             placement, _ = self._seat()
-            for dispatcher in (self.experts.dispatcher, self.static_dispatcher):
+            for dispatcher in (self.experts.dispatcher, self.padded.dispatcher):
                 if isinstance(dispatcher, AllToAllDispatcher):
                     dispatcher.relocate(placement, layers)
-            self.graphs.clear()
+            self.padded.graphs.clear()
 
     def _seat(self) -> tuple[Placement, int]:
         """Return where experts are in the process group, and this rank's number there."""
@@ -223,11 +220,10 @@ class ModelRunner:
         hidden_bytes = self.hidden_size * self.activation_dtype.itemsize
         self._absent = tuple(absent)
         placement, seat = self._seat()
-        self.layers = [self._layer_ranks(layer) for layer in range(placement.num_layers)]
+        self.layers[:] = [self._layer_ranks(layer) for layer in range(placement.num_layers)]
         shared = placement, seat, collectives, self.log, self.device, hidden_bytes, self.top_k
-        self.experts.dispatcher, self.static_dispatcher = AllToAllDispatcher(*shared), StaticAllToAll(*shared)
-        self.graphs.clear()
-        self.graphs.captures = not collectives.through_host
+        self.experts.dispatcher = AllToAllDispatcher(*shared)
+        self.padded.connect(StaticAllToAll(*shared), captures=not collectives.through_host)
 
     @torch.inference_mode()
     def step(self, plan: RankPlan) -> RankResult:
@@ -240,7 +236,7 @@ class ModelRunner:
             self._begin_moves(plan.rebalance)
         # Moves are a collective of their own, which no graph holds
         launches = plan.bucket is None or (plan.rebalance is not None and bool(plan.rebalance.transfers))
-        computed = self._launched(plan) if launches else self._replayed(plan)
+        computed = self._launched(plan) if launches else self.padded.run(plan)
         num_sampled, logits, sampled = len(computed.positions), computed.logits, computed.tokens
         if sampled is None:
             samplings = [request.sampling for request in plan.requests for _ in range(request.num_sampled_rows)]
@@ -291,62 +287,6 @@ class ModelRunner:
         positions = (rows.positions[rows.sampled_rows] + 1).tolist()
         kept = budget.finish(counts)
         return ComputedStep(None, None, logits, positions, counts, kept, self.log.num_collectives, self.log.crc)
-
-    def _replayed(self, plan: RankPlan) -> ComputedStep:
-        """Compute the plan's rows padded to its bucket, as a graph where the device has any."""
-        assert plan.bucket is not None
-        launched, self.experts.dispatcher = self.experts.dispatcher, self.static_dispatcher
-        try:
-            answer, logits = self.graphs.step(StepShape.of(plan.bucket, plan.budget), plan, self.cache.tables)
-        finally:
-            self.experts.dispatcher = launched
-        return answer.computed(plan, logits, self.static_dispatcher.payload_bytes_per_row)
-
-    def _static_step(self, shape: StepShape) -> StaticStep:
-        rows = self._static_rows(shape.bucket)
-        parts = self._static_forward, self.experts, self.layers, self.log, self.known_routers, self.cache.pools
-        return StaticStep(shape, rows, *parts)
-
-    def _static_rows(self, bucket: Bucket) -> StaticRows:
-        block_size = self.cache.block_size
-        most_blocks = -(-self.max_model_len // block_size) if self.reads_pages else None
-        return StaticRows(bucket, block_size, self.cache.scratch_slot, self.device, most_blocks)
-
-    def _static_forward(
-        self,
-        rows: PackedRows,
-        selections: Sequence[BudgetedSelection] = (),
-        routings: Sequence[LaunchedRouting] = (),
-    ) -> torch.Tensor:
-        with nullcontext() if self._compiled is None else self._compiled.active():
-            return self._forward(rows, selections, routings)
-
-    @torch.inference_mode()
-    def _choose_attention(self, objection: str) -> None:
-        """Attend to the pool in place if there is no ``objection`` and it works here; a line in the log says which."""
-        if not objection:
-            try:
-                self._run_padding()
-            except Exception as error:  # the compiler's, of many types
-                self.reads_pages, objection = False, str(error)
-        page_attention.say(objection)
-
-    @torch.inference_mode()
-    def compile_layers(self, backend: Backend = "inductor") -> None:
-        """Have steps that are padded to a bucket run compiled layers; where that fails, a line in the log says why."""
-        self._compiled = CompiledLayers(self.model, self._opaque, self.cache, backend)
-        try:
-            self._run_padding()
-        except Exception as error:  # the compiler's, of many types
-            self._compiled = None
-            logger.warning("the dense part of layers runs as it is written: %s", error)
-        else:
-            logger.info("the dense part of layers is compiled by torch")
-
-    def _run_padding(self) -> None:
-        """Run small steps of nothing but padding: of all variants that are compiled, so that no request waits."""
-        for shape in ((1, 1), (1, 2), (2, 1), (2, 2)):
-            self._static_forward(self._static_rows(Bucket(*shape, self.cache.block_size)).layout())
 
     def _begin_moves(self, plan: RebalancePlan) -> None:
         dispatcher = self.experts.dispatcher

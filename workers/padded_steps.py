@@ -1,0 +1,123 @@
+"""Steps that are padded to a bucket: how they attend, route and are compiled, and the graphs that replay them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+
+import torch
+
+from ..router.budgeted_choice import LayerRanks
+from ..router.budgeted_selection import BudgetedSelection
+from ..router.topk import RouterSeam
+from . import page_attention
+from .compiled_layers import Backend, CompiledLayers
+from .computed_step import ComputedStep
+from .dispatch import CollectiveLog, Dispatcher
+from .expert_parallel import ExpertParallel
+from .gpu_routing import LaunchedRouting, known_routers
+from .kv_cache import PagedKVCache
+from .plan import Bucket, RankPlan
+from .rows import PackedRows
+from .static_rows import StaticRows
+from .static_step import Forward, StaticStep, StepShape
+from .step_graphs import StepGraphs
+
+logger = logging.getLogger(__name__)
+
+
+class PaddedSteps:
+    """All of one rank, whose ``forward`` computes rows that are laid out, over pools that have been allocated.
+
+    ``opaque``: routers and experts, which no compiler is to look into. ``layers``: where budgets take experts to be,
+    which may change between steps.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        opaque: Iterable[torch.nn.Module],
+        forward: Forward,
+        cache: PagedKVCache,
+        routers: Sequence[RouterSeam],
+        experts: ExpertParallel,
+        layers: list[LayerRanks],
+        log: CollectiveLog,
+        device: torch.device,
+        max_model_len: int,
+    ) -> None:
+        self._model, self._opaque, self._plain = model, tuple(opaque), forward
+        self._cache, self._experts, self._layers, self._log = cache, experts, layers, log
+        self._device, self._max_model_len = device, max_model_len
+        self.dispatcher: Dispatcher = experts.dispatcher
+        """What they dispatch over."""
+        self.graphs = StepGraphs(self.step_of, device)
+        with torch.inference_mode():
+            self.known_routers = known_routers(routers, device)
+        """Of all layers, where a kernel does what follows their logits; else empty."""
+        self.objection = page_attention.objection(cache, device)
+        """Why they do not attend to the pool in place; nothing if they do."""
+        self._compiled: CompiledLayers | None = None
+
+    def connect(self, dispatcher: Dispatcher, *, captures: bool) -> None:
+        """Dispatch over another process group; ``captures``: whether graphs can hold its collectives."""
+        self.dispatcher, self.graphs.captures = dispatcher, captures
+        self.graphs.clear()
+
+    def run(self, plan: RankPlan) -> ComputedStep:
+        """Compute the plan's rows padded to its bucket, as a graph where the device has any."""
+        assert plan.bucket is not None, "the coordinator pads it"
+        launched, self._experts.dispatcher = self._experts.dispatcher, self.dispatcher
+        try:
+            shape = StepShape.of(plan.bucket, plan.budget)
+            answer, logits = self.graphs.step(shape, plan, self._cache.tables)
+        finally:
+            self._experts.dispatcher = launched
+        return answer.computed(plan, logits, self.dispatcher.payload_bytes_per_row)
+
+    def step_of(self, shape: StepShape) -> StaticStep:
+        """Return the operations of a shape."""
+        rows, pools = self._rows(shape.bucket), self._cache.pools
+        return StaticStep(shape, rows, self._forward, self._experts, self._layers, self._log, self.known_routers, pools)
+
+    def _rows(self, bucket: Bucket) -> StaticRows:
+        block_size = self._cache.block_size
+        most_blocks = None if self.objection else -(-self._max_model_len // block_size)
+        return StaticRows(bucket, block_size, self._cache.scratch_slot, self._device, most_blocks)
+
+    def _forward(
+        self,
+        rows: PackedRows,
+        selections: Sequence[BudgetedSelection] = (),
+        routings: Sequence[LaunchedRouting] = (),
+    ) -> torch.Tensor:
+        with nullcontext() if self._compiled is None else self._compiled.active():
+            return self._plain(rows, selections, routings)
+
+    @torch.inference_mode()
+    def choose_attention(self) -> None:
+        """Attend to the pool in place if nothing is against it and it works here; a line in the log says which."""
+        if not self.objection:
+            try:
+                self._run_padding()
+            except Exception as error:  # the compiler's, of many types
+                self.objection = str(error) or type(error).__name__
+        page_attention.say(self.objection)
+
+    @torch.inference_mode()
+    def compile_layers(self, backend: Backend = "inductor") -> None:
+        """Run compiled layers; where that fails, a line in the log says why."""
+        self._compiled = CompiledLayers(self._model, self._opaque, self._cache, backend)
+        try:
+            self._run_padding()
+        except Exception as error:  # the compiler's, of many types
+            self._compiled = None
+            logger.warning("the dense part of layers runs as it is written: %s", error)
+        else:
+            logger.info("the dense part of layers is compiled by torch")
+
+    def _run_padding(self) -> None:
+        """Run small steps of nothing but padding: of all variants that are compiled, so that no request waits."""
+        for shape in ((1, 1), (1, 2), (2, 1), (2, 2)):
+            self._forward(self._rows(Bucket(*shape, self._cache.block_size)).layout())
