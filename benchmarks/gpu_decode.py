@@ -47,10 +47,12 @@ from .model_shapes import SHAPES, demo_share, random_model, skew_routers
 DEMO = Path(demo.__file__).parent / "model"
 FACTOR = 128
 CONTEXT = 512
+KV_BYTES = 6 << 30
+OUTPUTS = (8, 40)
 BATCHES = (1, 2, 4, 8, 16, 32)
 DRAFT_LENS = (0, 1, 3, 7)
 SHARES = (0.75, 0.5)
-_WARM_UPS, _REPEATS = 4, 20
+_WARM_UPS, _REPEATS, _REPLAYS = 4, 20, 8
 _GB = 1e9
 REQUIRED_ROOFLINE = 0.35
 REQUIRED_OF_TRANSFORMERS = 3.0
@@ -109,6 +111,7 @@ class Model:
         if timed.device_s is not None:
             row["host_share"] = max(0.0, 1 - timed.device_s / timed.wall_s)
         self.rows.append(row)
+        print(row, file=sys.stderr)  # of a run that does not end something is left
         return timed
 
 
@@ -138,10 +141,11 @@ def _replay_s(runner: ModelRunner, plan: RankPlan) -> float | None:
     for _ in range(_REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        for _ in range(_REPLAYS):  # so that what the host takes to launch the first hides behind it
+            graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+        times.append(start.elapsed_time(end) / 1e3 / _REPLAYS)
     return statistics.median(times)
 
 
@@ -175,7 +179,7 @@ class Transformers:
         self._model: Any = runner.model
         for module in self._model.modules():  # whatever took the place of its code
             vars(module).pop("forward", None)
-        self._model.set_attn_implementation("sdpa")
+        self._model.set_attn_implementation("sdpa" if self._model._supports_sdpa else "eager")
         self._model.set_experts_implementation("grouped_mm")
 
     @torch.inference_mode()
@@ -193,14 +197,16 @@ class Transformers:
                 max_new_tokens=length,
                 min_new_tokens=length,
                 cache_implementation="static",
-                cache_config={"max_cache_len": context + lengths[1]},
             )
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
             return time.perf_counter() - started
 
+        # What was compiled for other batches would make this one's code one for all
+        torch.compiler.reset()
+        vars(self._model).pop("_compiled_call", None)
         try:
-            for length in lengths:
+            for length in sorted(lengths, reverse=True):  # the cache is as long as the longest so far
                 generate(length)
             times = [generate(lengths[1]) - generate(lengths[0]) for _ in range(repeats)]
         except Exception as error:  # of torch's compiler, of memory, of transformers
@@ -297,6 +303,45 @@ def ratios_of(rows: Sequence[Row]) -> list[Row]:
     return ratios
 
 
+def measure_model(
+    name: str,
+    device: torch.device,
+    share: float,
+    bytes_per_s: float,
+    options: Options,
+    rows: list[Row],
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Add to ``rows`` what there is to say of a model, as it is found; raises ``ValueError`` if it does not fit."""
+    config, given = SHAPES[name](), options.given
+    if given.layers:
+        config.num_hidden_layers = given.layers
+    need = _num_bytes(config)
+    if device.type == "cuda" and need > torch.cuda.get_device_properties(device).total_memory * 0.9:
+        raise ValueError(f"its {need / _GB:.0f} GB of weights do not fit this GPU")
+    loaded = random_model(config, dtype, device, options.seed)
+    runner = ModelRunner(
+        model=name,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        max_model_len=CONTEXT * 2,
+        loaded=loaded,
+        kv_cache_bytes=KV_BYTES,
+    )
+    reached = skew_routers(runner, loaded.routers, share, options.seed)
+    rows.append({"model": name, "distinct_over_uniform": statistics.fmean(reached)})
+    model = Model(name, runner, bytes_per_s, rows)
+    batches = BATCHES[:1] if options.quick else BATCHES
+    measure_steps(model, batches, DRAFT_LENS, CONTEXT, options.seed)
+    if given.profile:
+        profile(runner, given.profile, options.seed)
+    runner.padded.graphs.clear()
+    peer = Transformers(name, runner)
+    for batch in batches[:1] if options.quick else (1, 8, 32):
+        rows.append(peer.row(batch, CONTEXT, OUTPUTS, 3))
+        print(rows[-1], file=sys.stderr)
+
+
 def measure(options: Options) -> Measurement:
     """Measure all models that are asked for, one after the other."""
     device, given = torch.device("cuda", 0), options.given
@@ -305,33 +350,12 @@ def measure(options: Options) -> Measurement:
     bytes_per_s = copy_rate(device) * _GB
     rows: list[Row] = [{"model": "demo", "distinct_over_uniform": share, "copy_gb_per_s": bytes_per_s / _GB}]
     for name in names:
-        config = SHAPES[name]()
-        if given.layers:
-            config.num_hidden_layers = given.layers
-        need = _num_bytes(config)
-        if need > torch.cuda.get_device_properties(device).total_memory * 0.9:
-            rows.append({"model": name, "error": f"its {need / _GB:.0f} GB of weights do not fit this GPU"})
-            continue
-        loaded = random_model(config, torch.bfloat16, device, options.seed)
-        runner = ModelRunner(
-            model=name,
-            dtype="bfloat16",
-            device="cuda",
-            max_model_len=CONTEXT * 2,
-            loaded=loaded,
-            kv_cache_bytes=4 << 30,
-        )
-        reached = skew_routers(runner, loaded.routers, share, options.seed)
-        model = Model(name, runner, bytes_per_s, [{"model": name, "distinct_over_uniform": statistics.fmean(reached)}])
-        batches = BATCHES[:1] if options.quick else BATCHES
-        measure_steps(model, batches, DRAFT_LENS, CONTEXT, options.seed)
-        if given.profile and name == names[0]:
-            profile(runner, given.profile, options.seed)
-        runner.padded.graphs.clear()
-        peer = Transformers(name, runner)
-        model.rows += [peer.row(batch, CONTEXT, (8, 40), 3) for batch in (batches[:1] if options.quick else (1, 8, 32))]
-        rows += [*model.rows, *ratios_of(model.rows)]
-        del model, peer, runner, loaded
+        found: list[Row] = []
+        try:
+            measure_model(name, device, share, bytes_per_s, options, found)
+        except Exception as error:  # what one model cannot do is no reason to lose the others' figures
+            found.append({"model": name, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
+        rows += [*found, *ratios_of(found)]
         gc.collect()
         torch.cuda.empty_cache()
     if not given.model and not options.quick:
@@ -369,7 +393,9 @@ def profile(runner: ModelRunner, path: Path, seed: int) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=SHAPES, help="only this one")
     parser.add_argument("--layers", type=int, metavar="N", help="only so many of each model's layers")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="write torch's profile of steps at batch 1")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="write torch's profile of steps at batch 1, of the last model"
+    )
 
 
 def main() -> int:

@@ -49,7 +49,7 @@ def seconds_of(calls: Sequence[Callable[[], Any]], repeats: int) -> tuple[float,
     for call in calls:
         call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             for call in calls:
@@ -57,6 +57,7 @@ def seconds_of(calls: Sequence[Callable[[], Any]], repeats: int) -> tuple[float,
         replay: Callable[[], Any] = graph.replay
         captured = True
     except RuntimeError:  # it asks the device for a number, or plans on the host
+        torch.cuda.set_stream(stream)  # torch leaves the one that it captured on
         torch.cuda.synchronize()
         captured = False
 

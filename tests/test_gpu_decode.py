@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from penstock.benchmarks import gpu_decode
 from penstock.benchmarks.fixed_steps import FixedSteps, step_bytes
+from penstock.benchmarks.harness import Options
 from penstock.benchmarks.model_shapes import (
     SHAPES,
     demo_share,
@@ -156,6 +158,24 @@ def test_transformers_decodes_the_same_weights(loaded: LoadedModel, runner: Mode
     with torch.inference_mode():
         ids = torch.tensor([[(7 * i) % 128 for i in range(25)]])
         assert loaded.model(ids).logits[0, -1].argmax().item() == emitted[0]
+
+
+@pytest.mark.parametrize("name", ["GPT-OSS-20B", "OLMoE-1B-7B", "Mixtral-8x7B"])
+def test_a_model_is_measured_from_its_weights_to_its_targets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"_WARM_UPS": 1, "_REPEATS": 1, "CONTEXT": 24, "KV_BYTES": 8 << 20, "OUTPUTS": (1, 3), "BATCHES": (1, 2)}
+    for field, size in sizes.items():
+        monkeypatch.setattr(gpu_decode, field, size)
+    config = tiny(name)
+    monkeypatch.setitem(gpu_decode.SHAPES, name, lambda: config)
+    options = Options(quick=False, seed=4, given=argparse.Namespace(layers=None, profile=None))
+    rows: list[Any] = []
+    gpu_decode.measure_model(name, CPU, 0.9, 1e9, options, rows, torch.float32)
+    assert not any("error" in row for row in rows), rows
+    assert [row["batch"] for row in rows if row.get("who") == "transformers"] == [1, 8, 32]
+    assert [target.name for target in gpu_decode.targets_of(rows)] == [
+        f"{name}: share of the roofline at batch 1",
+        f"{name}: over transformers at batch 1",
+    ]
 
 
 def test_the_inflated_demo_is_served_by_every_policy(monkeypatch: pytest.MonkeyPatch) -> None:

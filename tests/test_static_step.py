@@ -339,6 +339,22 @@ def _full(num_rows: int) -> Bucket:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_that_asks_the_device_is_launched_as_it_is(
+    checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Phi's rotary positions are made on the host, in every step."""
+    runner = ModelRunner(
+        model=str(checkpoint("phimoe")), device="cuda", block_size=BLOCK, max_model_len=64, kv_cache_bytes=1 << 20
+    )
+    runner.step(prompts())
+    plan = RankPlan(0, 1, requests=STEPS["mixed"])
+    for _ in range(2):
+        assert runner.step(padded(plan, runner)).token_ids == runner.step(plan).token_ids
+    assert "are launched operation by operation" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_replayed_graph_keeps_to_a_changing_budget(checkpoint: Callable[[str], Path]) -> None:
     runner = ModelRunner(
         model=str(checkpoint("qwen3_moe")), device="cuda", block_size=BLOCK, max_model_len=64, kv_cache_bytes=1 << 20

@@ -5,6 +5,7 @@ Shapes: S sampled rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +22,16 @@ class ComputedStep:
     accepted: list[tuple[list[int], list[int]]] | None
     """What `sampler.accept` returns for each request of the plan, where the device walked along their drafts, and moved
     their KV; else None."""
-    logits: torch.Tensor
-    """[S + scored rows, V] of the sampled rows in the plan's order, then of those whose targets are scored."""
+    logits_of: Callable[[], torch.Tensor]
+    """Makes `logits`, which a step whose tokens are chosen has no use for."""
     positions: list[int]
     """[S] absolute positions of the tokens chosen."""
     counts: LayerCounts
     kept_weights: dict[int, KeptWeight]
     num_collectives: int
     collectives_crc: int
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[S + scored rows, V] of the sampled rows in the plan's order, then of those whose targets are scored."""
+        return self.logits_of()

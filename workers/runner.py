@@ -77,6 +77,8 @@ class ModelRunner:
         started = time.perf_counter()
         self.rank, self.num_ranks = rank, num_ranks
         self.device = resolve_device(device, rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where kernels are launched and streams are taken
         directory, config = inspect(model, revision) if loaded is None else (None, loaded.config)
         text_config = config.get_text_config()
         self.dtype = resolve_dtype(config, dtype)
@@ -217,6 +219,8 @@ class ModelRunner:
         ``absent``: ranks that are not in their group, whose experts the others hold as well.
         """
         assert self.num_ranks > 1, "one rank needs no process group"
+        if self.mover is not None and collectives.through_host:
+            raise ValueError("enable_eplb: ranks that share a GPU cannot move experts; leave it out there")
         hidden_bytes = self.hidden_size * self.activation_dtype.itemsize
         self._absent = tuple(absent)
         placement, seat = self._seat()
@@ -237,7 +241,9 @@ class ModelRunner:
         # Moves are a collective of their own, which no graph holds
         launches = plan.bucket is None or (plan.rebalance is not None and bool(plan.rebalance.transfers))
         computed = self._launched(plan) if launches else self.padded.run(plan)
-        num_sampled, logits, sampled = len(computed.positions), computed.logits, computed.tokens
+        num_sampled, sampled = len(computed.positions), computed.tokens
+        # Whoever asks for log-probabilities has no tokens chosen
+        logits = computed.logits if sampled is None else torch.empty(0)
         if sampled is None:
             samplings = [request.sampling for request in plan.requests for _ in range(request.num_sampled_rows)]
             adjusted = adjust(logits[:num_sampled], plan.requests, computed.positions, self.texts)
@@ -286,7 +292,8 @@ class ModelRunner:
         counts = self.experts.finish()
         positions = (rows.positions[rows.sampled_rows] + 1).tolist()
         kept = budget.finish(counts)
-        return ComputedStep(None, None, logits, positions, counts, kept, self.log.num_collectives, self.log.crc)
+        seen = self.log.num_collectives, self.log.crc
+        return ComputedStep(None, None, lambda: logits, positions, counts, kept, *seen)
 
     def _begin_moves(self, plan: RebalancePlan) -> None:
         dispatcher = self.experts.dispatcher

@@ -91,7 +91,7 @@ class Answer:
         return ComputedStep(
             tokens=[int(self.tokens[where]) for where in sampled] if is_plain else None,
             accepted=self._accepted(plan) if is_plain and self.accepted is not None else None,
-            logits=logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)],
+            logits_of=lambda: logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)],
             positions=[plan.requests[place].committed_len + depth[place][row] for place, row in sampled],
             counts=counts,
             kept_weights=kept_weights(plan, np.concatenate(kept, axis=1).tolist(), counts) if kept else {},

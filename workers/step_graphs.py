@@ -6,6 +6,7 @@ hold the process group that they were captured with: another one takes new graph
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from .plan import RankPlan
 from .static_step import Answer, StaticStep, StepShape
 
+logger = logging.getLogger(__name__)
 _WARM_UPS = 2
 """Runs before a capture: libraries and compilers allocate and choose in their first ones."""
 
@@ -28,7 +30,8 @@ class StepGraphs:
     def __init__(self, make: Callable[[StepShape], StaticStep], device: torch.device) -> None:
         self._make, self._device = make, device
         self._steps: dict[StepShape, StaticStep] = {}
-        self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[StepShape, torch.cuda.CUDAGraph | None] = {}
+        """None for a shape that could not be captured."""
         self._pool: Any = None
         self.captures = True
         """Whether steps can be captured: not where collectives go by way of the host."""
@@ -49,28 +52,39 @@ class StepGraphs:
         if step is None:
             step = self._steps[shape] = self._make(shape)
         step.fill(plan, tables)
-        if self._device.type != "cuda" or not self.captures:
-            step.run()
-        elif shape in self._graphs:
-            self._graphs[shape].replay()
-        else:
+        if self._device.type == "cuda" and self.captures and shape not in self._graphs:
             self._graphs[shape] = self._capture(step)
-            self._graphs[shape].replay()
+        graph = self._graphs.get(shape)
+        if graph is None:
+            step.run()
+        else:
+            graph.replay()
         answer = step.answer()
         assert step.logits is not None
         return answer, step.logits
 
-    def _capture(self, step: StaticStep) -> torch.cuda.CUDAGraph:
-        """Return the graph of ``step``. It runs a few times first, which a step survives: it writes the same again."""
+    def _capture(self, step: StaticStep) -> torch.cuda.CUDAGraph | None:
+        """Return the graph of ``step``, or None, and a line in the log, where a model asks the device for a number.
+
+        It runs a few times first, which a step survives: it writes the same again. Ranks without a graph run the same
+        collectives as those with one.
+        """
+        present = torch.cuda.current_stream(self._device)
         stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(present)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 step.run()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        present.wait_stream(stream)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            step.run()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                step.run()
+        except Exception as error:  # CUDA's, torch's or the model's own
+            torch.cuda.set_stream(present)  # torch leaves the one that it captured on
+            self._pool = None
+            logger.warning("steps of %s are launched operation by operation: %s", step.shape.bucket, error)
+            return None
         return graph

@@ -91,6 +91,8 @@ class RankLoop:
                     return
         finally:
             plane.close()
+            if self._runner is not None:
+                self._runner.padded.graphs.clear()
             process_group.leave()
 
     def _loaded(self) -> ModelRunner:
@@ -138,6 +140,7 @@ def _regroup(settings: RankSettings, runner: ModelRunner, command: Regroup) -> A
     try:
         if command.placed is not None:
             runner.settle(command.placed)
+        runner.padded.graphs.clear()  # NCCL waits for graphs that hold its collectives before it leaves a group
         collectives = process_group.join(
             command.store,
             runner.rank - sum(rank < runner.rank for rank in command.absent),
@@ -146,7 +149,7 @@ def _regroup(settings: RankSettings, runner: ModelRunner, command: Regroup) -> A
             timeout_s=settings.config.step_timeout_s,
             device=runner.device,
         )
+        runner.connect(collectives, command.absent)
     except Exception as error:  # torch.distributed has no common error type
         return Regrouped(command.epoch, f"{type(error).__name__}: {error}")
-    runner.connect(collectives, command.absent)
     return Regrouped(command.epoch)
