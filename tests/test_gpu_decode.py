@@ -1,194 +1,384 @@
-"""The parts of benchmarks/gpu_decode on a CPU, with shapes that fit there."""
+"""The benchmark of whole models, run on a CPU over tiny shapes: the same code, with steps launched one by one."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from pathlib import Path
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from penstock.benchmarks import gpu_decode
-from penstock.benchmarks.fixed_steps import FixedSteps, step_bytes
-from penstock.benchmarks.harness import Options
-from penstock.benchmarks.model_shapes import (
-    SHAPES,
-    demo_share,
-    random_model,
-    skew_routers,
-    uniform_experts,
-)
-from penstock.workers.loader import LoadedModel
+from penstock.benchmarks.fixed_steps import FixedSteps
+from penstock.benchmarks.generate_peer import GeneratePeer
+from penstock.benchmarks.gpu_decode import add_options, bench_of, growth, lacks_room, targets
+from penstock.benchmarks.harness import Options, Row
+from penstock.benchmarks.inflated_decode import InflatedDemo
+from penstock.benchmarks.model_shapes import SHAPES, ModelShape
+from penstock.benchmarks.random_model import DEMO, NUM_TOPICS, UNEQUAL, random_model, tokens_of
+from penstock.benchmarks.routing_skew import MODEL, choices, of_demo, of_random, unevenness
+from penstock.benchmarks.step_bytes import ByteCounter, windows
+from penstock.benchmarks.stopwatch import Stopwatch
+from penstock.benchmarks.watched_serving import serve
+from penstock.benchmarks.whole_model import Bench, WholeModel, figures, kv_token_bytes
+from penstock.cluster.config import EngineConfig
+from penstock.router.expert_budget import ExpertBudget
+from penstock.workers.plan import Bucket
 from penstock.workers.runner import ModelRunner
 
+from .tiny_configs import settings_of
+
 CPU = torch.device("cpu")
-PUBLISHED = {  # billions of parameters, as the models' cards say
-    "OLMoE-1B-7B": 6.92,
-    "Qwen3-30B-A3B": 30.5,
-    "DeepSeek-V2-Lite": 15.7,
-    "GPT-OSS-20B": 20.9,
-    "Mixtral-8x7B": 46.7,
-}
+GB = 2.0
+"""GB/s of the roofline."""
 
 
-def tiny(name: str) -> Any:
-    config = SHAPES[name]()
-    config.num_hidden_layers = 3
-    config.hidden_size, config.vocab_size = 32, 128
-    config.num_attention_heads, config.num_key_value_heads = 4, 2
-    for field, size in {"head_dim": 8, "intermediate_size": 24, "moe_intermediate_size": 16}.items():
-        if getattr(config, field, None) is not None:
-            setattr(config, field, size)
-    if hasattr(config, "layer_types"):
-        config.layer_types = config.layer_types[:3]
-    return config
+def tiny(model_type: str, **options: Any) -> ModelShape:
+    return ModelShape("tiny", "none", model_type, 0, {**settings_of(model_type), "eos_token_id": None, **options})
 
 
-@pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    return random_model(tiny("Qwen3-30B-A3B"), torch.float32, CPU, seed=3)
+def bench(**options: Any) -> Bench:
+    given = {"batches": (1, 3), "draft_lens": (0, 3, 7), "context": 21, "num_tokens": 4, "rounds": 1, "steps": 2}
+    return Bench(device=CPU, copy_gb_per_s=GB, skew=UNEQUAL, dtype=torch.float32, **{**given, **options})
 
 
-@pytest.fixture(scope="module")
-def runner(loaded: LoadedModel) -> ModelRunner:
-    return ModelRunner(
-        model="tiny", dtype="float32", device="cpu", loaded=loaded, max_model_len=512, kv_cache_bytes=8 << 20
+def runner_of(shape: ModelShape, **options: Any) -> ModelRunner:
+    loaded = random_model(shape.config(), CPU, dtype=torch.float32, skew=DEMO, seed=0)
+    settings = {"device": "cpu", "block_size": 4, "max_model_len": 64, "kv_cache_bytes": 1 << 20, **options}
+    return ModelRunner(model="none", loaded=loaded, **settings)
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_a_shape_has_the_parameters_that_were_published(shape: ModelShape) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == shape.num_parameters
+
+
+def test_a_model_that_does_not_fit_is_left_out_with_a_reason() -> None:
+    mixtral = next(shape for shape in SHAPES if shape.name == "Mixtral-8x7B")
+    assert lacks_room(mixtral, 140 << 30) is None
+    reason = lacks_room(mixtral, 80_000_000_000)
+    assert reason is not None
+    assert "needs 102 GB" in reason
+    assert "80 are free" in reason
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_random_model_routes_as_unevenly_as_the_demo() -> None:
+    real, made = of_demo(32), of_random(DEMO, seed=1)
+    assert made.distinct_in_text == pytest.approx(real.distinct_in_text, rel=0.06)
+    assert made.distinct_of_texts == pytest.approx(real.distinct_of_texts, rel=0.04)
+    assert made.load_spread == pytest.approx(real.load_spread, rel=0.35)
+    unequal = of_random(UNEQUAL, seed=1)
+    assert unequal.distinct_in_text < unequal.distinct_of_texts < 0.9 * made.distinct_of_texts
+    assert unequal.load_spread > 2 * made.load_spread
+
+
+def test_unevenness_counts_experts_of_neighbours_and_of_texts() -> None:
+    texts = [torch.full((2, 16, 1), number) for number in range(8)]
+    found = unevenness(texts, 16)
+    assert (found.distinct_in_text, found.distinct_of_texts) == (1, 8)
+    assert found.load_spread == pytest.approx(1.0)  # half of the experts do all
+    even = [torch.arange(16).view(1, 16, 1)] * 8
+    assert unevenness(even, 16).load_spread == pytest.approx(0.0, abs=1e-6)
+    assert unevenness(even, 16).distinct_in_text == 8
+
+
+def test_choices_are_those_of_the_tokens() -> None:
+    runner = runner_of(tiny("qwen3_moe"))
+    text = list(range(5, 25))
+    (one,), (other,) = choices(runner, [text]), choices(runner, [text[:9]])
+    assert one.shape == (2, 20, 2)
+    assert torch.equal(one[:, :9], other)
+
+
+def test_tokens_are_of_their_topic() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for vocab_size in (96, 1024, 50304):
+        for topic in (0, 31, 40, 63, 70):
+            tokens = tokens_of(topic, 50, vocab_size, generator)
+            assert {token % NUM_TOPICS for token in tokens} == {topic % NUM_TOPICS}
+            assert all(0 <= token < vocab_size for token in tokens)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen3_moe", "deepseek_v2", "gpt_oss"])
+def test_transformers_computes_the_same_model_in_the_same_memory(model_type: str) -> None:
+    shape = tiny(model_type)
+    runner = runner_of(shape)
+    peer = GeneratePeer(shape.config(), runner.model, CPU)  # type: ignore[arg-type]
+    theirs = dict(peer._model.named_parameters())
+    for name, parameter in runner.model.named_parameters():
+        assert theirs[name].data_ptr() == parameter.data_ptr()
+        assert parameter.isfinite().all()
+        assert parameter.count_nonzero()
+    steps = FixedSteps(2, 20, 96, 4, 64)
+    prompts = [steps.tokens(number) for number in range(2)]
+    found = peer.generate(prompts, 4)
+    assert len(found.steps_s) == 3
+    assert [len(tokens) for tokens in found.token_ids] == [4, 4]
+    config = EngineConfig(model="none", device="cpu", num_threads=1, block_size=4, max_model_len=64, draft_len=0)
+    for graphs in (False, True):
+        served = serve(config, runner, prompts, 4, graphs=graphs)
+        assert served.token_ids == found.token_ids
+        assert served.num_tokens == 8
+        assert [step.contexts for step, _ in served.steps] == [[20, 20], [21, 21], [22, 22]]
+        assert {step.num_rows for step, _ in served.steps} == {2}
+
+
+# --- plans and bytes -------------------------------------------------------------------------------------------------
+
+
+def test_prompts_come_in_parts_and_verifications_behind_them() -> None:
+    steps = FixedSteps(2, 21, 96, 4, 64, seed=3)
+    prompts = list(steps.prompts(16))
+    assert [(p.requests[0].request_id, p.requests[0].committed_len, len(p.requests[0].token_ids)) for p in prompts] == [
+        (0, 0, 16),
+        (0, 16, 5),
+        (1, 0, 16),
+        (1, 16, 5),
+    ]
+    assert all(not plan.requests[0].num_sampled_rows for plan in prompts)
+    assert prompts[0].requests[0].token_ids + prompts[1].requests[0].token_ids == steps.tokens(0)
+    plan = steps.verification(5, 4, ExpertBudget(experts=3), padded=True)
+    assert plan.bucket == Bucket(2, 4, 64)
+    assert [(r.committed_len, r.num_sampled_rows, r.first_budgeted_row) for r in plan.requests] == [(21, 4, 0)] * 2
+    assert [r.parents for r in plan.requests] == [[-1, 0, 1, 2]] * 2
+    blocks = [block for request in plan.requests for block in request.new_blocks]
+    assert len(set(blocks)) == len(blocks) == 2 * -(-29 // 4)
+    other = steps.verification(6, 4, padded=False)
+    assert other.bucket is None
+    assert other.requests[0].token_ids != plan.requests[0].token_ids
+    assert other.requests[0].first_budgeted_row is None
+    assert steps.verification(0, 8, padded=True).bucket == Bucket(2, 8, 64)
+    assert FixedSteps(16, 21, 96, 4, 64).verification(0, 8, padded=True).bucket is None, "more rows than are padded"
+
+
+def test_bytes_of_a_step_are_exact() -> None:
+    runner = runner_of(tiny("gpt_oss", tie_word_embeddings=False))
+    hidden, layers, vocab = 32, 2, 96
+    per_expert = 4 * (hidden * 64 + 64 + 32 * hidden + hidden)
+    total = sum(tensor.nbytes for tensor in (*runner.model.parameters(), *runner.model.buffers()))
+    dense = total - layers * 8 * per_expert - vocab * hidden * 4
+    found = ByteCounter(runner).of([3, 5], [20, 6], num_rows=7)
+    assert found.dense == dense + 7 * hidden * 4
+    assert found.experts == 8 * per_expert
+    # two heads of eight numbers, keys and values; one layer sees the last eight tokens
+    assert found.kv == 2 * 2 * 8 * 4 * ((8 + 6) + (20 + 6))
+    assert found.total == found.dense + found.experts + found.kv
+    assert found.roofline_s(2.0) == pytest.approx(found.total / 2e9)
+    tied = runner_of(tiny("gpt_oss", tie_word_embeddings=True))
+    assert ByteCounter(tied).of([3, 5], [20, 6], 7).dense == dense, "the head is read as a whole"
+
+
+def test_windows_are_the_config_s() -> None:
+    assert windows(tiny("mixtral").config()) == [12, 12]
+    assert windows(tiny("gpt_oss").config()) == [8, None]
+    assert windows(tiny("olmoe").config()) == [None, None]
+    by_name = {shape.name: shape.config() for shape in SHAPES}
+    assert set(windows(by_name["Qwen3-30B-A3B"])) == set(windows(by_name["Mixtral-8x7B"])) == {None}
+    assert windows(by_name["GPT-OSS-20B"]) == [128, None] * 12
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen3_moe", "deepseek_v2", "gpt_oss"])
+def test_the_pool_is_large_enough_for_what_layers_keep(model_type: str) -> None:
+    shape = tiny(model_type)
+    runner = runner_of(shape)
+    needed = runner.info.kv_block_bytes // 4
+    assert needed <= kv_token_bytes(shape.config(), torch.float32) <= 8 * needed
+
+
+def test_figures_compare_with_the_roofline() -> None:
+    found = figures(0.5, [[3, 5], [4, 6]], 4e8, GB)
+    assert found == {
+        "step_ms": 500.0,
+        "experts": 4.5,
+        "gb": 0.4,
+        "gb_per_s": pytest.approx(0.8),
+        "roofline_ms": pytest.approx(200.0),
+        "share_of_roofline": pytest.approx(0.4),
+    }
+
+
+def test_a_stopwatch_tells_the_time_between_marks() -> None:
+    watch = Stopwatch(CPU)
+    assert watch.intervals_s() == []
+    for _ in range(3):
+        watch.mark()
+    first = watch.intervals_s()
+    assert len(first) == 2
+    assert min(first) >= 0
+    assert watch.intervals_s() == []
+
+
+# --- the whole of it -------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_model_is_measured() -> None:
+    model = WholeModel(tiny("qwen3_moe"), bench())
+    rows = list(model.rows())
+    decode = [row for row in rows if row["part"] == "decode"]
+    assert [(row["engine"], row["batch"]) for row in decode] == [
+        (engine, batch) for batch in (1, 3) for engine in ("penstock", "transformers")
+    ]
+    for row in decode:
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["step_ms"], rel=0.01)
+    steps = [row for row in rows if row["part"] == "step"]
+    plain = [row for row in steps if row["budget"] == "none"]
+    assert [(row["batch"], row["draft_len"], row["graph"]) for row in plain] == [
+        (batch, draft_len, graph) for batch in (1, 3) for draft_len in (0, 3, 7) for graph in (True, False)
+    ]
+    assert [row["rows"] for row in plain[::2]] == [1, 4, 8, 3, 12, 24]
+    assert [row["padded_rows"] for row in plain[::2]] == [1, 4, 8, 4, 16, 32]
+    distinct = {(row["batch"], row["draft_len"]): row["experts"] for row in plain}
+    assert distinct[1, 0] == 2, "top-k"
+    assert distinct[1, 0] < distinct[1, 3] <= distinct[1, 7] <= 8
+    cut = [row for row in steps if row["budget"] != "none"]
+    assert {row["budget"] for row in cut} == {"75%", "50%"}
+    for row in cut:
+        assert 2 <= row["experts"] <= row["budget_experts"] < 8
+        assert row["draft_len"] > 0
+    for row in rows:
+        if row["engine"] == "penstock":
+            assert row["gb_per_s"] == pytest.approx(1e3 * row["gb"] / row["step_ms"])
+            assert row["share_of_roofline"] == pytest.approx(row["roofline_ms"] / row["step_ms"])
+        if row.get("host_share") is not None:
+            assert 0 <= row["host_share"] < 1
+    info = model.runner.info
+    one = next(row for row in plain if (row["batch"], row["draft_len"]) == (1, 0))
+    assert 1e9 * one["gb"] == ByteCounter(model.runner).of([2] * info.model.num_moe_layers, [21], 1).total
+    row, table = model.profile()
+    assert row["part"] == "profile"
+    assert "aten::" in table
+    names = {target.name.split(",")[0] for target in targets([*rows, *growth(rows)])}
+    assert len(names) == 5
+
+
+def test_the_inflated_demo_is_measured() -> None:
+    given = bench(batches=(2,), draft_lens=(0, 3))
+    rows = list(InflatedDemo(MODEL, given, factor=2, max_tokens=12).rows())
+    ours = [row for row in rows if row["engine"] == "penstock"]
+    assert [(row["draft_len"], row["graph"], row["budget"]) for row in ours][:4] == [
+        (0, True, "none"),
+        (0, False, "none"),
+        (3, True, "none"),
+        (3, False, "none"),
+    ]
+    plain = ours[0]
+    assert plain["rows"] == 2
+    assert 4 <= plain["experts"] <= 8
+    assert ours[2]["steps"] < plain["steps"], "some drafts of real text are right"
+    for row in ours:
+        if row["budget"] != "none":
+            assert row["budget_experts"] < 32
+            assert row["draft_len"] == 3
+    assert [row["engine"] for row in rows][-1] == "transformers"
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+
+
+# --- targets and options ---------------------------------------------------------------------------------------------
+
+
+def row(part: str, model: str = "a", **more: Any) -> Row:
+    return {"part": part, "model": model, "stored_as": "bfloat16", "batch": 1, **more}
+
+
+def step(draft_len: int, step_ms: float, gb: float, budget: str = "none", model: str = "a") -> Row:
+    figures_ = {"step_ms": step_ms, "gb": gb, "experts": 10 * gb, "budget": budget}
+    return row("step", model, draft_len=draft_len, graph=True, **figures_)
+
+
+def test_growth_is_of_eight_rows_over_one() -> None:
+    steps = [
+        step(0, 2.0, 1.0),
+        step(3, 3.0, 2.0),
+        step(7, 6.0, 2.5),
+        step(7, 4.0, 1.5, "50%"),
+        step(7, 9.0, 9.0, "75%"),
+    ]
+    others = [{**step(7, 99.0, 9.0), "graph": False}, {**step(7, 99.0, 9.0), "batch": 2}, step(7, 1.0, 1.0, model="b")]
+    plain, halved, worse = growth([*steps, *others])
+    assert plain["time_over_one_row"] == 3.0
+    assert plain["bytes_over_one_row"] == plain["experts_over_one_row"] == 2.5
+    assert plain["saved"] == 0.0
+    assert halved["saved"] == 0.5
+    assert worse["saved"] == -0.75
+
+
+def test_targets_take_the_worst_model_and_leave_out_what_was_not_measured() -> None:
+    assert targets([]) == []
+    decode = [
+        row("decode", "a", engine="penstock", step_ms=2.0, share_of_roofline=0.5, tokens_per_s=500.0, host_share=0.02),
+        row("decode", "a", engine="transformers", step_ms=8.0, tokens_per_s=125.0),
+        row("decode", "b", engine="penstock", step_ms=4.0, share_of_roofline=0.3, tokens_per_s=250.0, host_share=0.1),
+        row("decode", "b", engine="transformers", note="out of memory"),
+        {**row("decode", "b", engine="penstock", step_ms=4.0, share_of_roofline=0.1, tokens_per_s=1.0), "batch": 2},
+    ]
+    grown = growth([step(0, 2.0, 1.0), step(7, 6.0, 2.5), step(7, 4.0, 1.5, "50%")])
+    found = targets([*decode, *grown])
+    assert [target.figure for target in found] == [0.3, 4.0, 0.1, pytest.approx(1.2), 0.5]
+    assert [target.reached for target in found] == [False, True, False, True, True]
+    assert "3.00 to 3.00" in found[3].name
+    assert len(targets(decode[:1])) == 2
+
+
+def options_of(*arguments: str, quick: bool = False) -> Options:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return Options(quick, 5, parser.parse_args(arguments))
+
+
+def test_options_say_what_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    full = bench_of(options_of(), CPU, GB)
+    assert (full.batches, full.draft_lens, full.context, full.peer) == ((1, 2, 4, 8, 16, 32), (0, 1, 3, 7), 512, True)
+    assert (full.skew, full.seed, full.dtype) == (DEMO, 5, torch.bfloat16)
+    some = bench_of(options_of("--batches", "1,8", "--draft-lens", "0,2", "--skew", "unequal", "--no-peer"), CPU, GB)
+    assert (some.batches, some.draft_lens, some.skew, some.peer) == ((1, 8), (0, 2), UNEQUAL, False)
+    assert bench_of(options_of(quick=True), CPU, GB).batches == (1, 8)
+    for wrong in (["--batches", "0"], ["--draft-lens", "8"], ["--model", "GPT-5"]):
+        with pytest.raises(SystemExit):
+            options_of(*wrong)
+    assert "is not of numbers in [1, 64]" in capsys.readouterr().err
+
+
+BARE = """
+import sys
+BLOCKED = {"ray", "pydantic", "zmq", "msgspec", "fastapi", "openai", "anyio", "aiohttp"}
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+from penstock.benchmarks import gpu_decode
+sys.exit(gpu_decode.main())
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
+def test_it_needs_no_more_than_a_gpu_machine_has_and_refuses_one_without() -> None:
+    done = subprocess.run([sys.executable, "-I", "-c", BARE], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip() == (
+        "gpu_decode: there is no CUDA device here, and a CPU's figures would say nothing of one"
     )
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes_have_the_sizes_that_were_published(name: str) -> None:
-    num_parameters = gpu_decode._num_bytes(SHAPES[name]()) / 2 / 1e9
-    assert num_parameters == pytest.approx(PUBLISHED[name], rel=0.01)
-
-
-def test_routers_become_as_uneven_as_asked(runner: ModelRunner, loaded: LoadedModel) -> None:
-    uniform = uniform_experts(128, 8)
-    assert skew_routers(runner, loaded.routers, 1.0, seed=5)[0] > 0.8, "as even as random choices are"
-    reached = skew_routers(runner, loaded.routers, 0.6, seed=5)
-    assert reached == pytest.approx([0.6] * 3, abs=0.03)
-    # Tokens that popularity was not fitted to
-    assert 0.45 < distinct_experts(runner) / uniform < 0.75
-
-
-def distinct_experts(runner: ModelRunner) -> float:
-    steps = FixedSteps(runner, num_requests=1, context=64, seed=11)
-    steps.fill()
-    counts = [sum(runner.step(steps.plan(8)).counts.experts) / 3 for _ in range(12)]
-    return sum(counts) / len(counts)
-
-
-def test_the_demo_says_how_uneven() -> None:
-    demo = ModelRunner(
-        model=str(gpu_decode.DEMO), dtype="float32", device="cpu", max_model_len=1024, kv_cache_bytes=16 << 20
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_small_model_is_measured_on_a_gpu() -> None:
+    given = Bench(
+        torch.device("cuda"), 1000.0, DEMO, batches=(1,), draft_lens=(0, 7), context=64, num_tokens=4, rounds=1, steps=2
     )
-    assert 0.4 < demo_share(demo, gpu_decode.DEMO) < 1.0
-
-
-def test_bytes_of_a_step(runner: ModelRunner) -> None:
-    model = runner.model
-    dense = sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name and "embed" not in name)
-    dense += sum(b.nbytes for b in model.buffers())
-    found = step_bytes(runner, [3.0, 4.0, 5.5], num_requests=2, context=100)
-    assert found.dense == dense
-    assert found.experts == 12.5 * 3 * 32 * 16 * 4
-    assert found.context == 2 * 100 * 3 * 2 * 2 * 8 * 4
-    assert found.total == dense + found.experts + found.context
-
-
-def test_all_sizes_are_measured(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_decode, "_WARM_UPS", 1)
-    monkeypatch.setattr(gpu_decode, "_REPEATS", 2)
-    model = gpu_decode.Model("tiny", runner, bytes_per_s=1e9)
-    gpu_decode.measure_steps(model, (1, 16), (0, 3, 7), context=40, seed=0)
-    sizes = [(row["batch"], row["draft_len"], row["budget"] != "none", row["graphs"]) for row in model.rows]
-    assert sizes == [
-        (1, 0, False, True),
-        (1, 0, False, False),
-        (1, 3, False, True),
-        (1, 7, False, True),
-        (1, 7, False, False),
-        (1, 7, True, True),
-        (1, 7, True, True),
-        (16, 0, False, True),
-        (16, 3, False, True),
-    ]
-    by_size = {(row["batch"], row["draft_len"], row["budget"]): row for row in model.rows if row["graphs"]}
-    one, eight = by_size[1, 0, "none"], by_size[1, 7, "none"]
-    assert one["experts_per_layer"] == 8
-    wanted = float(str(eight["experts_per_layer"]))
-    assert wanted > 8
-    for share in gpu_decode.SHARES:
-        number = round(share * wanted)
-        assert by_size[1, 7, str(number)]["experts_per_layer"] == number
-    assert one["share_of_roofline"] == pytest.approx(float(str(one["gb_per_s"])))
-    ratios = gpu_decode.ratios_of(model.rows)
-    assert [(ratio["batch"], ratio["draft_len"]) for ratio in ratios] == [(1, 7)] * 3 + [(16, 3)]
-    assert ratios[0]["experts_per_layer_over_one_row"] == pytest.approx(wanted / 8)
-
-
-def test_what_is_required_is_required_of_batch_1() -> None:
-    ours = {"model": "m", "who": "penstock", "batch": 1, "draft_len": 0, "budget": "none", "graphs": True}
-    rows: list[Any] = [
-        {"model": "demo", "distinct_over_uniform": 0.7},
-        {**ours, "batch": 8, "step_ms": 9.0, "share_of_roofline": 0.9, "host_share": 0.9},
-        {**ours, "step_ms": 2.0, "share_of_roofline": 0.4, "host_share": 0.08},
-        {**ours, "graphs": False, "step_ms": 4.0, "share_of_roofline": 0.1},
-        {"model": "m", "who": "transformers", "batch": 1, "draft_len": 0, "budget": "none", "step_ms": 5.0},
-    ]
-    targets = gpu_decode.targets_of(rows)
-    assert [(round(target.figure, 3), target.reached) for target in targets] == [
-        (0.4, True),
-        (2.5, False),
-        (0.08, False),
-    ]
-
-
-def test_transformers_decodes_the_same_weights(loaded: LoadedModel, runner: ModelRunner) -> None:
-    """Last of those that use the runner: what steps put into its modules is taken out."""
-    steps = FixedSteps(runner, num_requests=1, context=24, seed=2, text=[(7 * i) % 128 for i in range(32)])
-    steps.fill()
-    (emitted,) = runner.step(steps.plan(1)).token_ids
-    peer = gpu_decode.Transformers("tiny", runner)
-    row = peer.row(1, 16, (1, 3), 1)
-    assert "error" not in row, row
-    assert math.isfinite(float(str(row["step_ms"])))
-    with torch.inference_mode():
-        ids = torch.tensor([[(7 * i) % 128 for i in range(25)]])
-        assert loaded.model(ids).logits[0, -1].argmax().item() == emitted[0]
-
-
-@pytest.mark.parametrize("name", ["GPT-OSS-20B", "OLMoE-1B-7B", "Mixtral-8x7B"])
-def test_a_model_is_measured_from_its_weights_to_its_targets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"_WARM_UPS": 1, "_REPEATS": 1, "CONTEXT": 24, "KV_BYTES": 8 << 20, "OUTPUTS": (1, 3), "BATCHES": (1, 2)}
-    for field, size in sizes.items():
-        monkeypatch.setattr(gpu_decode, field, size)
-    config = tiny(name)
-    monkeypatch.setitem(gpu_decode.SHAPES, name, lambda: config)
-    options = Options(quick=False, seed=4, given=argparse.Namespace(layers=None, profile=None))
-    rows: list[Any] = []
-    gpu_decode.measure_model(name, CPU, 0.9, 1e9, options, rows, torch.float32)
-    assert not any("error" in row for row in rows), rows
-    assert [row["batch"] for row in rows if row.get("who") == "transformers"] == [1, 8, 32]
-    assert [target.name for target in gpu_decode.targets_of(rows)] == [
-        f"{name}: share of the roofline at batch 1",
-        f"{name}: over transformers at batch 1",
-    ]
-
-
-def test_the_inflated_demo_is_served_by_every_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_decode, "DRAFT_LENS", (0, 3))
-    rows = list(gpu_decode.inflated_rows("cpu", 2, 1))
-    assert [row["policy"] for row in rows] == ["fixed 0", "fixed 3", "shadow"] * (len(rows) // 3)
-    assert all(float(str(row["tokens_per_s"])) > 0 for row in rows)
-    assert {row["tokens_per_step"] for row in rows if row["policy"] == "fixed 0"} < {1.0, 64 / 65, 64 / 64}
-    assert max(float(str(row["tokens_per_step"])) for row in rows) > 1.2
-
-
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    assert gpu_decode.main() == 2
-    assert "no CUDA device" in capsys.readouterr().err
+    shape = tiny("qwen3_moe", hidden_size=256, moe_intermediate_size=128, head_dim=64)
+    rows = list(WholeModel(shape, given).rows())
+    (decode,) = (row for row in rows if row["part"] == "decode" and row["engine"] == "penstock")
+    assert decode["graph"]
+    assert 0 < decode["device_ms"] <= 1.5 * decode["step_ms"]

@@ -7,7 +7,7 @@ will be takes the first.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -185,19 +185,13 @@ def load_experts(directory: Path, dense: DenseModel, placement: Placement, rank:
     missing = info.missing_keys - set(model.all_tied_weights_keys)
     model._adjust_missing_and_unexpected_keys(info)
     _check(directory, missing, info)
-    finish(model, info.missing_keys, dense.device)
-    ends = eos_token_ids(directory, empty.config.get_text_config())
-    return LoadedModel(model, empty.config, empty.expert_modules, empty.routers, bytes_read, total, ends)
-
-
-def finish(model: PreTrainedModel, missing: Iterable[str], device: torch.device) -> None:
-    """Give what is ``missing`` storage, and the numbers that an untrained model has there."""
-    names: Any = set(missing)
-    model._move_missing_keys_from_meta_to_device(names, {"": device}, None, None)
+    model._move_missing_keys_from_meta_to_device(info.missing_keys, {"": dense.device}, None, None)
     model._initialize_missing_keys(False)
-    model.tie_weights(missing_keys=names, recompute_mapping=False)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model.eval()
     model.requires_grad_(False)
+    ends = eos_token_ids(directory, empty.config.get_text_config())
+    return LoadedModel(model, empty.config, empty.expert_modules, empty.routers, bytes_read, total, ends)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,10 +42,6 @@ class StepGraphs:
         self._graphs.clear()
         self._pool = None
 
-    def graph_of(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
-        """Return the graph of ``shape``, if one has been captured: replayed by itself it runs the last step again."""
-        return self._graphs.get(shape)
-
     def step(self, shape: StepShape, plan: RankPlan, tables: Mapping[int, np.ndarray]) -> tuple[Answer, torch.Tensor]:
         """Run ``plan``; return its answer and the logits [T, V], which the next step of this shape overwrites."""
         step = self._steps.get(shape)
@@ -62,6 +58,14 @@ class StepGraphs:
         answer = step.answer()
         assert step.logits is not None
         return answer, step.logits
+
+    def again(self, shape: StepShape) -> None:
+        """Launch the latest step of ``shape`` once more and wait for nothing: what the device has to do, by itself."""
+        graph = self._graphs.get(shape)
+        if graph is None:
+            self._steps[shape].run()
+        else:
+            graph.replay()
 
     def _capture(self, step: StaticStep) -> torch.cuda.CUDAGraph | None:
         """Return the graph of ``step``, or None, and a line in the log, where a model asks the device for a number.

@@ -53,10 +53,11 @@ def make_ranks(config: EngineConfig) -> Ranks:
     if config.expert_parallel_size > 1:
         from ..transport.process_ranks import ProcessRanks  # needs zmq, which one rank does not
 
-        if config.device != "cpu" and 0 < torch.cuda.device_count() < config.expert_parallel_size:
+        # Whoever names the device has them share it, for development (workers/process_group)
+        if config.device == "auto" and 0 < torch.cuda.device_count() < config.expert_parallel_size:
             raise ValueError(
                 f"expert_parallel_size: {config.expert_parallel_size} is not in [1, {torch.cuda.device_count()}], the "
-                "GPUs of this machine; device: cpu runs more ranks"
+                "GPUs of this machine; device: cpu runs more ranks, device: cuda lets them share GPUs for development"
             )
 
         return ProcessRanks(config)
