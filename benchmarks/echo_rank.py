@@ -25,6 +25,9 @@ class EchoRunner:
         model = ModelInfo("Echo", "echo", "float32", 1, 1, NUM_MOE_LAYERS, NUM_MOE_LAYERS, 1, 1, 1, ())
         self.info = RankInfo(rank, model, [1], 0, 0, 0, 0, 1, 1, 0.0)
 
+    def disconnect(self) -> None:
+        """Hold nothing of a group."""
+
     def connect(self, group: object, absent: object = ()) -> None:
         """Nothing is dispatched."""
 

@@ -229,6 +229,10 @@ class ModelRunner:
         self.experts.dispatcher = AllToAllDispatcher(*shared)
         self.padded.connect(StaticAllToAll(*shared), captures=not collectives.through_host)
 
+    def disconnect(self) -> None:
+        """Hold nothing of the present process group: NCCL waits for graphs with its collectives before it leaves."""
+        self.padded.graphs.clear()
+
     @torch.inference_mode()
     def step(self, plan: RankPlan) -> RankResult:
         """Run one step; the result is only true once every rank has answered it."""

@@ -92,7 +92,7 @@ class RankLoop:
         finally:
             plane.close()
             if self._runner is not None:
-                self._runner.padded.graphs.clear()
+                self._runner.disconnect()
             process_group.leave()
 
     def _loaded(self) -> ModelRunner:
@@ -140,7 +140,7 @@ def _regroup(settings: RankSettings, runner: ModelRunner, command: Regroup) -> A
     try:
         if command.placed is not None:
             runner.settle(command.placed)
-        runner.padded.graphs.clear()  # NCCL waits for graphs that hold its collectives before it leaves a group
+        runner.disconnect()
         collectives = process_group.join(
             command.store,
             runner.rank - sum(rank < runner.rank for rank in command.absent),
