@@ -86,6 +86,7 @@ class LLM:
         ranks = make_ranks(self.config)
         try:
             self._engine = Engine(self.config, ranks, budgets=served.known)
+            self._engine.warm_up()
         except BaseException:
             ranks.close()
             raise
