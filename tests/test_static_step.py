@@ -176,6 +176,7 @@ def blind_runner(
         layer: (keys.to("meta"), values.to("meta")) for layer, (keys, values) in runner.cache._pools.items()
     }
     runner.device = runner.padded._device = torch.device("meta")
+    runner.padded.last_tokens = runner.padded.last_tokens.to("meta")
     runner.layers[:] = [LayerRanks(layer.owner.to("meta"), layer.num_ranks, layer.home) for layer in runner.layers]
     for shard in runner.experts.shards:
         monkeypatch.setattr(shard, "run", lambda hidden, ids, weights: (hidden + weights.sum(1, True), ids.sum()))

@@ -12,12 +12,14 @@ from ..router.budgeted_choice import LayerRanks
 from ..router.budgeted_selection import BudgetedSelection
 from ..router.topk import RouterSeam
 from . import page_attention
+from .bucket import MAX_ROWS
 from .compiled_layers import Backend, CompiledLayers
 from .computed_step import ComputedStep
 from .dispatch import CollectiveLog, Dispatcher
 from .expert_parallel import ExpertParallel
 from .gpu_routing import LaunchedRouting, known_routers
 from .kv_cache import PagedKVCache
+from .launched_step import LaunchedStep
 from .plan import Bucket, RankPlan
 from .rows import PackedRows
 from .static_rows import StaticRows
@@ -52,6 +54,8 @@ class PaddedSteps:
         self._device, self._max_model_len = device, max_model_len
         self.dispatcher: Dispatcher = experts.dispatcher
         """What they dispatch over."""
+        self.last_tokens = torch.zeros(MAX_ROWS, dtype=torch.int64, device=device)
+        """Of the latest step's requests, in their order: what a step behind it takes from there."""
         self.graphs = StepGraphs(self.step_of, device)
         with torch.inference_mode():
             self.known_routers = known_routers(routers, device)
@@ -67,14 +71,22 @@ class PaddedSteps:
 
     def run(self, plan: RankPlan) -> ComputedStep:
         """Compute the plan's rows padded to its bucket, as a graph where the device has any."""
-        assert plan.bucket is not None, "the coordinator pads it"
+        return self.launch(plan).computed()
+
+    def launch(self, plan: RankPlan, behind: RankPlan | None = None) -> LaunchedStep:
+        """Begin with that; ``behind``: the step before, whose tokens the device takes from where that left them."""
         launched, self._experts.dispatcher = self._experts.dispatcher, self.dispatcher
+        places = {} if behind is None else {part.request_id: place for place, part in enumerate(behind.requests)}
         try:
-            shape = StepShape.of(plan.bucket, plan.budget)
-            answer, logits = self.graphs.step(shape, plan, self._cache.tables)
+            answer, logits = self.graphs.launch(_shape(plan), plan, self._cache.tables, places)
         finally:
             self._experts.dispatcher = launched
-        return answer.computed(plan, logits, self.dispatcher.payload_bytes_per_row)
+        payload_bytes = self.dispatcher.payload_bytes_per_row
+        return LaunchedStep(plan, answer.has_arrived, lambda: answer.read().computed(plan, logits, payload_bytes))
+
+    def is_ready(self, plan: RankPlan) -> bool:
+        """Whether launching ``plan``, which is padded, waits for nothing."""
+        return self.graphs.is_ready(_shape(plan))
 
     def step_of(self, shape: StepShape) -> StaticStep:
         """Return the operations of a shape."""
@@ -84,7 +96,9 @@ class PaddedSteps:
     def _rows(self, bucket: Bucket) -> StaticRows:
         block_size = self._cache.block_size
         most_blocks = None if self.objection else -(-self._max_model_len // block_size)
-        return StaticRows(bucket, block_size, self._cache.scratch_slot, self._device, most_blocks)
+        return StaticRows(
+            bucket, block_size, self._cache.scratch_slot, self._device, most_blocks, self.last_tokens
+        )
 
     def _forward(
         self,
@@ -121,3 +135,8 @@ class PaddedSteps:
         """Run small steps of nothing but padding: of all variants that are compiled, so that no request waits."""
         for shape in ((1, 1), (1, 2), (2, 1), (2, 2)):
             self._forward(self._rows(Bucket(*shape, self._cache.block_size)).layout())
+
+
+def _shape(plan: RankPlan) -> StepShape:
+    assert plan.bucket is not None, "the coordinator pads it"
+    return StepShape.of(plan.bucket, plan.budget)
