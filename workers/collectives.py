@@ -7,16 +7,24 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from .collective_guard import CollectiveGuard
+
 
 class Collectives:
     """All-to-all and sums over ``group`` (the default one when None), in place.
 
     ``through_host``: copy what is sent to the host and what arrives back from it. gloo needs that on a GPU, and it is
-    gloo that joins ranks which share one.
+    gloo that joins ranks which share one. ``guard``: what ends collectives that never would by themselves.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, through_host: bool = False) -> None:
-        self.group, self.through_host = group, through_host
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        through_host: bool = False,
+        guard: CollectiveGuard | None = None,
+    ) -> None:
+        self.group, self.through_host, self.guard = group, through_host, guard
 
     def all_to_all(
         self,
