@@ -4,7 +4,10 @@ One program for each group of rows that shares a list of experts: steps have few
 launches. It passes over its rows twice: for what they want, and for what they get. Where a list is shared between
 ranks there are two launches, and the caller's sum over ranks between them.
 
-Shapes: T rows, E experts, K experts per row, G groups.
+Where a router limits rows to groups of experts, each group begins at a place that is a multiple of a power of two, so
+that rows of places are cut into groups without being moved.
+
+Shapes: T rows, E experts, K experts per row, G groups; in kernels N rows at a time, E places of experts.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .routing_rules import SCORES, KeptExperts, Reduce, Routed, Router, room_for
+from .routing_rules import SCORES, GroupLimit, KeptExperts, Reduce, Routed, Router, room_for
 
 _ROWS = 8
 """Rows that a program takes at a time."""
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def route(
@@ -39,6 +43,8 @@ def route(
         assert reduce is None, "all ranks run as many rows"
         return routed
     rows_each = _ROWS if budget is None else num_rows // num_groups
+    limit = router.limit or GroupLimit(1, 1, 0)
+    width = triton.next_power_of_2(num_experts // limit.num_groups)
     # What experts are worth, and whether they are loaded anyway
     worth = None if budget is None else logits.new_empty(2, num_groups, num_experts, dtype=torch.float32)
     phases = ((True, True),) if reduce is None else ((True, False), (False, True))
@@ -75,7 +81,12 @@ def route(
             CHOOSES=chooses,
             TOP_K=router.top_k,
             COLUMNS=triton.next_power_of_2(router.top_k),
-            EXPERTS=triton.next_power_of_2(num_experts),
+            EXPERT_GROUPS=limit.num_groups,
+            GROUPS_KEPT=limit.num_kept,
+            GROUP_BEST=limit.num_best,
+            ZEROS_OUTSIDE=limit.outside == 0,
+            WIDTH=width,
+            EXPERTS=triton.next_power_of_2(limit.num_groups) * width,
             ROWS=_ROWS,
             OTHERS=16,
             num_warps=4,
@@ -110,20 +121,52 @@ def _read(logits, lift, rows, is_row, experts, is_expert, num_experts, SIGMOID: 
 
 
 @triton.jit
-def _best_of(scores, affinities, experts, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the ids and affinities [N, K] of the highest ``scores`` [N, E], and where those are in [N, E]."""
+def _inside(
+    scores, EXPERT_GROUPS: tl.constexpr, GROUPS_KEPT: tl.constexpr, GROUP_BEST: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return [N, E] bool: which places are of their row's groups."""
+    GROUPS: tl.constexpr = scores.shape[1] // WIDTH
+    blocks = tl.reshape(scores, [scores.shape[0], GROUPS, WIDTH])
+    worth = tl.max(blocks, axis=2)
+    if GROUP_BEST == 2:
+        is_best = tl.arange(0, WIDTH)[None, None, :] == tl.argmax(blocks, axis=2)[:, :, None]
+        worth += tl.max(tl.where(is_best, float("-inf"), blocks), axis=2)
+    groups = tl.arange(0, GROUPS)
+    worth = tl.where(groups[None, :] < EXPERT_GROUPS, tl.maximum(worth, _LOWEST), float("-inf"))
+    stays = worth != worth
+    for _ in tl.static_range(GROUPS_KEPT):
+        best = tl.argmax(tl.where(stays, float("-inf"), worth), axis=1)
+        stays = stays | (groups[None, :] == best[:, None])
+    return tl.reshape(tl.broadcast_to(stays[:, :, None], blocks.shape), scores.shape)
+
+
+@triton.jit
+def _best_of(scores, affinities, is_expert, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return places and affinities [N, K] of the highest ``scores`` [N, E], and where those are in [N, E]."""
     columns = tl.arange(0, COLUMNS)
-    ids = tl.zeros([scores.shape[0], COLUMNS], dtype=tl.int32)
+    places = tl.arange(0, scores.shape[1])
+    # Below any that may be chosen: places without experts, and those that have been
+    scores = tl.where(is_expert[None, :], tl.maximum(scores, _LOWEST), float("-inf"))
+    chosen = tl.zeros([scores.shape[0], COLUMNS], dtype=tl.int32)
     found = tl.zeros([scores.shape[0], COLUMNS], dtype=tl.float32)
     is_chosen = scores != scores
     for k in tl.static_range(TOP_K):
         best = tl.argmax(tl.where(is_chosen, float("-inf"), scores), axis=1)
-        is_best = experts[None, :] == best[:, None]
+        is_best = places[None, :] == best[:, None]
         affinity = tl.sum(tl.where(is_best, affinities, 0.0), axis=1)
-        ids = tl.where(columns[None, :] == k, best[:, None], ids)
+        chosen = tl.where(columns[None, :] == k, best[:, None], chosen)
         found = tl.where(columns[None, :] == k, affinity[:, None], found)
         is_chosen = is_chosen | is_best
-    return ids, found, is_chosen
+    return chosen, found, is_chosen
+
+
+@triton.jit
+def _limited_order(scores, affinities, is_inside, is_expert, ZEROS_OUTSIDE: tl.constexpr):
+    """Return what rows choose by [N, E] within a budget, which outranks their groups."""
+    scores = tl.where(is_inside, scores, 0.0 if ZEROS_OUTSIDE else float("-inf"))
+    is_outside = (scores == float("-inf")) | ((scores == 0) & (affinities > 0))
+    lowest = tl.min(tl.where(is_outside | (is_expert == 0)[None, :], float("inf"), scores), axis=1)
+    return tl.where(is_outside, lowest[:, None] - 2 + affinities, scores)
 
 
 @triton.jit
@@ -192,6 +235,11 @@ def _route(
     CHOOSES: tl.constexpr,
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EXPERT_GROUPS: tl.constexpr,
+    GROUPS_KEPT: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
+    ZEROS_OUTSIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     OTHERS: tl.constexpr,
@@ -199,8 +247,10 @@ def _route(
     group = tl.program_id(0)
     start = group * rows_each
     stop = tl.minimum(start + rows_each, num_rows)
-    experts = tl.arange(0, EXPERTS)
-    is_expert = experts < num_experts
+    group_size = num_experts // EXPERT_GROUPS
+    experts = tl.arange(0, EXPERTS) // WIDTH * group_size + tl.arange(0, EXPERTS) % WIDTH
+    is_expert = (tl.arange(0, EXPERTS) // WIDTH < EXPERT_GROUPS) & (tl.arange(0, EXPERTS) % WIDTH < group_size)
+    experts = tl.where(is_expert, experts, num_experts)
     columns = tl.arange(0, COLUMNS)
     lift = tl.zeros([EXPERTS], dtype=tl.float32)
     if bias is not None:
@@ -222,7 +272,10 @@ def _route(
             affinities, scores = _read(
                 logits, lift, rows, is_row, experts, is_expert, num_experts, SIGMOID, BY_LOGITS
             )  # fmt: skip
-            _, own, is_chosen = _best_of(scores, affinities, experts, TOP_K, COLUMNS)
+            if EXPERT_GROUPS > 1:
+                is_inside = _inside(scores, EXPERT_GROUPS, GROUPS_KEPT, GROUP_BEST, WIDTH)
+                scores = tl.where(is_inside, scores, float("-inf"))
+            _, own, is_chosen = _best_of(scores, affinities, is_expert, TOP_K, COLUMNS)
             if SCORE == 0:
                 shares = affinities / tl.maximum(tl.sum(affinities, axis=1), 1e-37)[:, None]
             else:
@@ -274,8 +327,13 @@ def _route(
             affinities, scores = _read(
                 logits, lift, rows, is_row, experts, is_expert, num_experts, SIGMOID, BY_LOGITS
             )  # fmt: skip
-            chosen, shares, is_chosen = _best_of(scores, affinities, experts, TOP_K, COLUMNS)
+            own_scores = scores
+            if EXPERT_GROUPS > 1:
+                is_inside = _inside(scores, EXPERT_GROUPS, GROUPS_KEPT, GROUP_BEST, WIDTH)
+                own_scores = tl.where(is_inside, scores, float("-inf"))
+            chosen, shares, is_chosen = _best_of(own_scores, affinities, is_expert, TOP_K, COLUMNS)
             share = tl.full([ROWS], 1.0, dtype=tl.float32)
+            is_none = chosen < 0
             if SCORE >= 0:
                 is_budgeted = is_row & (tl.load(budgeted + rows, mask=is_row, other=0) != 0)
                 is_barred = is_budgeted[:, None] & (allowed[None, :] == 0)
@@ -284,16 +342,22 @@ def _route(
                 share = tl.where(is_budgeted, left, 1.0)
                 if TRUNCATES:
                     # Again over the same, for which of the chosen are barred: 1 in the place of an affinity
-                    _, barred, _ = _best_of(scores, is_barred.to(tl.float32), experts, TOP_K, COLUMNS)
-                    chosen = tl.where(barred > 0, num_experts, chosen)
+                    _, barred, _ = _best_of(own_scores, is_barred.to(tl.float32), is_expert, TOP_K, COLUMNS)
+                    is_none = is_none | (barred > 0)
                 else:
-                    scores = tl.where(is_barred, float("-inf"), scores)
-                    chosen, shares, _ = _best_of(scores, affinities, experts, TOP_K, COLUMNS)
+                    order = own_scores
+                    if EXPERT_GROUPS > 1:
+                        loses = tl.max((is_chosen & is_barred).to(tl.int32), axis=1) > 0
+                        order = tl.where(
+                            loses[:, None], _limited_order(scores, affinities, is_inside, is_expert, ZEROS_OUTSIDE), order
+                        )
+                    order = tl.where(is_barred, float("-inf"), order)
+                    chosen, shares, _ = _best_of(order, affinities, is_expert, TOP_K, COLUMNS)
             if NORMALISE:
                 shares = shares / tl.maximum(tl.sum(shares, axis=1), 1e-37)[:, None]
             if valid is not None:
-                is_valid = tl.load(valid + rows, mask=is_row, other=0) != 0
-                chosen = tl.where(is_valid[:, None], chosen, num_experts)
+                is_none = is_none | (tl.load(valid + rows, mask=is_row, other=0) == 0)[:, None]
+            chosen = tl.where(is_none, num_experts, chosen // WIDTH * group_size + chosen % WIDTH)
             places = rows.to(tl.int64)[:, None] * TOP_K + columns[None, :]
             is_place = is_row[:, None] & (columns < TOP_K)[None, :]
             tl.store(ids + places, chosen.to(tl.int64), mask=is_place)

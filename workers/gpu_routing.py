@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..kernels.device import has_triton
-from ..kernels.routing_rules import KeptExperts, Router, affinities_and_scores
+from ..kernels.routing_rules import GroupLimit, KeptExperts, Router, affinities_and_scores, group_worth, outside
 from ..router.budgeted_choice import LayerRanks, Reduce
 from ..router.expert_budget import ExpertBudget
 from ..router.routing import BudgetedRows
@@ -136,12 +136,10 @@ def _probes(like: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(observed: Observed, top_k: int) -> bool:
-    """Whether the router returned its logits, weights and ids of each row, and limits none to groups of experts."""
-    result, rows, routing = observed.result, len(observed.logits), observed.routing
-    is_outside = routing.scores.isneginf() | ((routing.scores == 0) & (routing.affinities > 0))
+    """Whether the router returned its logits, weights and ids of each row."""
+    result, rows = observed.result, len(observed.logits)
     return (
-        not (routing.in_groups and is_outside.any())
-        and isinstance(result, tuple)
+        isinstance(result, tuple)
         and len(result) == 3
         and torch.equal(result[0].float(), observed.logits.float())
         and result[1].shape == result[2].shape == (rows, top_k)
@@ -159,8 +157,37 @@ def _candidates(
     for place, given in enumerate(args):
         if isinstance(given, torch.Tensor) and given.shape == shape:
             biases.append(lambda args, place=place: args[place])  # type: ignore[misc]
-    for sigmoid, normalise, bias in product((False, True), (True, False), biases):
-        yield Router(seam.top_k, sigmoid, normalise, 1.0, observed.selects_logits, observed.result[1].dtype), bias
+    rest = observed.selects_logits, observed.result[1].dtype
+    limits = list(_limits(seam, observed))
+    for sigmoid, normalise, limit, bias in product((False, True), (True, False), limits, biases):
+        if limit is None or limit.outside or bias is None:  # 0 may be more than a biased score
+            by_logits, dtype = rest
+            yield Router(seam.top_k, sigmoid, normalise, 1.0, by_logits, limit, dtype), bias
+
+
+def _limits(seam: RouterSeam, observed: Observed) -> Iterator[GroupLimit | None]:
+    """Yield what the router's own whole numbers make of the experts that it set aside; None if it set aside none."""
+    seen = observed.routing
+    set_aside = outside(seen.scores, seen.affinities) & seen.in_groups
+    if not set_aside.any():
+        yield None
+        return
+    numbers = {number for number in vars(seam.router).values() if type(number) is int and number > 0}
+    filled = -torch.inf if seen.scores.isneginf().any() else 0.0
+    for num_groups, num_kept in product(numbers, numbers):
+        size = seam.num_experts // num_groups
+        # Where groups hold too few, which of the others come in is up to how topk orders equal scores
+        if seam.num_experts % num_groups == 0 and seam.top_k <= num_kept * size:
+            if _is_by_groups(set_aside, seen.affinities, num_groups, num_kept):
+                yield from (GroupLimit(num_groups, num_kept, best, filled) for best in (1, 2) if best <= size)
+
+
+def _is_by_groups(set_aside: torch.Tensor, affinities: torch.Tensor, num_groups: int, num_kept: int) -> bool:
+    """Whether of every row ``num_kept`` groups have stayed, and nothing of others that it could tell from nothing."""
+    shape = len(set_aside), num_groups, -1
+    is_gone = set_aside.view(shape).any(dim=2)
+    is_whole = (set_aside | (affinities == 0)).view(shape).all(dim=2)
+    return bool((is_gone.sum(dim=1) == num_groups - num_kept).all() and is_whole[is_gone].all())
 
 
 def _part(router: torch.nn.Module, name: str) -> torch.Tensor:
@@ -182,11 +209,15 @@ def _proven(router: Router, bias: torch.Tensor | None, observed: Observed, scale
     """
     _, weights, ids = observed.result
     affinities, scores = affinities_and_scores(observed.logits, router, bias)
-    seen = observed.routing.affinities
-    if not torch.allclose(affinities.to(seen.dtype), seen, rtol=_tolerance(seen.dtype), atol=1e-6):
+    seen, limit = observed.routing, router.limit
+    if not torch.allclose(affinities.to(seen.affinities.dtype), seen.affinities, rtol=_tolerance(seen.affinities.dtype), atol=1e-6):
         return None
-    best = scores.topk(router.top_k, dim=1).values
-    if not torch.equal(scores.gather(1, ids).sort(dim=1, descending=True).values, best):
+    if limit is not None:
+        is_gone = outside(seen.scores, seen.affinities).view(len(scores), limit.num_groups, -1).any(dim=2)
+        if not _are_best(~is_gone, group_worth(scores, limit)):
+            return None
+        scores = scores.masked_fill(is_gone.repeat_interleave(scores.shape[1] // limit.num_groups, dim=1), -torch.inf)
+    if not _are_best(torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, value=True), scores):
         return None
     own = affinities.gather(1, ids)
     if router.normalise:
@@ -195,6 +226,14 @@ def _proven(router: Router, bias: torch.Tensor | None, observed: Observed, scale
     scale = min(scales, key=lambda number: abs(number - ratio))
     is_same = torch.allclose((own * scale).to(weights.dtype), weights, rtol=_tolerance(weights.dtype), atol=1e-6)
     return replace(router, scale=scale) if is_same else None
+
+
+def _are_best(are_chosen: torch.Tensor, numbers: torch.Tensor) -> bool:
+    """Whether of each row those ``are_chosen`` [T, N] have the largest ``numbers`` [T, N], ties aside."""
+    ordered = numbers.sort(dim=1, descending=True).values
+    chosen = numbers.masked_fill(~are_chosen, -torch.inf).sort(dim=1, descending=True).values
+    places = torch.arange(numbers.shape[1], device=numbers.device)
+    return torch.equal(chosen, ordered.masked_fill(places >= are_chosen.sum(dim=1, keepdim=True), -torch.inf))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
