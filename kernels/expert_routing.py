@@ -45,6 +45,7 @@ def route(
     rows_each = _ROWS if budget is None else num_rows // num_groups
     limit = router.limit or GroupLimit(1, 1, 0)
     width = triton.next_power_of_2(num_experts // limit.num_groups)
+    places = triton.next_power_of_2(limit.num_groups) * width
     # What experts are worth, and whether they are loaded anyway
     worth = None if budget is None else logits.new_empty(2, num_groups, num_experts, dtype=torch.float32)
     phases = ((True, True),) if reduce is None else ((True, False), (False, True))
@@ -86,10 +87,10 @@ def route(
             GROUP_BEST=limit.num_best,
             ZEROS_OUTSIDE=limit.outside == 0,
             WIDTH=width,
-            EXPERTS=triton.next_power_of_2(limit.num_groups) * width,
+            EXPERTS=places,
             ROWS=_ROWS,
             OTHERS=16,
-            num_warps=4,
+            num_warps=4 if places <= 128 else 8,  # each with whole rows, whose sums then stay within it
         )
     return routed
 
