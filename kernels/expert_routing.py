@@ -89,8 +89,8 @@ def route(
             WIDTH=width,
             EXPERTS=places,
             ROWS=_ROWS,
-            OTHERS=16,
-            num_warps=4 if places <= 128 else 8,  # each with whole rows, whose sums then stay within it
+            OTHERS=16 if places <= 128 else 8,
+            num_warps=4,
         )
     return routed
 

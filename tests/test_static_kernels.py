@@ -16,6 +16,7 @@ from .triton_device import DEVICE
 from penstock.benchmarks import step_launches  # isort: skip
 from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.kernels.device import triton_on
+from penstock.kernels.routing_rules import GroupLimit
 from penstock.router.expert_budget import ExpertBudget
 from penstock.router.topk import RouterSeam
 from penstock.workers.gpu_routing import known_router, knows
@@ -73,14 +74,16 @@ BUDGETS = [
         ("qwen3_moe", "filtered", BUDGETS[1]),
         ("gpt_oss", "mixed", BUDGETS[1]),
         ("minimax_m2", "mixed", BUDGETS[2]),
-        ("deepseek_v3", "mixed", BUDGETS[1]),
+        *(("deepseek_v3", "mixed", budget) for budget in BUDGETS),
+        ("deepseek_v2", "mixed", BUDGETS[1]),
+        ("kolibri1", "mixed", BUDGETS[1]),
     ],
 )
 def test_a_step_through_kernels_is_the_step(
     runner_for: Callable[[str], ModelRunner], model_type: str, step: str, budget: str | None
 ) -> None:
     runner = runner_for(model_type)
-    assert bool(runner.padded.known_routers) == (model_type != "deepseek_v3"), "the tiny one has groups of experts"
+    assert bool(runner.padded.known_routers) == (model_type != "kolibri1"), "its logits are not what it selects by"
     parsed = None if budget is None else ExpertBudget.parse(budget)
     first = None if budget is None else 0
     requests = [
@@ -165,9 +168,10 @@ KNOWN = {
     "qwen3_moe": {"sigmoid": False, "normalise": False, "by_logits": False},
     "mixtral": {"sigmoid": False, "normalise": True, "by_logits": False},
     "gpt_oss": {"sigmoid": False, "normalise": True, "by_logits": True},
-    "deepseek_v2": None,
-    "deepseek_v3": None,
+    "deepseek_v2": {"sigmoid": False, "normalise": False, "limit": GroupLimit(4, 2, 1, 0.0)},
+    "deepseek_v3": {"sigmoid": True, "normalise": True, "limit": GroupLimit(4, 2, 2)},
     "cohere2_moe": None,
+    "kolibri1": None,
 }
 
 
@@ -185,27 +189,82 @@ def test_routers_are_known_by_what_they_compute(checkpoint: Callable[[str], Path
         assert {name: getattr(known.router, name) for name in KNOWN[model_type]} == KNOWN[model_type]
 
 
-@pytest.mark.parametrize("num_groups", [1, 4])
-def test_one_group_of_experts_is_none(num_groups: int) -> None:
+def seam_over(kind: str, **settings: object) -> RouterSeam:
+    """A router of DeepSeek's over 8 experts, of which rows choose 2."""
     from transformers import AutoConfig
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-    settings = {**settings_of("deepseek_v3"), "n_group": num_groups, "routed_scaling_factor": 2.5}
-    router = DeepseekV3TopkRouter(
-        AutoConfig.for_model("deepseek_v3", **{**settings, "topk_group": num_groups // 2 or 1})
-    )
+    router_of_kind = {"deepseek_v2": DeepseekV2TopkRouter, "deepseek_v3": DeepseekV3TopkRouter}[kind]
+    router = router_of_kind(AutoConfig.for_model(kind, **{**settings_of(kind), **settings}))
     with torch.inference_mode():
         router.weight.normal_()
-        router.e_score_correction_bias.uniform_(-0.2, 0.2)
+        if kind == "deepseek_v3":
+            router.e_score_correction_bias.uniform_(-0.2, 0.2)
         seam = RouterSeam(router, 8, 2)
         audit(seam, router, hidden(1))
+    return seam
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_groups", "num_kept", "limit"),
+    [
+        ("deepseek_v3", 1, 1, None),
+        ("deepseek_v3", 2, 1, GroupLimit(2, 1, 2)),
+        ("deepseek_v3", 4, 1, GroupLimit(4, 1, 2)),
+        ("deepseek_v3", 4, 3, GroupLimit(4, 3, 2)),
+        ("deepseek_v3", 4, 4, None),
+        ("deepseek_v2", 8, 3, GroupLimit(8, 3, 1, 0.0)),
+        ("deepseek_v2", 2, 2, None),
+    ],
+)
+def test_groups_of_experts_are_known(kind: str, num_groups: int, num_kept: int, limit: GroupLimit | None) -> None:
+    seam = seam_over(kind, n_group=num_groups, topk_group=num_kept, routed_scaling_factor=2.5)
+    with torch.inference_mode():
         known = known_router(seam)
-    if num_groups > 1:
-        assert known is None
-    else:
-        assert known is not None
-        assert (known.router.sigmoid, known.router.scale) == (True, 2.5)
-        assert known.find_bias is not None
+    assert known is not None
+    assert (known.router.sigmoid, known.router.scale) == (kind == "deepseek_v3", 2.5)
+    assert known.router.limit == limit
+    assert (known.find_bias is not None) == (kind == "deepseek_v3")
+
+
+class _Groups(torch.nn.Module):
+    """A router that lets rows choose 2 experts in 2 of 4 groups, and is wrong in one of many ways."""
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__()
+        self.wrong, self.groups, self.kept = wrong, 1 if wrong == "too few" else 4, 2
+        self.weight = torch.nn.Parameter(torch.randn(8, 32, generator=torch.Generator().manual_seed(3)) / 6)
+        self.register_buffer("lift", torch.linspace(-0.9, -0.4, 8) if wrong == "zeros" else torch.linspace(-0.2, 0.3, 8))
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = torch.nn.functional.linear(rows, self.weight)
+        affinities = torch.sigmoid(logits)
+        scores = affinities + self.lift
+        blocks = (affinities if self.wrong == "unbiased" else scores).view(-1, 4, 2)
+        if self.wrong == "strided":
+            blocks = blocks.view(-1, 2, 4).transpose(1, 2)
+        worth = blocks.amin(dim=2) if self.wrong == "least" else blocks.sum(dim=2)
+        _, stays = torch.topk(worth, 2)
+        is_inside = torch.zeros(len(rows), 4, dtype=torch.bool).scatter(1, stays, True)
+        if self.wrong == "strided":
+            is_inside = is_inside.repeat(1, 2)
+        else:
+            is_inside = is_inside.repeat_interleave(2, dim=1)
+        _, ids = torch.topk(scores.masked_fill(~is_inside, 0.0 if self.wrong == "zeros" else -torch.inf), 2)
+        weights = affinities.gather(1, ids)
+        return logits, weights / weights.sum(dim=1, keepdim=True), ids
+
+
+@pytest.mark.parametrize("wrong", ["", "unbiased", "strided", "least", "zeros", "too few"])
+def test_groups_that_are_something_else_keep_their_router_s_code(wrong: str) -> None:
+    seam = RouterSeam(router := _Groups(wrong), 8, 2)
+    with torch.inference_mode():
+        audit(seam, router, hidden(1))
+        known = known_router(seam)
+    assert (known is None) == bool(wrong)
+    if known is not None:
+        assert known.router.limit == GroupLimit(4, 2, 2)
 
 
 class _Odd(torch.nn.Module):

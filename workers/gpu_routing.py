@@ -21,7 +21,7 @@ from ..kernels.device import has_triton
 from ..kernels.routing_rules import GroupLimit, KeptExperts, Router, affinities_and_scores, group_worth, outside
 from ..router.budgeted_choice import LayerRanks, Reduce
 from ..router.expert_budget import ExpertBudget
-from ..router.routing import BudgetedRows
+from ..router.routing import BudgetedRows, Routing
 from ..router.topk import Observed, RouterSeam
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,10 @@ def known_router(seam: RouterSeam) -> KnownRouter | None:
     observed = seam.observe(*args)
     if not _is_plain(observed, seam.top_k):
         return None
+    if observed.routing.in_groups:
+        observed = _telling(observed)
+        if len(observed.logits) < _PROBES // 4:
+            return None
     for router, find_bias in _candidates(seam, observed, args):
         bias = None if find_bias is None else find_bias(args)
         if proven := _proven(router, bias, observed, _numbers(seam.router)):
@@ -146,6 +150,15 @@ def _is_plain(observed: Observed, top_k: int) -> bool:
     )
 
 
+def _telling(observed: Observed) -> Observed:
+    """Return the rows without affinities of nothing, of which none could tell whether they were set aside."""
+    seen = observed.routing
+    tells = (seen.affinities > 0).all(dim=1)
+    parts = (part[tells] for part in (seen.scores, seen.affinities, seen.values, seen.ids))
+    result = tuple(part[tells] for part in observed.result)
+    return replace(observed, logits=observed.logits[tells], routing=Routing(*parts, seen.in_groups), result=result)
+
+
 def _candidates(
     seam: RouterSeam, observed: Observed, args: tuple[Any, ...]
 ) -> Iterator[tuple[Router, _FindBias | None]]:
@@ -168,8 +181,8 @@ def _candidates(
 def _limits(seam: RouterSeam, observed: Observed) -> Iterator[GroupLimit | None]:
     """Yield what the router's own whole numbers make of the experts that it set aside; None if it set aside none."""
     seen = observed.routing
-    set_aside = outside(seen.scores, seen.affinities) & seen.in_groups
-    if not set_aside.any():
+    set_aside = outside(seen.scores, seen.affinities)
+    if not (seen.in_groups and set_aside.any()):
         yield None
         return
     numbers = {number for number in vars(seam.router).values() if type(number) is int and number > 0}
@@ -178,16 +191,10 @@ def _limits(seam: RouterSeam, observed: Observed) -> Iterator[GroupLimit | None]
         size = seam.num_experts // num_groups
         # Where groups hold too few, which of the others come in is up to how topk orders equal scores
         if seam.num_experts % num_groups == 0 and seam.top_k <= num_kept * size:
-            if _is_by_groups(set_aside, seen.affinities, num_groups, num_kept):
+            blocks = set_aside.view(-1, num_groups, size)
+            is_gone = blocks.all(dim=2)
+            if torch.equal(is_gone, blocks.any(dim=2)) and (is_gone.sum(dim=1) == num_groups - num_kept).all():
                 yield from (GroupLimit(num_groups, num_kept, best, filled) for best in (1, 2) if best <= size)
-
-
-def _is_by_groups(set_aside: torch.Tensor, affinities: torch.Tensor, num_groups: int, num_kept: int) -> bool:
-    """Whether of every row ``num_kept`` groups have stayed, and nothing of others that it could tell from nothing."""
-    shape = len(set_aside), num_groups, -1
-    is_gone = set_aside.view(shape).any(dim=2)
-    is_whole = (set_aside | (affinities == 0)).view(shape).all(dim=2)
-    return bool((is_gone.sum(dim=1) == num_groups - num_kept).all() and is_whole[is_gone].all())
 
 
 def _part(router: torch.nn.Module, name: str) -> torch.Tensor:
@@ -210,13 +217,14 @@ def _proven(router: Router, bias: torch.Tensor | None, observed: Observed, scale
     _, weights, ids = observed.result
     affinities, scores = affinities_and_scores(observed.logits, router, bias)
     seen, limit = observed.routing, router.limit
-    if not torch.allclose(affinities.to(seen.affinities.dtype), seen.affinities, rtol=_tolerance(seen.affinities.dtype), atol=1e-6):
+    dtype = seen.affinities.dtype
+    if not torch.allclose(affinities.to(dtype), seen.affinities, rtol=_tolerance(dtype), atol=1e-6):
         return None
     if limit is not None:
-        is_gone = outside(seen.scores, seen.affinities).view(len(scores), limit.num_groups, -1).any(dim=2)
-        if not _are_best(~is_gone, group_worth(scores, limit)):
+        set_aside = outside(seen.scores, seen.affinities)
+        if not _are_best(~set_aside.view(len(scores), limit.num_groups, -1)[:, :, 0], group_worth(scores, limit)):
             return None
-        scores = scores.masked_fill(is_gone.repeat_interleave(scores.shape[1] // limit.num_groups, dim=1), -torch.inf)
+        scores = scores.masked_fill(set_aside, -torch.inf)
     if not _are_best(torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, value=True), scores):
         return None
     own = affinities.gather(1, ids)
