@@ -30,8 +30,11 @@ def route(
     budget: KeptExperts | None = None,
     valid: torch.Tensor | None = None,
     reduce: Reduce | None = None,
+    scales: torch.Tensor | None = None,
 ) -> Routed:
     """Choose experts for rows of ``logits`` [T, E]; ``bias`` [E] is added to affinities for the choice alone.
+
+    ``scales`` [E]: what the weights of each expert are multiplied by, besides the router's one scale.
 
     Rows that are not ``valid`` [T] bool get no expert and count nowhere. ``reduce``: what a group's rows are worth is
     summed over all ranks, in one call with [2, G, E] f32.
@@ -57,6 +60,7 @@ def route(
         _route[(num_groups,)](
             logits.contiguous(),
             bias,
+            scales,
             valid,
             None if budget is None else budget.budgeted,
             None if budget is None else budget.reach,
@@ -211,6 +215,7 @@ def _order(
 def _route(
     logits,
     bias,
+    scales,
     valid,
     budgeted,
     reach,
@@ -350,15 +355,20 @@ def _route(
                     if EXPERT_GROUPS > 1:
                         loses = tl.max((is_chosen & is_barred).to(tl.int32), axis=1) > 0
                         order = tl.where(
-                            loses[:, None], _limited_order(scores, affinities, is_inside, is_expert, ZEROS_OUTSIDE), order
+                            loses[:, None],
+                            _limited_order(scores, affinities, is_inside, is_expert, ZEROS_OUTSIDE),
+                            order,
                         )
                     order = tl.where(is_barred, float("-inf"), order)
                     chosen, shares, _ = _best_of(order, affinities, is_expert, TOP_K, COLUMNS)
             if NORMALISE:
                 shares = shares / tl.maximum(tl.sum(shares, axis=1), 1e-37)[:, None]
+            chosen = chosen // WIDTH * group_size + chosen % WIDTH
+            if scales is not None:
+                shares *= tl.load(scales + chosen).to(tl.float32)
             if valid is not None:
                 is_none = is_none | (tl.load(valid + rows, mask=is_row, other=0) == 0)[:, None]
-            chosen = tl.where(is_none, num_experts, chosen // WIDTH * group_size + chosen % WIDTH)
+            chosen = tl.where(is_none, num_experts, chosen)
             places = rows.to(tl.int64)[:, None] * TOP_K + columns[None, :]
             is_place = is_row[:, None] & (columns < TOP_K)[None, :]
             tl.store(ids + places, chosen.to(tl.int64), mask=is_place)

@@ -105,6 +105,7 @@ def route_reference(
     budget: KeptExperts | None = None,
     valid: torch.Tensor | None = None,
     reduce: Reduce | None = None,
+    scales: torch.Tensor | None = None,
 ) -> Routed:
     """Do what `expert_routing.route` does in torch's operations, on the host."""
     routed = room_for(logits, router)
@@ -145,6 +146,8 @@ def route_reference(
     weights = affinities.gather(1, ids)
     if router.normalise:
         weights = weights / _at_least_tiny(weights.sum(dim=1, keepdim=True))
+    if scales is not None:
+        weights = weights * scales.float()[ids]
     routed.ids.copy_(ids.masked_fill(is_none, num_experts))
     routed.weights.copy_(weights * router.scale)
     return routed

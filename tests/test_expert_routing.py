@@ -49,9 +49,10 @@ def test_equals_its_reference(num_rows, num_experts, router, dtype):
     logits = (random(num_rows, num_experts) * 32).round().div(32).to(dtype)
     bias = random(num_experts, seed=1) * 0.1 if router.sigmoid else None
     valid = torch.arange(num_rows, device=DEVICE) % 4 != 3
-    for given in (None, valid):
-        result = route(logits, router, bias, valid=given)
-        assert_same(result, route_reference(logits, router, bias, valid=given))
+    scales = random(num_experts, seed=2).abs().to(dtype)
+    for given, by in ((None, None), (valid, None), (valid, scales)):
+        result = route(logits, router, bias, valid=given, scales=by)
+        assert_same(result, route_reference(logits, router, bias, valid=given, scales=by))
     assert (result.ids[~valid] == num_experts).all()
     assert (result.ids[valid] < num_experts).all()
 

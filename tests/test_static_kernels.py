@@ -19,7 +19,7 @@ from penstock.kernels.device import triton_on
 from penstock.kernels.routing_rules import GroupLimit
 from penstock.router.expert_budget import ExpertBudget
 from penstock.router.topk import RouterSeam
-from penstock.workers.gpu_routing import known_router, knows
+from penstock.workers.gpu_routing import LaunchedRouting, known_router, knows
 from penstock.workers.plan import RankPlan
 from penstock.workers.runner import ModelRunner
 from penstock.workers.sampler import accept
@@ -76,6 +76,7 @@ BUDGETS = [
         ("minimax_m2", "mixed", BUDGETS[2]),
         *(("deepseek_v3", "mixed", budget) for budget in BUDGETS),
         ("deepseek_v2", "mixed", BUDGETS[1]),
+        ("gemma4_text", "mixed", BUDGETS[1]),
         ("kolibri1", "mixed", BUDGETS[1]),
     ],
 )
@@ -235,7 +236,9 @@ class _Groups(torch.nn.Module):
         super().__init__()
         self.wrong, self.groups, self.kept = wrong, 1 if wrong == "too few" else 4, 2
         self.weight = torch.nn.Parameter(torch.randn(8, 32, generator=torch.Generator().manual_seed(3)) / 6)
-        self.register_buffer("lift", torch.linspace(-0.9, -0.4, 8) if wrong == "zeros" else torch.linspace(-0.2, 0.3, 8))
+        self.register_buffer(
+            "lift", torch.linspace(-0.9, -0.4, 8) if wrong == "zeros" else torch.linspace(-0.2, 0.3, 8)
+        )
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = torch.nn.functional.linear(rows, self.weight)
@@ -265,6 +268,42 @@ def test_groups_that_are_something_else_keep_their_router_s_code(wrong: str) -> 
     assert (known is None) == bool(wrong)
     if known is not None:
         assert known.router.limit == GroupLimit(4, 2, 2)
+
+
+def test_scales_of_experts_are_known() -> None:
+    from transformers import AutoConfig
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
+
+    router = Gemma4TextRouter(AutoConfig.for_model("gemma4_text", **settings_of("gemma4_text")))
+    seam = RouterSeam(router, 8, 2)
+    with torch.inference_mode():
+        router.per_expert_scale.uniform_(0.5, 2)
+        audit(seam, router, hidden(1))
+        known = known_router(seam)
+        assert known is not None
+        assert known.find_bias is None
+        assert known.find_scales is not None
+        assert torch.equal(known.find_scales(()), router.per_expert_scale)
+        affinities, weights, ids = router(hidden())
+        seam.replacement = LaunchedRouting(known, torch.ones(40, dtype=torch.bool), None, None)
+        with triton_on("cpu"):
+            found = router(hidden())
+    assert torch.equal(found[2], ids)
+    torch.testing.assert_close(found[:2], (affinities, weights), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighs_by", ["softmax", "sigmoid"])
+def test_logits_are_not_weighed_by_their_sigmoids(weighs_by: str) -> None:
+    from transformers import AutoConfig
+    from transformers.models.cohere2_moe.modeling_cohere2_moe import Cohere2MoeTopKRouter
+
+    settings = {**settings_of("cohere2_moe"), "expert_selection_fn": weighs_by}
+    seam = RouterSeam(router := Cohere2MoeTopKRouter(AutoConfig.for_model("cohere2_moe", **settings)), 8, 2)
+    with torch.inference_mode():
+        router.weight.normal_()
+        audit(seam, router, hidden(1))
+        known = known_router(seam)
+    assert (known is None) == (weighs_by == "sigmoid")
 
 
 class _Odd(torch.nn.Module):
@@ -323,6 +362,15 @@ def test_a_block_of_experts_is_a_handful_of_launches(
     assert found["step"]["triton.walk"] == found["step"]["triton.move"] == 1
     before = step_launches.count(blind_runner, budget, num_ranks, kernels=False).operations
     assert sum(before["experts"].values()) > (1 if budget is None else 3) * sum(found["experts"].values())
+
+
+def test_groups_of_experts_take_no_launch_of_their_own(tmp_path: Path) -> None:
+    step_launches.save_grouped(tmp_path)
+    runner = step_launches.runner_without_numbers(tmp_path)
+    for budget in (None, "experts=12,scope=request"):
+        found = step_launches.count(runner, budget, 1, kernels=True).operations["experts"]
+        assert found["triton.route"] == len(runner.experts.shards)
+        assert not found.keys() & {"aten.topk", "aten.sort", "aten.sigmoid", "aten.scatter"}
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,14 @@ import torch
 from penstock.router.routing import Routing
 from penstock.router.topk import RouterSeam
 from penstock.workers.architectures import SUPPORTED, UNSTEERABLE
+from penstock.workers.gpu_routing import known_router
 from penstock.workers.loader import _moe_modules
 
 MODEL_TYPES = ["qwen3_moe", "deepseek_v3", "deepseek_v2", "mixtral", "olmoe"]
 BY_NAME = {"qwen3_moe", "mixtral", "olmoe"}
 """Those of them whose forwards name all that is watched; DeepSeek's calls a method of its scores."""
+OWN_CODE = {"cohere2_moe", "kolibri1"}
+"""Those whose routers no kernel computes; docs/gpu.md says why."""
 Router = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
@@ -123,6 +126,7 @@ def test_in_every_architecture_the_selection_reaches_the_experts(
         model(ids[:, :1])
         for seam in seams:
             seam.audit = False
+        assert [known_router(seam) is not None for seam in seams] == [model_type not in OWN_CODE] * len(seams)
         unaudited, routings = routings[: len(experts)], []
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
         for before, after in zip(unaudited, routings, strict=True):

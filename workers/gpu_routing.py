@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 _PROBES = 64
 """Rows that are tried: at sizes of a sixteenth to sixteen."""
 
-_FindBias = Callable[[tuple[Any, ...]], torch.Tensor]
-"""From the arguments of a router's forward to what it adds to affinities for the choice [E]."""
+_FindPart = Callable[[tuple[Any, ...]], torch.Tensor]
+"""From the arguments of a router's forward to a number for each expert [E]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,12 @@ class KnownRouter:
     """A router that the kernel computes."""
 
     router: Router
-    find_bias: _FindBias | None
+    find_bias: _FindPart | None
+    """What it adds to affinities for the choice."""
+    find_scales: _FindPart | None = None
+    """What it multiplies the weights of each expert by."""
+    returns_affinities: bool = False
+    """It returns affinities, else logits, before its weights and ids."""
 
 
 class LaunchedRouting:
@@ -53,14 +58,16 @@ class LaunchedRouting:
         self._known, self._valid, self._kept, self._reduce = known, valid, kept, reduce
         self.kept: torch.Tensor | None = None
 
-    def __call__(self, logits: torch.Tensor, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights and ids [T, K] for ``logits`` [T, E], in the place of what the router makes of them."""
+    def __call__(self, logits: torch.Tensor, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what the router returns for ``logits`` [T, E], of which it makes weights and ids [T, K]."""
         from ..kernels.expert_routing import route
 
-        bias = None if self._known.find_bias is None else self._known.find_bias(args)
-        routed = route(logits, self._known.router, bias, self._kept, self._valid, self._reduce)
+        known = self._known
+        bias, scales = (None if find is None else find(args) for find in (known.find_bias, known.find_scales))
+        routed = route(logits, known.router, bias, self._kept, self._valid, self._reduce, scales)
         self.kept = routed.kept
-        return routed.weights, routed.ids
+        first = affinities_and_scores(logits, known.router, None)[0] if known.returns_affinities else logits
+        return first, routed.weights, routed.ids
 
 
 def launched_routings(
@@ -125,10 +132,11 @@ def known_router(seam: RouterSeam) -> KnownRouter | None:
         observed = _telling(observed)
         if len(observed.logits) < _PROBES // 4:
             return None
-    for router, find_bias in _candidates(seam, observed, args):
-        bias = None if find_bias is None else find_bias(args)
-        if proven := _proven(router, bias, observed, _numbers(seam.router)):
-            return KnownRouter(proven, find_bias)
+    returns_logits = torch.equal(observed.result[0].float(), observed.logits.float())
+    for router, find_bias, find_scales in _candidates(seam, observed, args):
+        bias, scales = (None if find is None else find(args) for find in (find_bias, find_scales))
+        if proven := _proven(router, bias, scales, observed, _numbers(seam.router)):
+            return KnownRouter(proven, find_bias, find_scales, not returns_logits)
     return None
 
 
@@ -140,12 +148,12 @@ def _probes(like: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(observed: Observed, top_k: int) -> bool:
-    """Whether the router returned its logits, weights and ids of each row."""
+    """Whether the router returned its logits or affinities, and weights and ids of each row."""
     result, rows = observed.result, len(observed.logits)
     return (
         isinstance(result, tuple)
         and len(result) == 3
-        and torch.equal(result[0].float(), observed.logits.float())
+        and any(torch.equal(result[0].float(), one.float()) for one in (observed.logits, observed.routing.affinities))
         and result[1].shape == result[2].shape == (rows, top_k)
     )
 
@@ -161,21 +169,21 @@ def _telling(observed: Observed) -> Observed:
 
 def _candidates(
     seam: RouterSeam, observed: Observed, args: tuple[Any, ...]
-) -> Iterator[tuple[Router, _FindBias | None]]:
-    shape, router = (seam.num_experts,), seam.router
-    biases: list[_FindBias | None] = [None]
+) -> Iterator[tuple[Router, _FindPart | None, _FindPart | None]]:
+    """Yield routers, what may be their bias, and what may be their scales."""
+    router = seam.router
+    found: list[_FindPart | None] = [None]
     for name, part in (*router.named_parameters(), *router.named_buffers()):
-        if part.shape == shape:
-            biases.append(lambda _, name=name: _part(router, name))  # type: ignore[misc]
+        if part.numel() == seam.num_experts:
+            found.append(lambda _, name=name: _part(router, name))  # type: ignore[misc]
     for place, given in enumerate(args):
-        if isinstance(given, torch.Tensor) and given.shape == shape:
-            biases.append(lambda args, place=place: args[place])  # type: ignore[misc]
-    rest = observed.selects_logits, observed.result[1].dtype
+        if isinstance(given, torch.Tensor) and given.shape == (seam.num_experts,):
+            found.append(lambda args, place=place: args[place])  # type: ignore[misc]
+    by_logits, dtype = observed.selects_logits, observed.result[1].dtype
     limits = list(_limits(seam, observed))
-    for sigmoid, normalise, limit, bias in product((False, True), (True, False), limits, biases):
+    for scales, sigmoid, normalise, limit, bias in product(found, (False, True), (True, False), limits, found):
         if limit is None or limit.outside or bias is None:  # 0 may be more than a biased score
-            by_logits, dtype = rest
-            yield Router(seam.top_k, sigmoid, normalise, 1.0, by_logits, limit, dtype), bias
+            yield Router(seam.top_k, sigmoid, normalise, 1.0, by_logits, limit, dtype), bias, scales
 
 
 def _limits(seam: RouterSeam, observed: Observed) -> Iterator[GroupLimit | None]:
@@ -198,10 +206,10 @@ def _limits(seam: RouterSeam, observed: Observed) -> Iterator[GroupLimit | None]
 
 
 def _part(router: torch.nn.Module, name: str) -> torch.Tensor:
-    """Return a parameter or buffer by its dotted ``name``, whatever tensor it is at present."""
+    """Return a parameter or buffer, flat, by its dotted ``name``, whatever tensor it is at present."""
     owner, _, last = name.rpartition(".")
     found: torch.Tensor = getattr(router.get_submodule(owner), last)
-    return found
+    return found.reshape(-1)
 
 
 def _numbers(router: torch.nn.Module) -> list[float]:
@@ -209,8 +217,14 @@ def _numbers(router: torch.nn.Module) -> list[float]:
     return [1.0, *(float(number) for number in vars(router).values() if isinstance(number, float))]
 
 
-def _proven(router: Router, bias: torch.Tensor | None, observed: Observed, scales: Sequence[float]) -> Router | None:
-    """Return ``router`` with one of ``scales`` if it selects and weighs as the observed one did, ties aside.
+def _proven(
+    router: Router,
+    bias: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    observed: Observed,
+    numbers: Sequence[float],
+) -> Router | None:
+    """Return ``router`` with one of ``numbers`` for its scale if it does as the observed one did, ties aside.
 
     Budgets go by affinities: those must be what a selection at the router's seam would see.
     """
@@ -230,8 +244,10 @@ def _proven(router: Router, bias: torch.Tensor | None, observed: Observed, scale
     own = affinities.gather(1, ids)
     if router.normalise:
         own = own / own.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    if scales is not None:
+        own = own * scales.float()[ids]
     ratio = float(weights.double().sum() / own.double().sum())
-    scale = min(scales, key=lambda number: abs(number - ratio))
+    scale = min(numbers, key=lambda number: abs(number - ratio))
     is_same = torch.allclose((own * scale).to(weights.dtype), weights, rtol=_tolerance(weights.dtype), atol=1e-6)
     return replace(router, scale=scale) if is_same else None
 
