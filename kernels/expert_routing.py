@@ -130,13 +130,13 @@ def _inside(
     scores, EXPERT_GROUPS: tl.constexpr, GROUPS_KEPT: tl.constexpr, GROUP_BEST: tl.constexpr, WIDTH: tl.constexpr
 ):
     """Return [N, E] bool: which places are of their row's groups."""
-    GROUPS: tl.constexpr = scores.shape[1] // WIDTH
-    blocks = tl.reshape(scores, [scores.shape[0], GROUPS, WIDTH])
+    num_blocks: tl.constexpr = scores.shape[1] // WIDTH
+    blocks = tl.reshape(scores, [scores.shape[0], num_blocks, WIDTH])
     worth = tl.max(blocks, axis=2)
     if GROUP_BEST == 2:
         is_best = tl.arange(0, WIDTH)[None, None, :] == tl.argmax(blocks, axis=2)[:, :, None]
         worth += tl.max(tl.where(is_best, float("-inf"), blocks), axis=2)
-    groups = tl.arange(0, GROUPS)
+    groups = tl.arange(0, num_blocks)
     worth = tl.where(groups[None, :] < EXPERT_GROUPS, tl.maximum(worth, _LOWEST), float("-inf"))
     stays = worth != worth
     for _ in tl.static_range(GROUPS_KEPT):

@@ -10,7 +10,7 @@ import torch
 from penstock.router.routing import Routing
 from penstock.router.topk import RouterSeam
 from penstock.workers.architectures import SUPPORTED, UNSTEERABLE
-from penstock.workers.gpu_routing import known_router
+from penstock.workers.known_routers import known_router
 from penstock.workers.loader import _moe_modules
 
 MODEL_TYPES = ["qwen3_moe", "deepseek_v3", "deepseek_v2", "mixtral", "olmoe"]
