@@ -326,6 +326,10 @@ def _route(
                     allowed = place < number
             is_loaded = tl.load(loaded + experts, mask=is_expert, other=0.0) > 0
             allowed = is_expert & (allowed | is_loaded)
+            # The list goes through memory too, for whoever asks of a single expert
+            tl.debug_barrier()
+            tl.store(loaded + experts, allowed.to(tl.float32), mask=is_expert)
+            tl.debug_barrier()
 
         for first in range(start, stop, ROWS):
             rows = first + tl.arange(0, ROWS)
@@ -337,29 +341,24 @@ def _route(
             if EXPERT_GROUPS > 1:
                 is_inside = _inside(scores, EXPERT_GROUPS, GROUPS_KEPT, GROUP_BEST, WIDTH)
                 own_scores = tl.where(is_inside, scores, float("-inf"))
-            chosen, shares, is_chosen = _best_of(own_scores, affinities, is_expert, TOP_K, COLUMNS)
+            chosen, shares, _ = _best_of(own_scores, affinities, is_expert, TOP_K, COLUMNS)
             share = tl.full([ROWS], 1.0, dtype=tl.float32)
             is_none = chosen < 0
             if SCORE >= 0:
                 is_budgeted = is_row & (tl.load(budgeted + rows, mask=is_row, other=0) != 0)
-                is_barred = is_budgeted[:, None] & (allowed[None, :] == 0)
-                left = tl.sum(tl.where(is_chosen & (is_barred == 0), affinities, 0.0), axis=1)
-                left = left / tl.maximum(tl.sum(shares, axis=1), 1e-37)
-                share = tl.where(is_budgeted, left, 1.0)
+                listed = tl.load(loaded + chosen // WIDTH * group_size + chosen % WIDTH)
+                is_unlisted = is_budgeted[:, None] & (listed == 0) & (columns < TOP_K)[None, :]
+                left = tl.sum(tl.where(is_unlisted, 0.0, shares), axis=1)
+                share = tl.where(is_budgeted, left / tl.maximum(tl.sum(shares, axis=1), 1e-37), 1.0)
                 if TRUNCATES:
-                    # Again over the same, for which of the chosen are barred: 1 in the place of an affinity
-                    _, barred, _ = _best_of(own_scores, is_barred.to(tl.float32), is_expert, TOP_K, COLUMNS)
-                    is_none = is_none | (barred > 0)
+                    is_none = is_unlisted
                 else:
                     order = own_scores
                     if EXPERT_GROUPS > 1:
-                        loses = tl.max((is_chosen & is_barred).to(tl.int32), axis=1) > 0
-                        order = tl.where(
-                            loses[:, None],
-                            _limited_order(scores, affinities, is_inside, is_expert, ZEROS_OUTSIDE),
-                            order,
-                        )
-                    order = tl.where(is_barred, float("-inf"), order)
+                        loses = tl.max(is_unlisted.to(tl.int32), axis=1) > 0
+                        limited = _limited_order(scores, affinities, is_inside, is_expert, ZEROS_OUTSIDE)
+                        order = tl.where(loses[:, None], limited, order)
+                    order = tl.where(is_budgeted[:, None] & (allowed == 0)[None, :], float("-inf"), order)
                     chosen, shares, _ = _best_of(order, affinities, is_expert, TOP_K, COLUMNS)
             if NORMALISE:
                 shares = shares / tl.maximum(tl.sum(shares, axis=1), 1e-37)[:, None]
