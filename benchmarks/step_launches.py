@@ -212,7 +212,7 @@ def _rows(name: str, runner: ModelRunner) -> Iterator[Row]:
             "block, torch": before.per_layer("experts", num_layers),
             "block, kernels": after.per_layer("experts", num_layers),
         }
-        if name == _MODEL.parent.name:  # the other's attention is nobody's
+        if name == _MODEL.parent.name:  # what surrounds the other's blocks is no model's
             row["rest of a layer"] = after.per_layer("layer", num_layers)
             row["rest of the step"] = sum(after.operations["step"].values())
         yield row

@@ -97,9 +97,11 @@ def _telling(observed: Observed) -> Observed:
     """Return the rows without affinities of nothing, of which none could tell whether they were set aside."""
     seen = observed.routing
     tells = (seen.affinities > 0).all(dim=1)
-    parts = (part[tells] for part in (seen.scores, seen.affinities, seen.values, seen.ids))
+    routing = Routing(
+        seen.scores[tells], seen.affinities[tells], seen.values[tells], seen.ids[tells], in_groups=seen.in_groups
+    )
     result = tuple(part[tells] for part in observed.result)
-    return replace(observed, logits=observed.logits[tells], routing=Routing(*parts, seen.in_groups), result=result)
+    return replace(observed, logits=observed.logits[tells], routing=routing, result=result)
 
 
 def _candidates(
