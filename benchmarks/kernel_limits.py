@@ -103,17 +103,23 @@ def _experts(kind: str, num_rows: int, dtype: torch.dtype) -> Case:
     return f"{kind} {str(dtype).removeprefix('torch.')}, {num_rows} rows", call
 
 
-def _route(name: str, score: str | None = None, *, owners: bool = False, **rules: Any) -> Case:
+def _route(model: str, name: str, score: str | None = None, *, owners: bool = False, **rules: Any) -> Case:
     from ..kernels.expert_routing import route
-    from ..kernels.routing_rules import KeptExperts, Router
+    from ..kernels.routing_rules import GroupLimit, KeptExperts, Router
 
+    num_experts, router = {
+        "Qwen3": (128, Router(8, dtype=torch.bfloat16)),
+        "DeepSeek-V2": (160, Router(6, normalise=False, scale=16.0, limit=GroupLimit(8, 3, 1, 0.0))),
+        "DeepSeek-V3": (256, Router(8, sigmoid=True, scale=2.5, limit=GroupLimit(8, 4, 2))),
+    }[model]
+    logits = _meta(8, num_experts, dtype=router.dtype)
+    bias = _meta(num_experts, dtype=torch.float32) if router.sigmoid else None
     flags, reach = _meta(8, dtype=torch.bool), _meta(8, dtype=torch.float32)
     budget = None
     if score is not None:
-        owner = _meta(128) if owners else None
+        owner = _meta(num_experts) if owners else None
         budget = KeptExperts(score=score, num_groups=1, budgeted=flags, reach=reach, owner=owner, **rules)
-    router = Router(8, dtype=torch.bfloat16)
-    return name, lambda: route(_meta(8, 128, dtype=torch.bfloat16), router, None, budget, flags)
+    return f"{model}, {name}", lambda: route(logits, router, bias, budget, flags)
 
 
 def _pack() -> None:
@@ -145,10 +151,13 @@ def _cases(architecture: int, *, quick: bool) -> Iterator[Case]:
                 yield _experts(kind, num_rows, bf16)
             yield _experts("plain", num_rows, f32)
     if architecture == 90 or not quick:
-        yield _route("without a budget")
-        yield _route("by survival", "survival", num_experts=_meta(1))
-        yield _route("by coverage", "squared", coverage=0.9)
-        yield _route("nearly even between ranks", "squared", num_experts=_meta(1), owners=True, balance=0.5)
+        for model in ("Qwen3", "DeepSeek-V3") if quick else ("Qwen3", "DeepSeek-V2", "DeepSeek-V3"):
+            yield _route(model, "without a budget")
+            yield _route(model, "nearly even between ranks", "squared", num_experts=_meta(1), owners=True, balance=0.5)
+            if not quick:
+                yield _route(model, "by survival", "survival", num_experts=_meta(1))
+                yield _route(model, "by coverage", "squared", coverage=0.9)
+                yield _route(model, "truncated", "survival", num_experts=_meta(1), truncates=True)
         yield "8 ranks", _pack
         yield "8 rows", _choose
 

@@ -16,7 +16,8 @@ from .compiled_layers import Backend, CompiledLayers
 from .computed_step import ComputedStep
 from .dispatch import CollectiveLog, Dispatcher
 from .expert_parallel import ExpertParallel
-from .gpu_routing import LaunchedRouting, known_routers
+from .gpu_routing import LaunchedRouting
+from .known_routers import known_routers
 from .kv_cache import PagedKVCache
 from .plan import Bucket, RankPlan
 from .rows import PackedRows

@@ -22,7 +22,8 @@ from ..router.expert_budget import ExpertBudget
 from .computed_step import ComputedStep
 from .dispatch import CollectiveLog
 from .expert_parallel import ExpertParallel
-from .gpu_routing import KnownRouter, LaunchedRouting, launched_routings
+from .gpu_routing import LaunchedRouting, launched_routings
+from .known_routers import KnownRouter
 from .plan import Bucket, LayerCounts, RankPlan
 from .rows import PackedRows, depths
 from .static_rows import StaticRows
