@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
-from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.router.budgeted_choice import LayerRanks
 from penstock.router.expert_budget import ExpertBudget
 from penstock.workers import page_attention
@@ -30,6 +29,9 @@ from penstock.workers.static_rows import StaticRows
 from penstock.workers.static_step import StaticStep, StepShape
 
 from .tiny_engine import DRAFT_LENS, GREEDY, PROMPTS, FailingRanks, config_of, controller_of, generate
+
+if TYPE_CHECKING:
+    from penstock.cluster.transport.process_ranks import ProcessRanks
 
 BLOCK = 4
 SEEDED = TokenSampling(temperature=0.8, seed=(7 << 40) + 11, choice=2)
@@ -277,9 +279,11 @@ def test_an_engine_publishes_the_same_tokens(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("budget", [None, "experts=4,scope=global"])
-def test_ranks_exchange_room_for_all_rows(checkpoint: Callable[[str], Path], budget: str | None) -> None:
+def test_ranks_exchange_room_for_all_rows(
+    checkpoint: Callable[[str], Path], budget: str | None, process_ranks: type[ProcessRanks]
+) -> None:
     config = replace(config_of(checkpoint("qwen3_moe"), 2), expert_budget=budget)
-    ranks = ProcessRanks(config)
+    ranks = process_ranks(config)
     try:
         expected, plain = outputs_of(config, ranks, 3, GREEDY)
         found, watched = outputs_of(config, Padded(ranks), 3, GREEDY)
