@@ -15,17 +15,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..kernels.expert_tiles import LayerTiles, Tiles, layer_tiles
 from .expert_layers import LayerShape
 
+if TYPE_CHECKING:
+    from .kernel_limits import Compiler
+
 PARTS = ("up", "down")
 _OUTPUTS, _INPUTS, _SPLITS = (32, 64, 128), (64, 128, 256), (1, 2, 4)
 _WARPS, _STAGES = (4, 8), (3, 4, 6)
-_SIZES = (1, 8, 32, 64)
-"""Rows: the first two are timed, and a program takes 16, 16, 32 and 64 of them."""
+_SIZES = (64, 32, 8, 1)
+"""Rows: what takes most comes first. A program takes 64, 32, 16 and 16 of them; the last two are timed."""
 _FP8_INPUTS = 128
 """That share a factor."""
 _BYTES = {None: 2.0, "fp8": 1.0, "mxfp4": 0.5}
@@ -91,33 +95,35 @@ class Compiled:
 
 
 def _is_fit(architecture: int, layer: Layer, part: str, cut: Tiles) -> bool:
-    from ..kernels.grouped_experts import grouped_experts
     from .expert_layers import parts_of
-    from .kernel_limits import Compiler, programs_of, resources
+    from .kernel_limits import Compiler
 
     torch.set_num_threads(1)
-    meta = torch.device("meta")
-    parts = parts_of(layer.shape, meta, as_stored=layer.as_stored)
+    parts = parts_of(layer.shape, torch.device("meta"), as_stored=layer.as_stored)
+    tiles = replace(layer.tiles(), **{part: cut})
     compiler = Compiler(architecture)
     try:
-        for num_rows in _SIZES:
-            grouped_experts(
-                *parts,
-                torch.empty(num_rows, layer.shape.hidden_size, dtype=torch.bfloat16, device=meta),
-                torch.empty(num_rows, layer.shape.top_k, dtype=torch.int64, device=meta),
-                torch.empty(num_rows, layer.shape.top_k, device=meta),
-                replace(layer.tiles(), **{part: cut}),
-            )
+        return all(_fits(compiler, architecture, layer, part, parts, tiles, num_rows) for num_rows in _SIZES)
     except Exception:  # Triton has classes of its own for what it cannot compile
         return False
     finally:
         compiler.close()
-    products = [kernel for name, kernel in compiler.kernels if name == "product"]
-    for kernel in products[PARTS.index(part) :: len(PARTS)]:
-        registers, spilled = resources(kernel)
-        if spilled or programs_of(kernel, architecture, registers) < 2:
-            return False
-    return True
+
+
+def _fits(
+    compiler: Compiler, architecture: int, layer: Layer, part: str, parts: Any, tiles: LayerTiles, num_rows: int
+) -> bool:
+    from ..kernels.grouped_experts import grouped_experts
+    from .kernel_limits import programs_of, resources
+
+    compiler.kernels.clear()
+    empty = partial(torch.empty, num_rows, device="meta")
+    top_k = layer.shape.top_k
+    hidden, ids = empty(layer.shape.hidden_size, dtype=torch.bfloat16), empty(top_k, dtype=torch.int64)
+    grouped_experts(*parts, hidden, ids, empty(top_k), tiles)
+    kernel = [kernel for name, kernel in compiler.kernels if name == "product"][PARTS.index(part)]
+    registers, spilled = resources(kernel)
+    return not spilled and programs_of(kernel, architecture, registers) >= 2
 
 
 def fastest(
