@@ -162,7 +162,9 @@ def measure(options: Options) -> Measurement:
                 continue
             draws = steps_of(shape, num_rows, routing, device, options.seed)
             for layers in kinds:
-                rows += layer_rows(shape.name, routing, layers, draws, copied, clock)
+                for row in layer_rows(shape.name, routing, layers, draws, copied, clock):
+                    rows.append(row)
+                    print(row, file=sys.stderr)
             options.keep(_measured(rows, budget))
         del kinds
         torch.cuda.empty_cache()
