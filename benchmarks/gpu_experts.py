@@ -6,9 +6,9 @@ implementation allows its capture (``graph``). Steps go through several layers i
 what a step reads has left the GPU's cache before the next step of that layer. GB/s counts the weights of the distinct
 experts that a step's rows chose, each once.
 
-``--tune`` looks for better cuts of the kernels first (`tile_search`), prints them as lines for the table in
-`kernels/expert_tiles`, and measures with them. Each row is kept when it is found (``--json``), and with ``--budget-s``
-none begins when time is over. An implementation that fails has a ``note`` instead of figures.
+``--tune`` looks for better cuts of the kernels first (`tile_search`), for half of the time at most, prints them as lines
+for the table in `kernels/expert_tiles`, and measures with them. Each row is kept when it is found (``--json``), and
+with ``--budget-s`` none begins when time is over. An implementation that fails has a ``note`` instead of figures.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ _STEPS = 16
 _CACHES = 4
 """So many times what the GPU's cache holds is read between two steps of a layer, at least."""
 _CANDIDATE_WARM_S = 0.002
+_TUNING_SHARE = 0.5
+"""Of the time that a run may take."""
 
 Implementation = Callable[["Draw"], torch.Tensor]
 Clock = Callable[[Sequence[Callable[[], Any]]], tuple[float, bool]]
@@ -151,7 +153,7 @@ def measure(options: Options) -> Measurement:
     clock = partial(seconds_of, repeats=5 if options.quick else 20)
     rows: list[Row] = []
     if options.given.tune:
-        tune(shapes, device, options.seed, budget)
+        tune(shapes, device, options.seed, budget.first(_TUNING_SHARE))
     for routing, shape in itertools.product(_ROUTINGS, shapes):
         torch.manual_seed(options.seed)
         kinds = [plain_layers(shape, device, cache_bytes)]

@@ -120,7 +120,8 @@ def _fits(
     empty = partial(torch.empty, num_rows, device="meta")
     top_k = layer.shape.top_k
     hidden, ids = empty(layer.shape.hidden_size, dtype=torch.bfloat16), empty(top_k, dtype=torch.int64)
-    grouped_experts(*parts, hidden, ids, empty(top_k), tiles)
+    up, down, gate = parts
+    grouped_experts(up, down, gate, hidden, ids, empty(top_k), tiles)
     kernel = [kernel for name, kernel in compiler.kernels if name == "product"][PARTS.index(part)]
     registers, spilled = resources(kernel)
     return not spilled and programs_of(kernel, architecture, registers) >= 2

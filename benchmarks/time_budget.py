@@ -21,6 +21,12 @@ class TimeBudget:
         self._seconds, self._elapsed_s = seconds, elapsed_s
         self.left_out: list[str] = []
 
+    def first(self, share: float) -> TimeBudget:
+        """Return the budget of what comes first, which may take this share of the whole; they list what is left out."""
+        part = TimeBudget(None if self._seconds is None else share * self._seconds, self._elapsed_s)
+        part.left_out = self.left_out
+        return part
+
     @property
     def is_over(self) -> bool:
         """Whether no other part is to begin."""

@@ -94,6 +94,13 @@ def test_what_there_was_no_time_for_is_named(tmp_path, capsys):
     run("some", lambda options: measured, ["--json", str(file)])
     assert "left out, since time was over: c\n" in capsys.readouterr().out
     assert json.loads(file.read_text())["left_out"] == ["c"]
+    elapsed = iter([0.5, 1.5, 1.5, 2.5])
+    budget = TimeBudget(2.0, lambda: next(elapsed))
+    first = budget.first(0.5)
+    assert [part for part in ("a", "b") if first.allows(part)] == ["a"]
+    assert [part for part in ("c", "d") if budget.allows(part)] == ["c"]
+    assert budget.left_out == ["b", "d"]
+    assert TimeBudget(None).first(0.5).allows("any")
     assert TimeBudget(None).allows("any")
     assert 0 < process_age_s() < 86400
 
