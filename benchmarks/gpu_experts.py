@@ -6,9 +6,9 @@ implementation allows its capture (``graph``). Steps go through several layers i
 what a step reads has left the GPU's cache before the next step of that layer. GB/s counts the weights of the distinct
 experts that a step's rows chose, each once.
 
-``--tune`` looks for better cuts of the kernels first (`tile_search`), for half of the time at most, prints them as lines
-for the table in `kernels/expert_tiles`, and measures with them. Each row is kept when it is found (``--json``), and
-with ``--budget-s`` none begins when time is over. An implementation that fails has a ``note`` instead of figures.
+``--tune`` looks for better cuts of the kernels first (`tile_search`), for half of the time at most, prints them as
+lines for the table in `kernels/expert_tiles`, and measures with them. Each row is kept when it is found (``--json``),
+and with ``--budget-s`` none begins when time is over. An implementation that fails has a ``note`` instead of figures.
 """
 
 from __future__ import annotations

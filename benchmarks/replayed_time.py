@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..workers.failed_capture import end_capture
+
 _COPIED_BYTES = 1 << 31
 """Many times what a GPU's cache holds."""
 _WARM_S = 0.05
@@ -31,9 +33,9 @@ def seconds_of(calls: Sequence[Callable[[], Any]], repeats: int, warm_s: float =
     for call in calls:
         call()
     torch.cuda.synchronize()
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             for call in calls:
                 call()
         replay: Callable[[], Any] = graph.replay
@@ -41,6 +43,7 @@ def seconds_of(calls: Sequence[Callable[[], Any]], repeats: int, warm_s: float =
     except RuntimeError as error:  # it asks the device for a number, or plans on the host
         torch.cuda.set_stream(stream)  # torch leaves the one that it captured on
         torch.cuda.synchronize()
+        end_capture(pool)
         if isinstance(error, torch.OutOfMemoryError):
             raise
         captured = False

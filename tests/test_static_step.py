@@ -21,6 +21,7 @@ from penstock.router.expert_budget import ExpertBudget
 from penstock.workers import page_attention
 from penstock.workers import runner as runners
 from penstock.workers.bucket import MAX_ROWS, bucket_of
+from penstock.workers.failed_capture import end_capture
 from penstock.workers.plan import Bucket, LayerCounts, RankPlan, RequestPlan
 from penstock.workers.runner import ModelRunner
 from penstock.workers.sampler import accept
@@ -355,6 +356,25 @@ def test_a_model_that_asks_the_device_is_launched_as_it_is(
     for _ in range(2):
         assert runner.step(padded(plan, runner)).token_ids == runner.step(plan).token_ids
     assert "are launched operation by operation" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_capture_that_fails_is_in_the_way_of_no_other() -> None:
+    values, present, pool = torch.ones(4, device="cuda"), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    for _ in range(2):
+        with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool):
+            (values + 1).sum().item()
+        torch.cuda.set_stream(present)
+        end_capture(pool)
+        torch.cuda.empty_cache()
+        assert torch.randn(4, device="cuda").isfinite().all()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=torch.cuda.graph_pool_handle()):
+            total = (values + 1).sum()
+        values += 1
+        graph.replay()
+        assert total == 4 + values.sum()
 
 
 @pytest.mark.gpu
