@@ -29,7 +29,7 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 Case = tuple[str, Callable[[], Any]]
 
 
-class _Compiler:
+class Compiler:
     """Stands where Triton looks for a GPU: says which it is, and takes what was compiled instead of launching it."""
 
     def __init__(self, architecture: int) -> None:
@@ -57,12 +57,15 @@ class _Compiler:
         JITFunction.run = self._launch
 
     def get_current_target(self) -> Any:
+        """Return the GPU; this and the others are what Triton asks."""
         return self._target
 
     def get_current_device(self) -> int:
+        """Return a number of its own for each: kernels are remembered by it."""
         return self._target.arch
 
     def get_current_stream(self, device: int) -> int:
+        """Return none that is used."""
         return 0
 
 
@@ -175,21 +178,23 @@ def resources(kernel: Any) -> tuple[int, int]:
     return int(match[1]), int(match[2]) + int(match[3])
 
 
+def programs_of(kernel: Any, architecture: int, registers: int) -> int:
+    """Return how many programs of a compiled kernel share a processor's registers and memory."""
+    by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * kernel.metadata.num_warps)
+    return int(min(by_registers, _SHARED_BYTES[architecture] // (kernel.metadata.shared + 1024), 32))
+
+
 def measure(options: Options) -> Measurement:
     """Compile for each architecture."""
     rows: list[Row] = []
     for architecture in options.given.architectures:
-        compiler = _Compiler(architecture)
+        compiler = Compiler(architecture)
         try:
             for case, call in _cases(architecture, quick=options.quick):
                 compiler.kernels.clear()
                 call()
                 for name, kernel in compiler.kernels:
                     registers, spilled = resources(kernel)
-                    shared = kernel.metadata.shared
-                    num_warps = kernel.metadata.num_warps
-                    by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * num_warps)
-                    programs = min(by_registers, _SHARED_BYTES[architecture] // (shared + 1024), 32)
                     rows.append(
                         {
                             "architecture": f"sm_{architecture}",
@@ -197,9 +202,9 @@ def measure(options: Options) -> Measurement:
                             "case": case,
                             "registers": registers,
                             "spilled_bytes": spilled,
-                            "shared_bytes": shared,
-                            "warps": num_warps,
-                            "programs": programs,
+                            "shared_bytes": kernel.metadata.shared,
+                            "warps": kernel.metadata.num_warps,
+                            "programs": programs_of(kernel, architecture, registers),
                         }
                     )
         finally:

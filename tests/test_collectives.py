@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,22 +16,26 @@ import torch.distributed as dist
 
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
-from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.workers.process_group import anything_twice, open_store
 from penstock.workers.sampling_params import SamplingParams
 
 from .tiny_engine import PROMPTS, config_of, generate
+
+if TYPE_CHECKING:
+    from penstock.cluster.transport.process_ranks import ProcessRanks
 
 SAMPLING = SamplingParams(temperature=1.0, seed=5, max_tokens=12, ignore_eos=True)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("budget", [None, "experts=4,scope=global"])
-def test_tokens_are_the_same_by_way_of_the_host(checkpoint: Callable[[str], Path], budget: str | None) -> None:
+def test_tokens_are_the_same_by_way_of_the_host(
+    checkpoint: Callable[[str], Path], budget: str | None, process_ranks: type[ProcessRanks]
+) -> None:
     config = replace(config_of(checkpoint("qwen3_moe"), 2), expert_budget=budget, draft_len=2)
     found = []
     for command in ((), (sys.executable, str(Path(__file__).with_name("staging_rank.py")))):
-        ranks = ProcessRanks(config, command)
+        ranks = process_ranks(config, command)
         try:
             found.append(generate(Engine(config, ranks), PROMPTS, SAMPLING))
         finally:
@@ -59,10 +64,10 @@ def test_all_ranks_hear_whether_any_share_a_device(devices: list[str], expected:
 @pytest.mark.gpu
 @pytest.mark.distributed
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_two_ranks_share_a_gpu(checkpoint: Callable[[str], Path]) -> None:
+def test_two_ranks_share_a_gpu(checkpoint: Callable[[str], Path], process_ranks: type[ProcessRanks]) -> None:
     alone = replace(config_of(checkpoint("qwen3_moe")), device="cuda")
     config = replace(alone, expert_parallel_size=2)
-    ranks = ProcessRanks(config)
+    ranks = process_ranks(config)
     try:
         found = generate(Engine(config, ranks), PROMPTS, SAMPLING)
     finally:

@@ -112,7 +112,7 @@ def test_stored_numbers_are_read_exactly():
     # Every number of eight and of four bits by the identity, subnormal ones among them
     every = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 4, 64)
     every[every & 127 == 127] = 0  # not a number
-    fp8 = ExpertWeights.block_fp8(every.view(torch.float8_e4m3fn), torch.full((1, 1, 4), 0.5), (32, 16))
+    fp8 = ExpertWeights.block_fp8(every.view(torch.float8_e4m3fn), torch.full((1, 1, 4), 0.5, device=DEVICE), (32, 16))
     blocks = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 8, 2, 16)
     exponents = torch.tensor([66, 90, 120, 126, 127, 128, 140, 190], dtype=torch.uint8, device=DEVICE)
     mxfp4 = ExpertWeights.mxfp4(blocks, exponents.view(1, 8, 1).expand(1, 8, 2).contiguous())

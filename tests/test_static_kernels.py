@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ import torch
 from .triton_device import DEVICE
 
 from penstock.benchmarks import step_launches  # isort: skip
-from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.kernels.device import triton_on
 from penstock.router.expert_budget import ExpertBudget
 from penstock.workers.gpu_routing import knows
@@ -34,6 +34,9 @@ from .test_static_step import (
     runner_of,
 )
 from .tiny_engine import GREEDY
+
+if TYPE_CHECKING:
+    from penstock.cluster.transport.process_ranks import ProcessRanks
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="there `-m gpu` tests run the kernels as they are")
 
@@ -203,13 +206,15 @@ def blind_runner(checkpoint: Callable[[str], Path]) -> ModelRunner:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("budget", ["experts=4,scope=global"])
-def test_ranks_exchange_packed_rows(checkpoint: Callable[[str], Path], budget: str | None) -> None:
+def test_ranks_exchange_packed_rows(
+    checkpoint: Callable[[str], Path], budget: str | None, process_ranks: type[ProcessRanks]
+) -> None:
     prompt = [[5, 17, 60, 33, 8], [3, 9, 3, 9, 3, 9, 3]]
     params = replace(GREEDY, max_tokens=8)
     config = replace(config_of(checkpoint("qwen3_moe"), 2), expert_budget=budget)
     results = []
     for command in ((), (sys.executable, str(Path(__file__).with_name("interpreting_rank.py")))):
-        ranks = ProcessRanks(config, command)
+        ranks = process_ranks(config, command)
         try:
             results.append(outputs_of(config, Padded(ranks), 3, params, prompt))
         finally:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .failed_capture import end_capture
 from .plan import RankPlan
 from .static_step import Answer, StaticStep, StepShape
 
@@ -88,6 +89,7 @@ class StepGraphs:
                 step.run()
         except Exception as error:  # CUDA's, torch's or the model's own
             torch.cuda.set_stream(present)  # torch leaves the one that it captured on
+            end_capture(self._pool)
             self._pool = None
             logger.warning("steps of %s are launched operation by operation: %s", step.shape.bucket, error)
             return None
