@@ -209,7 +209,7 @@ def tune(shape: LayerShape, device: torch.device, seed: int) -> None:
     from ..workers.gpu_experts import fused
     from .expert_layers import gate_of, module_of, stored
 
-    up, down, gate = fused(module_of(shape, device)).args  # type: ignore[attr-defined]
+    up, down, gate = fused(module_of(shape, device)).args
     _tune_layer(shape, up, down, gate, device, seed)
     if shape.stored_as is not None:
         _tune_layer(shape, *stored(shape, device), gate_of(shape), device, seed)

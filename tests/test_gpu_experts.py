@@ -76,7 +76,7 @@ def layer(shape: LayerShape, device: torch.device, *, as_stored: bool) -> tuple[
 
     if as_stored:
         return *stored(shape, device), gate_of(shape)
-    return fused(module_of(shape, device)).args  # type: ignore[attr-defined]
+    return fused(module_of(shape, device)).args
 
 
 CASES = [(shape, as_stored) for shape in MODELS for as_stored in (False, True) if shape.stored_as or not as_stored]

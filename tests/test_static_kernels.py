@@ -19,6 +19,7 @@ from penstock.kernels.device import triton_on
 from penstock.router.expert_budget import ExpertBudget
 from penstock.router.topk import RouterSeam
 from penstock.workers.gpu_routing import known_router, knows
+from penstock.workers.load_counter import LoadCounter
 from penstock.workers.plan import RankPlan
 from penstock.workers.runner import ModelRunner
 from penstock.workers.sampler import accept
@@ -264,6 +265,19 @@ def test_a_block_of_experts_is_a_handful_of_launches(
     assert found["step"]["triton.walk"] == found["step"]["triton.move"] == 1
     before = step_launches.count(blind_runner, budget, num_ranks, kernels=False).operations
     assert sum(before["experts"].values()) > (1 if budget is None else 3) * sum(found["experts"].values())
+
+
+def test_counting_what_experts_do_is_one_launch_more(
+    blind_runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing for the host to wait for: no tensor of the step has numbers."""
+    num_layers = len(blind_runner.experts.shards)
+    before = step_launches.count(blind_runner, None, 8, kernels=True).operations["experts"]
+    with triton_on("meta"):
+        counter = LoadCounter(num_layers, blind_runner.experts.num_experts, torch.device("meta"))
+    monkeypatch.setattr(blind_runner.experts, "_loads", counter)
+    found = step_launches.count(blind_runner, None, 8, kernels=True).operations["experts"]
+    assert found - before == {"triton.count_loads": num_layers}
 
 
 @pytest.fixture(scope="module")
