@@ -26,7 +26,7 @@ from penstock.workers.runner import ModelRunner
 
 from .quantized_checkpoints import fp8_of
 from .test_static_step import BLOCK, STEPS, padded, prompts
-from .tiny_engine import GREEDY, config_of, generate
+from .tiny_engine import GREEDY, config_of, controller_of, generate
 
 not_on_a_gpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="there `-m gpu` tests run the kernels as they are")
 
@@ -164,22 +164,26 @@ def test_replayed_steps_go_on_while_experts_move(checkpoint: Callable[[str], Pat
     directory = fp8_of(checkpoint("qwen3_moe"), tmp_path, (8, 16))[0]
     config = config_of(
         directory, 2, enable_eplb=True, num_redundant_experts=2, eplb_window_size=4, eplb_step_interval=4,
-        eplb_bytes_per_step=4000, max_num_batched_tokens=24, max_num_seqs=8,
+        eplb_bytes_per_step=5000, max_num_batched_tokens=24, max_num_seqs=8,
     )  # fmt: skip
-    params, texts = replace(GREEDY, max_tokens=16), [[9, 9, 9], [5, 17, 60]]
+    params, texts = replace(GREEDY, max_tokens=12), [[9, 9, 9], [5, 17, 60]]
     report = tmp_path / "said"
     ranks = Ranks(config, report)
+
+    def tokens(config: EngineConfig) -> list[list[int]]:
+        return generate(Engine(config, ranks, controller=controller_of(0)), texts, params)
+
     try:
-        expected = generate(Engine(replace(config, eplb_step_interval=1 << 30), ranks), texts, params)
+        expected = tokens(replace(config, eplb_step_interval=1 << 30))
         start, before = len(ranks.plans), ranks.placed
-        assert generate(Engine(config, ranks), texts, params) == expected
+        assert tokens(config) == expected
         plans, results = ranks.plans[start:], ranks.results[start:]
     finally:
         ranks.close()
     parts = [plan.ranks[0].rebalance for plan in plans]
     switched = [number for number, part in enumerate(parts) if part.changes]
     assert len(switched) > 1
-    assert switched[-1] < len(parts) - 3, "tokens come before, while and after experts move"
+    assert switched[-1] < len(parts) - 2, "tokens come before, while and after experts move"
     assert ranks.placed.placement != before.placement
     # Moves are one more collective of a step, which is replayed all the same
     numbers: dict[tuple[object, bool], set[tuple[int, int]]] = {}
