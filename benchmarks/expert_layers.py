@@ -81,7 +81,7 @@ def parts_of(shape: LayerShape, device: torch.device, *, as_stored: bool) -> tup
 
     if as_stored:
         return *stored(shape, device), gate_of(shape)
-    return fused(module_of(shape, device)).args  # type: ignore[attr-defined]
+    return fused(module_of(shape, device)).args
 
 
 def gate_of(shape: LayerShape) -> Gate:

@@ -109,7 +109,7 @@ def plain_layers(shape: LayerShape, device: torch.device, cache_bytes: int) -> L
     from .expert_layers import module_of
 
     first = module_of(shape, device)
-    expected = partial(_compute, grouped_experts_reference, fused(first).args)  # type: ignore[attr-defined]
+    expected = partial(_compute, grouped_experts_reference, fused(first).args)
     expert_bytes = sum(parameter.nbytes for parameter in first.parameters()) / shape.num_experts
     number = num_layers(shape.top_k * expert_bytes, cache_bytes)
     of_layers = [implementations(module) for module in (first, *(module_of(shape, device) for _ in range(number - 1)))]

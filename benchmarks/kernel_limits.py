@@ -73,7 +73,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _experts(kind: str, num_rows: int, dtype: torch.dtype) -> Case:
+def _experts(kind: str, num_rows: int, dtype: torch.dtype, *, moves: bool = False) -> Case:
     from ..kernels.expert_weights import ExpertWeights
     from ..kernels.grouped_experts import Gate, grouped_experts
 
@@ -101,9 +101,10 @@ def _experts(kind: str, num_rows: int, dtype: torch.dtype) -> Case:
             _meta(num_rows, hidden_size, dtype=dtype),
             _meta(num_rows, top_k),
             _meta(num_rows, top_k, dtype=torch.float32),
+            slots=_meta(num_experts, dtype=torch.int32) if moves else None,
         )
 
-    return f"{kind} {str(dtype).removeprefix('torch.')}, {num_rows} rows", call
+    return f"{kind} {str(dtype).removeprefix('torch.')}, {num_rows} rows{', in slots' * moves}", call
 
 
 def _route(model: str, name: str, score: str | None = None, *, owners: bool = False, **rules: Any) -> Case:
@@ -126,12 +127,14 @@ def _route(model: str, name: str, score: str | None = None, *, owners: bool = Fa
 
 
 def _pack() -> None:
+    from ..kernels.load_counts import count_loads
     from ..kernels.rank_packing import add_from_ranks, pack_for_ranks, unpack_from_ranks
 
     hidden, weights = _meta(8, 2048, dtype=torch.bfloat16), _meta(8, 8, dtype=torch.float32)
     packed = pack_for_ranks(hidden, _meta(8, 8), weights, _meta(129), _meta(129), _meta(8), 0)
     unpack_from_ranks(packed.rows, _meta(8), 0)
     add_from_ranks(_meta(8, 8, 2048, dtype=torch.bfloat16), packed.places)
+    count_loads(_meta(130), _meta(8, 8), _meta(64, 8), 16)
 
 
 def _choose() -> None:
@@ -153,6 +156,7 @@ def _cases(architecture: int, *, quick: bool) -> Iterator[Case]:
             for kind in ("plain", "transposed", "fp8", "mxfp4"):
                 yield _experts(kind, num_rows, bf16)
             yield _experts("plain", num_rows, f32)
+        yield _experts("plain", 8, bf16, moves=True)
     if architecture == 90 or not quick:
         for model in ("Qwen3", "DeepSeek-V3") if quick else ("Qwen3", "DeepSeek-V2", "DeepSeek-V3"):
             yield _route(model, "without a budget")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
 from penstock.workers.process_group import anything_twice, open_store
@@ -43,6 +44,30 @@ def test_tokens_are_the_same_by_way_of_the_host(
     assert found[0] == found[1]
 
 
+@pytest.mark.distributed
+def test_experts_move_by_way_of_the_host(
+    checkpoint: Callable[[str], Path], process_ranks: type[ProcessRanks]
+) -> None:
+    config = moving(config_of(checkpoint("qwen3_moe"), 2))
+    ranks = process_ranks(config, (sys.executable, str(Path(__file__).with_name("staging_rank.py"))))
+    try:
+        expected = generate(Engine(replace(config, eplb_step_interval=1 << 30), ranks), PROMPTS, SAMPLING)
+        before = ranks.placed
+        assert generate(Engine(config, ranks), PROMPTS, SAMPLING) == expected
+        assert before is not None
+        assert ranks.placed is not None
+        assert ranks.placed.placement != before.placement
+    finally:
+        ranks.close()
+
+
+def moving(config: EngineConfig) -> EngineConfig:
+    """Have experts move at once, all in one step."""
+    batch = {"max_num_batched_tokens": 24, "max_num_seqs": 8}
+    eplb = {"num_redundant_experts": 2, "eplb_window_size": 1, "eplb_step_interval": 1, "eplb_bytes_per_step": 1 << 20}
+    return replace(config, enable_eplb=True, **eplb, **batch)
+
+
 @pytest.mark.parametrize(("devices", "expected"), [(["a", "b", "c"], False), (["a", "b", "a"], True)])
 def test_all_ranks_hear_whether_any_share_a_device(devices: list[str], expected: bool) -> None:
     store, address = open_store("127.0.0.1")
@@ -64,9 +89,14 @@ def test_all_ranks_hear_whether_any_share_a_device(devices: list[str], expected:
 @pytest.mark.gpu
 @pytest.mark.distributed
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_two_ranks_share_a_gpu(checkpoint: Callable[[str], Path], process_ranks: type[ProcessRanks]) -> None:
+@pytest.mark.parametrize("moves", [False, True])
+def test_two_ranks_share_a_gpu(
+    checkpoint: Callable[[str], Path], process_ranks: type[ProcessRanks], moves: bool
+) -> None:
     alone = replace(config_of(checkpoint("qwen3_moe")), device="cuda")
     config = replace(alone, expert_parallel_size=2)
+    if moves:
+        config = moving(config)
     ranks = process_ranks(config)
     try:
         found = generate(Engine(config, ranks), PROMPTS, SAMPLING)

@@ -41,6 +41,7 @@ def test_kernels_compile_without_spills_for_three_architectures(tmp_path: Path) 
         "pack",
         "unpack",
         "add",
+        "count_loads",
         "best_of_part",
         "walk",
         "move",

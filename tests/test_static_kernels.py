@@ -18,6 +18,7 @@ from penstock.benchmarks import step_launches  # isort: skip
 from penstock.kernels.device import triton_on
 from penstock.router.expert_budget import ExpertBudget
 from penstock.workers.gpu_routing import knows
+from penstock.workers.load_counter import LoadCounter
 from penstock.workers.plan import RankPlan
 from penstock.workers.runner import ModelRunner
 from penstock.workers.sampler import accept
@@ -194,6 +195,19 @@ def test_groups_of_experts_take_no_launch_of_their_own(tmp_path: Path) -> None:
         found = step_launches.count(runner, budget, 1, kernels=True).operations["experts"]
         assert found["triton.route"] == len(runner.experts.shards)
         assert not found.keys() & {"aten.topk", "aten.sort", "aten.sigmoid", "aten.scatter"}
+
+
+def test_counting_what_experts_do_is_one_launch_more(
+    blind_runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing for the host to wait for: no tensor of the step has numbers."""
+    num_layers = len(blind_runner.experts.shards)
+    before = step_launches.count(blind_runner, None, 8, kernels=True).operations["experts"]
+    with triton_on("meta"):
+        counter = LoadCounter(num_layers, blind_runner.experts.num_experts, torch.device("meta"))
+    monkeypatch.setattr(blind_runner.experts, "_loads", counter)
+    found = step_launches.count(blind_runner, None, 8, kernels=True).operations["experts"]
+    assert found - before == {"triton.count_loads": num_layers}
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,20 @@ class Collectives:
         into, out = (None if counts is None else list(counts) for counts in (received, sent))
         self._run(lambda to, of: dist.all_to_all_single(to, of, into, out, group=self.group), inbox, message)
 
+    def begin_all_to_all(
+        self, message: torch.Tensor, received: list[int], sent: list[int]
+    ) -> tuple[torch.Tensor, dist.Work]:
+        """Begin to send so many numbers of ``message`` to each rank; return where theirs arrive, and what waits for it.
+
+        That may be the host's memory.
+        """
+        if self.through_host:
+            message = message.cpu()
+        inbox = message.new_empty(sum(received))
+        work = dist.all_to_all_single(inbox, message, received, sent, group=self.group, async_op=True)
+        assert work is not None, "the rank is in the group"
+        return inbox, work
+
     def all_reduce(self, numbers: torch.Tensor) -> None:
         """Sum ``numbers`` over all ranks."""
         self._run(lambda into, _: dist.all_reduce(into, group=self.group), numbers, numbers)

@@ -32,7 +32,7 @@ class PaddedSteps:
     """All of one rank, whose ``forward`` computes rows that are laid out, over pools that have been allocated.
 
     ``opaque``: routers and experts, which no compiler is to look into. ``layers``: where budgets take experts to be,
-    which may change between steps.
+    which may change between steps, in place.
     """
 
     def __init__(

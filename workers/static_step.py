@@ -20,7 +20,7 @@ from ..router.budgeted_choice import LayerRanks
 from ..router.budgeted_selection import BudgetedSelection
 from ..router.expert_budget import ExpertBudget
 from .computed_step import ComputedStep
-from .dispatch import CollectiveLog
+from .dispatch import CollectiveLog, both_crcs
 from .expert_parallel import ExpertParallel
 from .gpu_routing import LaunchedRouting, launched_routings
 from .known_routers import KnownRouter
@@ -147,10 +147,18 @@ class StaticStep:
         """The same on the host."""
         self._known: tuple[list[int], int, int] = ([], 0, 0)
         """Wire bytes per layer, number and checksum of collectives: the same whenever it runs."""
+        self._before = (0, 0)
+        """Number and checksum of the collectives that preceded it: moves of experts."""
 
     def fill(self, plan: RankPlan, tables: Mapping[int, np.ndarray]) -> None:
         """Write a step of this shape; the one before has been answered."""
+        self._before = self._log.num_collectives, self._log.crc
         self.rows.fill(plan, tables)
+
+    def rehearse(self) -> None:
+        """Run as the step will, for what libraries and compilers do in first runs: it writes what the step will."""
+        with self._experts.uncounted():
+            self.run()
 
     def run(self) -> None:
         """Compute the step that `rows` hold; what a graph captures."""
@@ -236,5 +244,6 @@ class StaticStep:
             rows_sent.tolist(),
             self._known[0],
             kept.reshape(-1, bucket.num_requests, bucket.num_rows),
-            *self._known[1:],
+            self._before[0] + self._known[1],
+            both_crcs(self._before[1], self._known[2]),
         )

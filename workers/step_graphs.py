@@ -79,7 +79,7 @@ class StepGraphs:
         stream.wait_stream(present)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                step.run()
+                step.rehearse()
         present.wait_stream(stream)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
