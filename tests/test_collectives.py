@@ -45,9 +45,7 @@ def test_tokens_are_the_same_by_way_of_the_host(
 
 
 @pytest.mark.distributed
-def test_experts_move_by_way_of_the_host(
-    checkpoint: Callable[[str], Path], process_ranks: type[ProcessRanks]
-) -> None:
+def test_experts_move_by_way_of_the_host(checkpoint: Callable[[str], Path], process_ranks: type[ProcessRanks]) -> None:
     config = moving(config_of(checkpoint("qwen3_moe"), 2))
     ranks = process_ranks(config, (sys.executable, str(Path(__file__).with_name("staging_rank.py"))))
     try:

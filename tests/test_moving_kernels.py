@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from .triton_device import DEVICE
 
 from penstock.cluster.config import EngineConfig  # isort: skip
 from penstock.cluster.engine.engine import Engine
-from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.kernels.device import triton_on
 from penstock.router.expert_budget import ExpertBudget
 from penstock.router.placement import PlacementVersion, contiguous
@@ -27,6 +27,9 @@ from penstock.workers.runner import ModelRunner
 from .quantized_checkpoints import fp8_of
 from .test_static_step import BLOCK, STEPS, padded, prompts
 from .tiny_engine import GREEDY, config_of, controller_of, generate
+
+if TYPE_CHECKING:
+    from penstock.cluster.transport.process_ranks import ProcessRanks
 
 not_on_a_gpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="there `-m gpu` tests run the kernels as they are")
 
@@ -140,27 +143,33 @@ def test_a_graph_serves_both_placements(checkpoint: Callable[[str], Path], model
 # --- two ranks --------------------------------------------------------------------------------------------------------
 
 
-class Ranks(ProcessRanks):
-    """Ranks that pad small steps, what they were told and what they said."""
+@pytest.fixture
+def watched_ranks(process_ranks: type[ProcessRanks]) -> type[ProcessRanks]:
+    class Watched(process_ranks):
+        """Ranks that pad small steps, what they were told and what they said."""
 
-    def __init__(self, config: EngineConfig, report: Path) -> None:
-        super().__init__(config, [sys.executable, str(Path(__file__).with_name("replaying_rank.py")), str(report)])
-        self.infos = [replace(info, replays_graphs=True) for info in self.infos]
-        self.plans: list[StepPlan] = []
-        self.results: list[StepResult] = []
+        def __init__(self, config: EngineConfig, report: Path) -> None:
+            super().__init__(config, [sys.executable, str(Path(__file__).with_name("replaying_rank.py")), str(report)])
+            self.infos = [replace(info, replays_graphs=True) for info in self.infos]
+            self.plans: list[StepPlan] = []
+            self.results: list[StepResult] = []
 
-    def submit(self, plan: StepPlan) -> None:
-        self.plans.append(plan)
-        super().submit(plan)
+        def submit(self, plan: StepPlan) -> None:
+            self.plans.append(plan)
+            super().submit(plan)
 
-    def collect(self, plan: StepPlan) -> StepResult:
-        self.results.append(super().collect(plan))
-        return self.results[-1]
+        def collect(self, plan: StepPlan) -> StepResult:
+            self.results.append(super().collect(plan))
+            return self.results[-1]
+
+    return Watched
 
 
 @not_on_a_gpu
 @pytest.mark.distributed
-def test_replayed_steps_go_on_while_experts_move(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_replayed_steps_go_on_while_experts_move(
+    checkpoint: Callable[[str], Path], watched_ranks: type[ProcessRanks], tmp_path: Path
+) -> None:
     directory = fp8_of(checkpoint("qwen3_moe"), tmp_path, (8, 16))[0]
     config = config_of(
         directory, 2, enable_eplb=True, num_redundant_experts=2, eplb_window_size=4, eplb_step_interval=4,
@@ -168,7 +177,7 @@ def test_replayed_steps_go_on_while_experts_move(checkpoint: Callable[[str], Pat
     )  # fmt: skip
     params, texts = replace(GREEDY, max_tokens=12), [[9, 9, 9], [5, 17, 60]]
     report = tmp_path / "said"
-    ranks = Ranks(config, report)
+    ranks = watched_ranks(config, report)
 
     def tokens(config: EngineConfig) -> list[list[int]]:
         return generate(Engine(config, ranks, controller=controller_of(0)), texts, params)
