@@ -18,6 +18,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from ..workers.context_pages import ContextPages
+from ..workers.latent_attention import Absorbed
 from ..workers.page_attention import attend
 from .absent_gpu import ARCHITECTURE, AbsentGpu
 from .harness import Measurement, Options, Row, Target, run
@@ -39,6 +40,9 @@ class Heads(NamedTuple):
     value_width: int
     dtype: torch.dtype = torch.bfloat16
     sinks: bool = False
+    latent_width: int = 0
+    """Of latent attention; the rest of a key is kept beside it."""
+    position_width: int = 64
 
 
 _HEADS = (
@@ -52,12 +56,17 @@ _HEADS = (
     Heads("Qwen3-30B-A3B", 32, 4, 128, 128, dtype=torch.float32),
     Heads("heads of 256", 64, 4, 256, 256, dtype=torch.float32),
     Heads("heads of 512", 16, 2, 512, 512),
+    Heads("DeepSeek-V2-Lite", 16, 1, 192, 128, latent_width=512),
+    Heads("DeepSeek-V3", 128, 1, 192, 128, latent_width=512),
+    Heads("GLM-4.7-Flash", 20, 1, 256, 256, latent_width=512),
+    Heads("DeepSeek-V2-Lite", 16, 1, 192, 128, dtype=torch.float32, latent_width=512),
 )
 SMALL = {
     "decoding": Heads("small, decoding", 4, 2, 16, 16, torch.float32, sinks=True),
     "general": Heads("small, general", 3, 1, 16, 16, torch.float32, sinks=True),
+    "latent": Heads("small, latent", 4, 1, 16, 12, torch.float32, sinks=True, latent_width=16, position_width=8),
 }
-"""Of each of torch's two kernels, what can be interpreted."""
+"""Of each of torch's two kernels, and of latents, what can be interpreted."""
 
 
 def _cases(*, quick: bool) -> Iterator[tuple[Heads, int, int]]:
@@ -66,8 +75,9 @@ def _cases(*, quick: bool) -> Iterator[tuple[Heads, int, int]]:
         yield _HEADS[1], 8, 16
         yield _HEADS[3], 1, 16
         yield _HEADS[8], 8, 64
-        yield SMALL["decoding"], 4, 16
-        yield SMALL["general"], 4, 16
+        yield _HEADS[11], 8, 16
+        for heads in SMALL.values():
+            yield heads, 4, 16
         return
     for heads in _HEADS:
         for num_rows in (1, 2, 4, 8):
@@ -91,12 +101,19 @@ def _attend(heads: Heads, num_rows: int, block_size: int) -> torch.Tensor:
             most_blocks=WIDEST,
         )
         query = states(REQUESTS, num_rows, heads.num_heads, heads.key_width).transpose(1, 2)
-        keys, values = (
-            states(POOL_BLOCKS * block_size, heads.num_kv_heads, width).transpose(0, 1).unsqueeze(0)
-            for width in (heads.key_width, heads.value_width)
-        )
+        slots = POOL_BLOCKS * block_size
         sinks = states(heads.num_heads) if heads.sinks else None
-        return attend(query, keys, values, pages.mask(None), sinks, heads.key_width**-0.5)
+        absorbed = None
+        if heads.latent_width:
+            both = states(slots, 1, heads.latent_width + heads.position_width)
+            pools = both, both.narrow(2, 0, heads.latent_width)
+            widths = heads.key_width - heads.position_width, heads.value_width
+            weight = states(heads.num_heads, sum(widths), heads.latent_width)
+            absorbed = Absorbed(*weight.split(widths, dim=1))
+        else:
+            pools = tuple(states(slots, heads.num_kv_heads, width) for width in (heads.key_width, heads.value_width))
+        keys, values = (pool.transpose(0, 1).unsqueeze(0) for pool in pools)
+        return attend(query, keys, values, pages.mask(None), sinks, heads.key_width**-0.5, absorbed)
 
 
 def measure(options: Options) -> Measurement:

@@ -23,6 +23,7 @@ from penstock.workers import page_attention
 from penstock.workers.attention import attend_with_sinks
 from penstock.workers.context_pages import ContextPages
 from penstock.workers.kv_cache import PagedKVCache
+from penstock.workers.latent_attention import Absorbed, into_latents, out_of_latents
 from penstock.workers.page_attention import attend, attend_with, kernel_options, objection
 from penstock.workers.plan import Bucket, RankPlan, RequestPlan
 from penstock.workers.rows import context_slots
@@ -35,6 +36,8 @@ from .test_static_step import runner_of as make
 from .tiny_engine import GREEDY, config_of
 
 WINDOW = 12
+KEPT = ("qwen3_moe", "gpt_oss", "mimo_v2_flash", "gemma4_text")
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "axk1")
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +53,16 @@ def attend_by_blocks(
     mask: BlockMask,
     sinks: torch.Tensor | None,
     scaling: float | None,
+    absorbed: Absorbed | None = None,
 ) -> torch.Tensor:
     """`page_attention.attend` as kernels compute it: what is not in a listed block is not read.
 
     Uncompiled flex_attention never looks at the lists: it computes all scores, and hides.
     """
+    if absorbed is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        latents = attend_by_blocks(into_latents(query, absorbed), keys, values, mask, sinks, scaling)
+        return out_of_latents(latents, absorbed)
     output = query.new_zeros(*query.shape[:-1], values.shape[-1])
     rows = torch.arange(query.shape[2])[:, None]
     for r, number in enumerate(mask.kv_num_blocks[:, 0, 0].tolist()):
@@ -79,6 +87,8 @@ def runner_for(checkpoint: Callable[[str], Path]) -> Callable[[str], ModelRunner
         if model_type not in made:
             made[model_type] = make(checkpoint(model_type))
             made[model_type].padded.objection = ""
+            made[model_type].padded.choose_attention()
+            assert made[model_type].padded.objection == ""
         return made[model_type]
 
     return get
@@ -96,7 +106,7 @@ def forget_the_rest(runner: ModelRunner, requests: list[RequestPlan]) -> None:
 
 @pytest.mark.parametrize("budget", [None, "experts=4,scope=request"])
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mimo_v2_flash", "gemma4_text"])
+@pytest.mark.parametrize("model_type", [*KEPT, *LATENT])
 def test_a_step_over_pages_is_the_step(
     runner_for: Callable[[str], ModelRunner],
     monkeypatch: pytest.MonkeyPatch,
