@@ -125,7 +125,8 @@ def measure(options: Options) -> Measurement:
             kernels = gpu.kernels(partial(_attend, heads, num_rows, block_size))
             if options.given.sources is not None:
                 name = f"{heads.model}, {num_rows} rows, blocks of {block_size}.py"
-                (options.given.sources / name).write_text(kernels[0].source, encoding="utf-8")
+                attends = next(kernel for kernel in kernels if "triton_tem" in kernel.name)
+                (options.given.sources / name).write_text(attends.source, encoding="utf-8")
             for kernel in kernels:
                 registers, spilled = resources(kernel.compiled)
                 rows.append(
@@ -146,10 +147,13 @@ def measure(options: Options) -> Measurement:
     finally:
         gpu.close()
     spilled_bytes = max(int(row["spilled_bytes"] or 0) for row in rows)
-    shared_bytes = max(int(row["shared_bytes"] or 0) for row in rows)
+    latent = {heads.model for heads in (*_HEADS, *SMALL.values()) if heads.latent_width}
+    shared_bytes = max(int(row["shared_bytes"] or 0) for row in rows if row["model"] not in latent)
+    shared_by_latents = max(int(row["shared_bytes"] or 0) for row in rows if row["model"] in latent)
     targets = [
         Target("bytes spilled by any kernel", spilled_bytes, at_most=0),
-        Target("bytes of shared memory of any kernel", shared_bytes, at_most=99 << 10),
+        Target("bytes of shared memory of any kernel, but of latents'", shared_bytes, at_most=99 << 10),
+        Target("bytes of shared memory of any kernel of latents'", shared_by_latents, at_most=227 << 10),
     ]
     return Measurement(rows, targets, "as named", 1)
 

@@ -208,10 +208,10 @@ def latent_options(
 ) -> dict[str, int]:
     """Return how flex_attention's decoding kernel is cut for latents, which all heads attend to, in groups of them.
 
-    It rounds a latent of 512 numbers with its position's 64 up to 1024, and loads those that there are. Programs of 16
-    rows leave room for two on a processor; of 32, they read latents half as often, from a cache as a rule. The
-    number of parts of a context, of which each program stores f32 sums, is chosen so that programs fill the
-    processors once; torch's own choice is blind to how many tiles of rows there are, and stores up to 16 times as much.
+    It rounds a latent of 512 numbers with its position's 64 up to 1024, of which it reads those that there are. A
+    program of 16 rows leaves room for another on its processor; of 32, latents are read half as often, from the cache
+    between processors as a rule. A context is cut into as many parts as fill the processors once, since each program
+    stores its sums in f32. torch cuts without regard to tiles of rows: 8 times as finely for 8 rows of 16 heads.
     """
     group_size = gcd(num_heads, _LATENT_HEADS)
     slots = min(block_size & -block_size, _MOST_SLOT_BYTES // itemsize)
