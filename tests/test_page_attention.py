@@ -137,11 +137,14 @@ def test_a_step_over_pages_is_the_step(
     assert runner.step(padded(plan, runner)).token_ids == runner.step(plan).token_ids
 
 
-def test_an_engine_publishes_the_same_tokens(checkpoint: Callable[[str], Path]) -> None:
-    config = config_of(checkpoint("gpt_oss"))
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3"])
+def test_an_engine_publishes_the_same_tokens(checkpoint: Callable[[str], Path], model_type: str) -> None:
+    config = config_of(checkpoint(model_type))
     runner = make_runner(config, 0)
     ranks = LocalRanks(runner)
     runner.padded.objection = ""
+    runner.padded.choose_attention()
+    assert runner.padded.objection == ""
     expected, _ = outputs_of(config, ranks, 3, GREEDY)
     found, watched = outputs_of(config, Padded(ranks), 3, GREEDY)
     assert found == expected
@@ -241,11 +244,12 @@ def test_what_the_kernels_cannot_read_is_gathered(checkpoint: Callable[[str], Pa
     large = cache_of(128, 256, torch.bfloat16)
     large.allocate(1 << 34, torch.device("meta"))
     assert "32 bits" in objection(large, cuda)
-    latent = make(checkpoint("deepseek_v3"))
-    assert latent.padded.objection
-    assert "makes keys and values" in objection(latent.cache, cuda)
-    for model_type in ("qwen3_moe", "gpt_oss", "mimo_v2_flash", "gemma4_text"):
+    for model_type in KEPT:
         assert make(checkpoint(model_type)).cache.attends_to_what_it_keeps
+    expanding = cache_of(2, 16)
+    expanding.attends_to_what_it_keeps = False
+    expanding.allocate(1 << 20, torch.device("meta"))
+    assert "makes keys and values" in objection(expanding, cuda)
 
 
 def test_the_choice_is_logged_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
