@@ -103,7 +103,8 @@ def _attend(heads: Heads, num_rows: int, block_size: int) -> torch.Tensor:
         query = states(REQUESTS, num_rows, heads.num_heads, heads.key_width).transpose(1, 2)
         slots = POOL_BLOCKS * block_size
         sinks = states(heads.num_heads) if heads.sinks else None
-        absorbed = None
+        absorbed: Absorbed | None = None
+        pools: tuple[torch.Tensor, ...]
         if heads.latent_width:
             both = states(slots, 1, heads.latent_width + heads.position_width)
             pools = both, both.narrow(2, 0, heads.latent_width)

@@ -176,6 +176,22 @@ def test_latents_lie_beside_their_positions_and_count_once(checkpoint: Callable[
     assert sum(states.nbytes for states in cache.pools) == (cache.num_blocks + 1) * cache.block_bytes
 
 
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("model_type", LATENT)
+def test_replayed_steps_attend_to_latents(checkpoint: Callable[[str], Path], model_type: str) -> None:
+    runner = ModelRunner(
+        model=str(checkpoint(model_type)), device="cuda", block_size=16, max_model_len=64, kv_cache_bytes=1 << 20
+    )
+    assert runner.padded.objection == ""
+    for _ in range(2):
+        expected, found = logits_of(runner)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,9 +233,16 @@ def test_scores_are_scaled_by_the_width_of_queries() -> None:
 def test_kernels_are_cut_into_what_processors_hold() -> None:
     h100, small = page_attention._Gpu(132, 227 << 10), page_attention._Gpu(84, 99 << 10)
     shapes = product(
-        (h100, small), (1, 4, 64), (1, 2, 4, 8), (16, 20, 64, 128), (16, 48, 64), (2, 4), ((576, 512), (24, 16))
+        (h100, small),
+        (1, 4, 64),
+        (1, 2, 4, 8),
+        (16, 20, 64, 128),
+        (16, 48, 64),
+        (8, 1024),
+        (2, 4),
+        ((576, 512), (24, 16)),
     )
-    for gpu, num_requests, num_rows, num_heads, block_size, itemsize, widths in shapes:
+    for gpu, num_requests, num_rows, num_heads, block_size, most_blocks, itemsize, widths in shapes:
         if gpu is small and itemsize == 4 and widths == (576, 512):
             continue
         options = latent_options(
@@ -227,6 +250,7 @@ def test_kernels_are_cut_into_what_processors_hold() -> None:
             num_rows=num_rows,
             num_heads=num_heads,
             block_size=block_size,
+            most_blocks=most_blocks,
             widths=widths,
             itemsize=itemsize,
             gpu=gpu,
@@ -238,7 +262,10 @@ def test_kernels_are_cut_into_what_processors_hold() -> None:
         assert rows == 16 or (rows == 32 and num_rows * group_size > 16)
         assert page_attention._latent_bytes(rows, slots, widths, itemsize) <= gpu.shared_bytes
         programs = num_requests * num_heads // group_size * -(-num_rows * group_size // rows) * options["SPLIT_KV"]
-        assert options["SPLIT_KV"] == 1 or gpu.processors / 2 < programs <= gpu.processors
+        num_parts = options["SPLIT_KV"]
+        assert num_parts == 1 or programs <= gpu.processors
+        assert num_parts == 1 or most_blocks * block_size // num_parts >= 64
+        assert num_parts == most_blocks * block_size // 64 or programs > gpu.processors / 2
 
 
 def test_a_gpu_without_room_for_a_tile_gathers(monkeypatch: pytest.MonkeyPatch) -> None:

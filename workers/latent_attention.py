@@ -55,11 +55,10 @@ def out_of_latents(output: torch.Tensor, absorbed: Absorbed) -> torch.Tensor:
 
 def absorb(module: nn.Module, latent_width: int, position_width: int) -> Absorbed | None:
     """Return the weight by which ``module.expand_kv`` makes keys and values; None if that is not what it does."""
-    kind = next(module.parameters()).dtype
-    latents, positions = (_random(_PROBES, width).to(kind) for width in (latent_width, position_width))
-    device = next(module.parameters()).device
-    latents, positions = latents.to(device), positions.to(device)
-    keys, values = module.expand_kv(latents, positions)
+    like = next(module.parameters())
+    latents, positions = (_random(_PROBES, width).to(like) for width in (latent_width, position_width))
+    expand: Any = module.expand_kv
+    keys, values = expand(latents, positions)
     if keys.shape[:-1] != values.shape[:-1]:
         return None
     num_heads, key_width, value_width = keys.shape[1], keys.shape[-1] - position_width, values.shape[-1]
@@ -69,7 +68,7 @@ def absorb(module: nn.Module, latent_width: int, position_width: int) -> Absorbe
             continue
         absorbed = Absorbed(*child.weight.unflatten(0, (num_heads, -1)).split([key_width, value_width], dim=1))
         wide = latents.float()
-        expected = [torch.einsum("bzsc,hdc->bhsd", wide, part.float()).to(kind) for part in absorbed]
+        expected = [torch.einsum("bzsc,hdc->bhsd", wide, part.float()).to(like) for part in absorbed]
         expected[0] = torch.cat([expected[0], positions.expand(-1, num_heads, -1, -1)], dim=-1)
         if all(_is_close(*pair) for pair in zip((keys, values), expected, strict=True)):
             return absorbed
@@ -123,7 +122,7 @@ class LatentLayers:
             for module in self._absorbed:
                 del module.expand_kv, module.penstock_absorbed
 
-    def prove(self, forward: Callable[[PackedRows], torch.Tensor], gathered: PackedRows, in_place: PackedRows) -> None:
+    def prove(self, forward: Callable[..., object], gathered: PackedRows, in_place: PackedRows) -> None:
         """Run the layers over ``gathered`` contexts and again ``in_place``; raise ``ValueError`` if two differ.
 
         The rows are the same, and what they read of the pool is overwritten.

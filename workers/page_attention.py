@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
@@ -31,6 +31,8 @@ _SHARED_SLACK = 2 << 10
 """For what is put beside tiles."""
 _LATENT_HEADS = 16
 """Most heads of latent attention that share a program's rows: more of them have programs of their own."""
+_LEAST_PART = 64
+"""Slots that a program reads of the longest context: about as many bytes as its sums, which are stored and read."""
 _SHAPES = 256
 """Most that are compiled, more than torch thinks healthy; one more is an error."""
 
@@ -96,6 +98,7 @@ def attend(
             num_rows=query.shape[2],
             num_heads=query.shape[1],
             block_size=mask.BLOCK_SIZE[1],
+            most_blocks=mask.kv_indices.shape[-1],
             widths=widths,
             itemsize=itemsize,
             gpu=_Gpu.of(query.device),
@@ -192,7 +195,7 @@ class _Gpu(NamedTuple):
     def of(cls, device: torch.device) -> _Gpu:
         if device.type != "cuda" or not torch.cuda.is_available():  # where nothing is compiled
             return cls(1, _SHARED_BYTES)
-        found = torch.cuda.get_device_properties(device)
+        found: Any = torch.cuda.get_device_properties(device)
         return cls(found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
@@ -202,16 +205,18 @@ def latent_options(
     num_rows: int,
     num_heads: int,
     block_size: int,
+    most_blocks: int,
     widths: tuple[int, int],
     itemsize: int,
     gpu: _Gpu,
-) -> dict[str, int]:
+) -> FlexKernelOptions:
     """Return how flex_attention's decoding kernel is cut for latents, which all heads attend to, in groups of them.
 
     It rounds a latent of 512 numbers with its position's 64 up to 1024, of which it reads those that there are. A
     program of 16 rows leaves room for another on its processor; of 32, latents are read half as often, from the cache
-    between processors as a rule. A context is cut into as many parts as fill the processors once, since each program
-    stores its sums in f32. torch cuts without regard to tiles of rows: 8 times as finely for 8 rows of 16 heads.
+    between processors as a rule. A context is cut into as many parts as fill the processors once, but the longest of
+    ``most_blocks`` into none of fewer than 64 slots, since each program stores its sums in f32. torch cuts without
+    regard to tiles of rows: 8 times as finely for 8 rows of 16 heads.
     """
     group_size = gcd(num_heads, _LATENT_HEADS)
     slots = min(block_size & -block_size, _MOST_SLOT_BYTES // itemsize)
@@ -220,13 +225,17 @@ def latent_options(
     fits = _latent_bytes(2 * _TILE, slots, widths, itemsize) <= gpu.shared_bytes
     rows = 2 * _TILE if fits and num_rows * group_size > _TILE else _TILE
     num_programs = num_requests * (num_heads // group_size) * -(-num_rows * group_size // rows)
-    return {
+    num_parts = min(gpu.processors // num_programs, most_blocks * block_size // _LEAST_PART)
+    options = {
         "BLOCK_M": rows,
         "BLOCK_N": slots,
         "num_warps": rows // 4,
         "num_stages": 2,
-        "SPLIT_KV": max(1, gpu.processors // num_programs),
+        "SPLIT_KV": max(1, num_parts),
     }
+    return cast(
+        FlexKernelOptions, options
+    )  # which lacks the last: it is the kernel's, and not among what is documented
 
 
 def _latent_bytes(rows: int, slots: int, widths: tuple[int, int], itemsize: int) -> int:
