@@ -2,7 +2,8 @@
 
 `python -m penstock.benchmarks.attention_limits` compiles it as replayed steps call it, for the heads of real models,
 down to machine code, and launches nothing. It needs a build of torch without CUDA. ``--quick`` takes a few shapes;
-``--sources FOLDER`` writes there what torch generates, for each shape its kernel in Triton.
+``--sources FOLDER`` writes there what torch generates, for each shape its kernel in Triton. Rows with a ``tile`` are of
+latents cut in other ways, of rows x slots.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch._subclasses import FakeTensorMode
 
+from ..workers import page_attention
 from ..workers.context_pages import ContextPages
 from ..workers.latent_attention import Absorbed
 from ..workers.page_attention import attend
-from .absent_gpu import ARCHITECTURE, AbsentGpu
+from .absent_gpu import ARCHITECTURE, AbsentGpu, Kernel
 from .harness import Measurement, Options, Row, Target, run
 from .kernel_limits import resources
 
@@ -61,6 +64,25 @@ _HEADS = (
     Heads("GLM-4.7-Flash", 20, 1, 256, 256, latent_width=512),
     Heads("DeepSeek-V2-Lite", 16, 1, 192, 128, dtype=torch.float32, latent_width=512),
 )
+_LATENT = next(heads for heads in _HEADS if heads.latent_width)
+_TILES = tuple(
+    {"BLOCK_M": rows, "BLOCK_N": slots, "num_warps": warps, "num_stages": stages, "SPLIT_KV": 33}
+    for rows, slots, warps, stages in (
+        (16, 16, 4, 1),
+        (16, 16, 4, 2),
+        (16, 16, 8, 2),
+        (16, 16, 4, 3),
+        (16, 32, 4, 1),
+        (16, 32, 8, 2),
+        (32, 16, 8, 1),
+        (32, 16, 8, 2),
+        (32, 32, 8, 1),
+        (64, 16, 8, 1),
+        (64, 16, 8, 2),
+        (64, 32, 8, 1),
+    )
+)
+"""What latents could be cut into; `latent_options` chooses two of them."""
 SMALL = {
     "decoding": Heads("small, decoding", 4, 2, 16, 16, torch.float32, sinks=True),
     "general": Heads("small, general", 3, 1, 16, 16, torch.float32, sinks=True),
@@ -117,9 +139,27 @@ def _attend(heads: Heads, num_rows: int, block_size: int) -> torch.Tensor:
         return attend(query, keys, values, pages.mask(None), sinks, heads.key_width**-0.5, absorbed)
 
 
+def _row(heads: Heads, num_rows: int, block_size: int, kernel: Kernel) -> Row:
+    registers, spilled = resources(kernel.compiled)
+    return {
+        "architecture": f"sm_{ARCHITECTURE}",
+        "model": heads.model,
+        "dtype": str(heads.dtype).removeprefix("torch."),
+        "rows": num_rows,
+        "block_size": block_size,
+        "kernel": kernel.name,
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": kernel.compiled.metadata.shared,
+        "warps": kernel.compiled.metadata.num_warps,
+        "stages": kernel.compiled.metadata.num_stages,
+    }
+
+
 def measure(options: Options) -> Measurement:
     """Compile for Hopper."""
     rows: list[Row] = []
+    tried: list[Row] = []
     gpu = AbsentGpu()
     try:
         for heads, num_rows, block_size in _cases(quick=options.quick):
@@ -128,23 +168,13 @@ def measure(options: Options) -> Measurement:
                 name = f"{heads.model}, {num_rows} rows, blocks of {block_size}.py"
                 attends = next(kernel for kernel in kernels if "triton_tem" in kernel.name)
                 (options.given.sources / name).write_text(attends.source, encoding="utf-8")
-            for kernel in kernels:
-                registers, spilled = resources(kernel.compiled)
-                rows.append(
-                    {
-                        "architecture": f"sm_{ARCHITECTURE}",
-                        "model": heads.model,
-                        "dtype": str(heads.dtype).removeprefix("torch."),
-                        "rows": num_rows,
-                        "block_size": block_size,
-                        "kernel": kernel.name,
-                        "registers": registers,
-                        "spilled_bytes": spilled,
-                        "shared_bytes": kernel.compiled.metadata.shared,
-                        "warps": kernel.compiled.metadata.num_warps,
-                        "stages": kernel.compiled.metadata.num_stages,
-                    }
-                )
+            rows += [_row(heads, num_rows, block_size, kernel) for kernel in kernels]
+        for options_tried in () if options.quick else _TILES:
+            with patch.object(page_attention, "latent_options", lambda tile=options_tried, **_: tile):
+                kernels = gpu.kernels(partial(_attend, _LATENT, 4, 32))
+            attends = next(kernel for kernel in kernels if "triton_tem" in kernel.name)
+            tile = f"{options_tried['BLOCK_M']} x {options_tried['BLOCK_N']}"
+            tried.append({**_row(_LATENT, 4, 32, attends), "tile": tile})
     finally:
         gpu.close()
     spilled_bytes = max(int(row["spilled_bytes"] or 0) for row in rows)
@@ -156,7 +186,7 @@ def measure(options: Options) -> Measurement:
         Target("bytes of shared memory of any kernel, but of latents'", shared_bytes, at_most=99 << 10),
         Target("bytes of shared memory of any kernel of latents'", shared_by_latents, at_most=227 << 10),
     ]
-    return Measurement(rows, targets, "as named", 1)
+    return Measurement([*rows, *tried], targets, "as named", 1)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
