@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
-from penstock.workers import page_attention
+from penstock.workers import latent_attention, page_attention
 from penstock.workers import runner as runners
 from penstock.workers.kv_cache import PagedKVCache
 from penstock.workers.latent_attention import Absorbed, absorb
@@ -98,6 +98,18 @@ def test_in_bfloat16_it_differs_by_roundings(
     expected, found = (logits.float() for logits in logits_of(runner))
     assert not torch.equal(found, expected)
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_the_proof_has_room_for_roundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runners, "packs_weights", lambda *given: False)
+    monkeypatch.setattr(latent_attention, "_ROUNDINGS", 2)
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "initializer_range": 0.05}
+    widths = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    directory = saved(tmp_path, "deepseek_v3", **heads, **widths)
+    runner = ModelRunner(
+        model=str(directory), dtype="bfloat16", block_size=16, max_model_len=64, kv_cache_bytes=1 << 20
+    )
+    assert in_place(runner).padded.objection == ""
 
 
 # --- the proof -------------------------------------------------------------------------------------------------------
