@@ -336,6 +336,6 @@ def kv_token_bytes(config: Any, dtype: torch.dtype) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = max(width, getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0))
     values = max(width, getattr(config, "v_head_dim", None) or 0)
-    latent = getattr(config, "kv_lora_rank", None) or 0
-    numbers = max(heads * (keys + values), latent + keys)
+    latent = getattr(config, "kv_lora_rank", None)
+    numbers = latent + config.qk_rope_head_dim if latent else heads * (keys + values)
     return int(numbers * config.num_hidden_layers * dtype.itemsize)

@@ -176,6 +176,8 @@ def test_bytes_of_a_step_are_exact() -> None:
     assert found.kv == 2 * 2 * 8 * 4 * ((8 + 6) + (20 + 6))
     assert found.total == found.dense + found.experts + found.kv
     assert found.roofline_s(2.0) == pytest.approx(found.total / 2e9)
+    latent = ByteCounter(runner_of(tiny("deepseek_v2"))).of([2], [20, 6], num_rows=2)
+    assert latent.kv == layers * (16 + 8) * 4 * (20 + 6)
     tied = runner_of(tiny("gpt_oss", tie_word_embeddings=True))
     assert ByteCounter(tied).of([3, 5], [20, 6], 7).dense == dense, "the head is read as a whole"
 

@@ -137,8 +137,11 @@ def test_one_sequence_serves_changing_budgets(runner_for: Callable[[str], ModelR
     assert sum(read[2]) < sum(read[5]) < sum(read[8])
 
 
-def test_the_device_follows_a_tree_to_its_second_branch(runner_for: Callable[[str], ModelRunner]) -> None:
-    runner = runner_for("qwen3_moe")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_the_device_follows_a_tree_to_its_second_branch(
+    runner_for: Callable[[str], ModelRunner], model_type: str
+) -> None:
+    runner = runner_for(model_type)
     tree = replace(STEPS["mixed"][2], sampling=TokenSampling())
     tokens = list(tree.token_ids)
     for row, parent in ((2, 0), (4, 2)):  # drafts that are what the model chooses before them

@@ -171,6 +171,8 @@ def blind_runner(
     """
     monkeypatch.setattr(runners, "fuse_norms", lambda *given: None)  # a CPU's
     runner = runner_of(checkpoint(request.param))
+    if runner.cache.keeps_latents:
+        runner.padded._absorb_latents()
     for module in runner.model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -178,6 +180,7 @@ def blind_runner(
     runner.cache._pools = {
         layer: (keys.to("meta"), values.to("meta")) for layer, (keys, values) in runner.cache._pools.items()
     }
+    runner.cache._latents = {layer: both.to("meta") for layer, both in runner.cache._latents.items()}
     runner.device = runner.padded._device = torch.device("meta")
     runner.layers[:] = [LayerRanks(layer.owner.to("meta"), layer.num_ranks, layer.home) for layer in runner.layers]
     for shard in runner.experts.shards:
@@ -200,20 +203,21 @@ def test_the_host_learns_nothing_of_a_step_while_it_runs(blind_runner: ModelRunn
     ]
 
 
-@pytest.mark.parametrize("blind_runner", ["qwen3_moe", "gpt_oss", "gemma4_text"], indirect=True)
+@pytest.mark.parametrize("blind_runner", ["qwen3_moe", "gpt_oss", "gemma4_text", "deepseek_v3"], indirect=True)
 def test_the_host_learns_nothing_of_the_pages_that_a_step_reads(
     blind_runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
 
-    def attend(query: Any, keys: Any, values: Any, mask: Any, sinks: Any, scaling: Any) -> torch.Tensor:
+    def attend(query: Any, keys: Any, values: Any, mask: Any, sinks: Any, scaling: Any, absorbed: Any) -> torch.Tensor:
         """Look at all that the kernel does."""
         r, n = query.shape[0], query.shape[2]
         read.append((mask.kv_num_blocks.shape, mask.kv_indices.shape, mask.shape[-2:]))
         slots = mask.kv_indices * BLOCK
         places = [torch.zeros_like(slots).expand(r, 1, n, -1)] * 3
         hidden = torch.where(mask.mask_mod(*places, slots), 0, mask.kv_num_blocks[..., None]).sum(-1)
-        return query.new_empty(*query.shape[:-1], values.shape[-1]) + hidden[..., None]
+        width = values.shape[-1] if absorbed is None else absorbed.to_values.shape[1]
+        return query.new_empty(*query.shape[:-1], width) + hidden[..., None]
 
     monkeypatch.setattr(page_attention, "attend", attend)
     blind_runner.padded.objection = ""
