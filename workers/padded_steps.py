@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from ..router.budgeted_choice import LayerRanks
@@ -17,11 +19,14 @@ from .compiled_layers import Backend, CompiledLayers
 from .computed_step import ComputedStep
 from .dispatch import CollectiveLog, Dispatcher
 from .expert_parallel import ExpertParallel
-from .gpu_routing import LaunchedRouting, known_routers
+from .gpu_routing import LaunchedRouting
+from .known_routers import known_routers
 from .kv_cache import PagedKVCache
+from .latent_attention import LatentLayers
 from .launched_step import LaunchedStep
-from .plan import Bucket, RankPlan
+from .plan import Bucket, RankPlan, RequestPlan
 from .rows import PackedRows
+from .sampling_params import TokenSampling
 from .static_rows import StaticRows
 from .static_step import Forward, StaticStep, StepShape
 from .step_graphs import StepGraphs
@@ -33,7 +38,7 @@ class PaddedSteps:
     """All of one rank, whose ``forward`` computes rows that are laid out, over pools that have been allocated.
 
     ``opaque``: routers and experts, which no compiler is to look into. ``layers``: where budgets take experts to be,
-    which may change between steps.
+    which may change between steps, in place.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class PaddedSteps:
         self.objection = page_attention.objection(cache, device)
         """Why they do not attend to the pool in place; nothing if they do."""
         self._compiled: CompiledLayers | None = None
+        self._latents: LatentLayers | None = None
 
     def connect(self, dispatcher: Dispatcher, *, captures: bool) -> None:
         """Dispatch over another process group; ``captures``: whether graphs can hold its collectives."""
@@ -106,7 +112,11 @@ class PaddedSteps:
         selections: Sequence[BudgetedSelection] = (),
         routings: Sequence[LaunchedRouting] = (),
     ) -> torch.Tensor:
-        with nullcontext() if self._compiled is None else self._compiled.active():
+        with ExitStack() as ways:
+            if self._latents is not None and rows.pages is not None:
+                ways.enter_context(self._latents.active())
+            if self._compiled is not None:
+                ways.enter_context(self._compiled.active())
             return self._plain(rows, selections, routings)
 
     @torch.inference_mode()
@@ -114,6 +124,8 @@ class PaddedSteps:
         """Attend to the pool in place if nothing is against it and it works here; a line in the log says which."""
         if not self.objection:
             try:
+                if self._cache.keeps_latents:
+                    self._absorb_latents()
                 self._run_padding()
             except Exception as error:  # the compiler's, of many types
                 self.objection = str(error) or type(error).__name__
@@ -130,6 +142,25 @@ class PaddedSteps:
             logger.warning("the dense part of layers runs as it is written: %s", error)
         else:
             logger.info("the dense part of layers is compiled by torch")
+
+    def _absorb_latents(self) -> None:
+        """Let layers attend to latents as they are kept; raise if they would not compute what they do."""
+        layers = LatentLayers(self._model, self._cache)
+        block_size = self._cache.block_size
+        most_blocks = -(-self._max_model_len // block_size)
+        num_blocks = max(1, min(2, self._cache.num_blocks, most_blocks))
+        committed = num_blocks * block_size - 2
+        request = RequestPlan(0, committed, 0, [], [0, 1], [-1, 0], 0, TokenSampling())
+        bucket = Bucket(1, 2, num_blocks * block_size)
+        ways = []
+        for read_in_place in (None, most_blocks):
+            rows = StaticRows(bucket, block_size, self._cache.scratch_slot, self._device, read_in_place)
+            rows.fill(RankPlan(0, 0, requests=[request], bucket=bucket), {0: np.arange(num_blocks)})
+            layout = rows.layout()
+            assert layout.valid is not None
+            ways.append(replace(layout, valid=torch.zeros_like(layout.valid)))  # experts have no part in it
+        layers.prove(self._plain, *ways)
+        self._latents = layers
 
     def _run_padding(self) -> None:
         """Run small steps of nothing but padding: of all variants that are compiled, so that no request waits."""

@@ -105,12 +105,8 @@ class ModelRunner:
         if self.device.type == "cpu" and self.activation_dtype == torch.float32:
             fuse_norms(self.model, kernel() if packed else None)
         self.experts = ExpertParallel(
-            loaded.expert_modules, num_experts, LocalDispatcher(), counts_loads=moved_bytes is not None
+            loaded.expert_modules, num_experts, LocalDispatcher(), moves=moved_bytes is not None
         )
-        if moved_bytes is not None and self.experts.is_capturable:
-            raise ValueError(
-                "enable_eplb: the kernels of a GPU read a layer's experts where they lie; leave it out there"
-            )
         self.mover = None if moved_bytes is None else ExpertMover(self.experts.shards, placement, rank, moved_bytes)
         self._placement = placement
         self._absent: tuple[int, ...] = ()
@@ -197,14 +193,14 @@ class ModelRunner:
         self._relocate(self.mover.settle(version))
 
     def _relocate(self, layers: Sequence[int]) -> None:
+        """Change all that says where experts are, in place: graphs that read it serve on."""
         for layer in layers:
-            self.layers[layer] = self._layer_ranks(layer)
+            self.layers[layer].owner.copy_(self._layer_ranks(layer).owner)
         if layers:
             placement, _ = self._seat()
             for dispatcher in (self.experts.dispatcher, self.padded.dispatcher):
                 if isinstance(dispatcher, AllToAllDispatcher):
                     dispatcher.relocate(placement, layers)
-            self.padded.graphs.clear()
 
     def _seat(self) -> tuple[Placement, int]:
         """Return where experts are in the process group, and this rank's number there."""
@@ -222,8 +218,6 @@ class ModelRunner:
         ``absent``: ranks that are not in their group, whose experts the others hold as well.
         """
         assert self.num_ranks > 1, "one rank needs no process group"
-        if self.mover is not None and collectives.through_host:
-            raise ValueError("enable_eplb: ranks that share a GPU cannot move experts; leave it out there")
         hidden_bytes = self.hidden_size * self.activation_dtype.itemsize
         self._absent = tuple(absent)
         placement, seat = self._seat()
@@ -265,11 +259,14 @@ class ModelRunner:
         self.log.reset()
         if plan.rebalance is not None:
             self._begin_moves(plan.rebalance)
-        # Moves are a collective of their own, which no graph holds
-        if plan.bucket is None or (plan.rebalance is not None and plan.rebalance.transfers):
+        if plan.bucket is None:
             computed = self._launched(plan)
             step = LaunchedStep(plan, lambda: True, lambda: computed)
         else:
+            if self.mover is not None:
+                # Moves are a collective of their own, which no graph holds. On a GPU this has a graph's collectives wait
+                # for it, so that all ranks' devices run them in one order, and keeps the host waiting only with gloo
+                self.mover.finish()
             step = self.padded.launch(plan, None if behind is None else behind.plan)
         step.thread_time_s = time.thread_time() - started
         return step
@@ -401,7 +398,7 @@ class ModelRunner:
         free, total = torch.cuda.mem_get_info(self.device)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), self.experts.uncounted():
             self._forward(largest_step(max_rows, self.num_ranks, self.cache.block_size))
         activation_bytes = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()

@@ -20,9 +20,10 @@ from ..kernels.device import has_triton
 from ..router.budgeted_choice import LayerRanks
 from ..router.budgeted_selection import BudgetedSelection
 from ..router.expert_budget import ExpertBudget
-from .dispatch import CollectiveLog
+from .dispatch import CollectiveLog, both_crcs
 from .expert_parallel import ExpertParallel
-from .gpu_routing import KnownRouter, LaunchedRouting, launched_routings
+from .gpu_routing import LaunchedRouting, launched_routings
+from .known_routers import KnownRouter
 from .plan import Bucket, RankPlan
 from .rows import PackedRows
 from .static_rows import StaticRows
@@ -89,12 +90,20 @@ class StaticStep:
         self._turn = 0
         self._known: tuple[list[int], int, int] = ([], 0, 0)
         """Wire bytes per layer, number and checksum of collectives: the same whenever it runs."""
+        self._before = (0, 0)
+        """Number and checksum of the collectives that preceded it: moves of experts."""
 
     def fill(
         self, plan: RankPlan, tables: Mapping[int, np.ndarray], places: Mapping[int, int] = MappingProxyType({})
     ) -> None:
         """Write a step of this shape; see `StaticRows.fill`."""
+        self._before = self._log.num_collectives, self._log.crc
         self.rows.fill(plan, tables, places)
+
+    def rehearse(self) -> None:
+        """Run as the step will, for what libraries and compilers do in first runs: it writes what the step will."""
+        with self._experts.uncounted():
+            self.run()
 
     def run(self) -> None:
         """Compute the step that `rows` hold; what a graph captures."""
@@ -171,4 +180,15 @@ class StaticStep:
             event = torch.cuda.Event()
             event.record()
         numbers, kept = (copy.numpy() for copy in copies)
-        return SentAnswer(event, numbers, kept, self.shape.bucket, self._experts.num_layers, self._walks, *self._known)
+        (num_before, crc_before), (wire_bytes, num_collectives, crc) = self._before, self._known
+        return SentAnswer(
+            event,
+            numbers,
+            kept,
+            self.shape.bucket,
+            self._experts.num_layers,
+            self._walks,
+            wire_bytes,
+            num_before + num_collectives,
+            both_crcs(crc_before, crc),
+        )

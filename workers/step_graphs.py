@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .failed_capture import end_capture
 from .plan import RankPlan
 from .static_step import StaticStep, StepShape
 from .step_answer import SentAnswer
@@ -86,15 +87,14 @@ class StepGraphs:
         """Return the graph of ``step``, or None, and a line in the log, where a model asks the device for a number.
 
         It runs a few times first, which a step survives that takes no token from the one before: it writes the same
-        again. Ranks without a graph run the same
-        collectives as those with one.
+        again. Ranks without a graph run the same collectives as those with one.
         """
         present = torch.cuda.current_stream(self._device)
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(present)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                step.run()
+                step.rehearse()
         present.wait_stream(stream)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -104,6 +104,7 @@ class StepGraphs:
                 step.run()
         except Exception as error:  # CUDA's, torch's or the model's own
             torch.cuda.set_stream(present)  # torch leaves the one that it captured on
+            end_capture(self._pool)
             self._pool = None
             logger.warning("steps of %s are launched operation by operation: %s", step.shape.bucket, error)
             return None
