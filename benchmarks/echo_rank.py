@@ -44,6 +44,9 @@ class EchoRunner:
     def connect(self, group: object, absent: object = ()) -> None:
         """Nothing is dispatched."""
 
+    def check_device(self) -> None:
+        """There is none."""
+
     def can_follow(self, plan: RankPlan, running: EchoStep) -> bool:
         """Steps are over when they have been launched."""
         return False

@@ -2,8 +2,8 @@
 
 A real engine over two ranks behind the step plane. Their devices sleep where a model would compute, and say for how
 long they had nothing to do before (`computing_rank`). All ways of stepping take turns. Requests decode plainly; a
-result carries 48 layers' counts. Between two steps of which one was sent ahead there is the rank's own work: it answers,
-reads the next plan and launches it. Launched ahead, a step waits on the device for the one before.
+result carries 48 layers' counts. Between two steps of which one was sent ahead there is the rank's own work: it
+answers, reads the next plan and launches it. Launched ahead, a step waits on the device for the one before.
 """
 
 from __future__ import annotations
@@ -86,9 +86,13 @@ def measure(options: Options) -> Measurement:
             where = f"{batch_size} requests a rank, steps of {1e3 * compute_s:g} ms"
             if compute_s == COMPUTE_S[0]:
                 ratio = medians[AFTER] / medians[SENT]
-                targets.append(Target(f"p50 of idle time, planned after over sent ahead, {where}", ratio, REQUIRED_RATIO))
+                targets.append(
+                    Target(f"p50 of idle time, planned after over sent ahead, {where}", ratio, REQUIRED_RATIO)
+                )
             share = medians[LAUNCHED] / (medians[LAUNCHED] + compute_s)
-            targets.append(Target(f"p50 of idle time, launched ahead, share of a step, {where}", share, at_most=MOST_IDLE))
+            targets.append(
+                Target(f"p50 of idle time, launched ahead, share of a step, {where}", share, at_most=MOST_IDLE)
+            )
     return Measurement(rows, targets, "none", 1)
 
 
@@ -97,9 +101,7 @@ def _idle(compute_s: float, batch_size: int, turns: int) -> dict[Way, list[float
     idle_s: dict[Way, list[float]] = {way: [] for way in WAYS}
     with ExitStack() as stack:
         ranks = {
-            launches: stack.enter_context(
-                closing(WatchedRanks(config, launches_ahead=launches, compute_s=compute_s))
-            )
+            launches: stack.enter_context(closing(WatchedRanks(config, launches_ahead=launches, compute_s=compute_s)))
             for launches in (False, True)
         }
         for _ in range(turns):

@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from penstock.benchmarks import computing_rank, step_gaps
+from penstock.benchmarks import step_gaps
 from penstock.benchmarks.churn import slope
 from penstock.benchmarks.harness import Measurement, Options, Target, quantile, run
 from penstock.benchmarks.http_stream import COMPLETED, LEFT, LOST, REFUSED, Answer, ask
@@ -124,17 +124,13 @@ def test_step_overhead_times_both_transports(tmp_path):
 
 
 @pytest.mark.distributed
-def test_step_gaps_times_every_step_of_both_ways(monkeypatch):
-    monkeypatch.setenv(computing_rank.COMPUTE_VARIABLE, "0.0")
-    config = EngineConfig(model="computing", expert_parallel_size=step_gaps.NUM_RANKS, speculation="off")
-    ranks = step_gaps.WatchedRanks(config)
-    try:
-        for ahead in (False, True):
-            idle_s = step_gaps._turn(replace(config, async_scheduling=ahead), ranks, 2)
-            assert len(idle_s) == step_gaps.NUM_RANKS * (step_gaps.STEPS - step_gaps.SKIPPED)
-            assert min(idle_s) > 0
-    finally:
-        ranks.close()
+def test_step_gaps_times_every_step_of_all_ways():
+    idle_s = step_gaps._idle(0.001, 2, 1)
+    assert list(idle_s) == list(step_gaps.WAYS)
+    for found in idle_s.values():
+        assert len(found) == step_gaps.NUM_RANKS * (step_gaps.STEPS - step_gaps.SKIPPED)
+        assert min(found) > 0
+    assert sum(idle_s[step_gaps.LAUNCHED]) < sum(idle_s[step_gaps.AFTER])
 
 
 def test_a_bound_from_above_is_kept_by_what_lies_below():

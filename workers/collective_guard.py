@@ -51,14 +51,18 @@ class CollectiveGuard:
             raise RuntimeError(f"collectives were aborted: {self.reason}")
 
     def close(self) -> None:
-        """Watch no longer; if collectives are being aborted, wait until they are.
+        """Watch no longer, and leave the group: collectives are aborted, or have been.
 
-        NCCL cannot abort while there are graphs with its collectives: those go first.
+        Leaving in another way would wait for ranks that may be no more. NCCL cannot abort while there are graphs with
+        its collectives: those go first.
         """
         self._is_closed = True
         self._thread.join(_END_S)
         if self._thread.is_alive():
             raise RuntimeError(f"collectives could not be aborted within {_END_S:g} s")
+        if self.reason is None:
+            self.reason = "the group was left"
+            self._abort()
 
     def _watch(self) -> None:
         while not self._is_closed:

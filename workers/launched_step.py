@@ -1,4 +1,4 @@
-"""A step that a device has been given, before the host has heard what came of it; and which step may follow it there."""
+"""A step that a device has been given and the host has not heard of since; and which step may follow it there."""
 
 from __future__ import annotations
 

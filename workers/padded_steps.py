@@ -102,9 +102,7 @@ class PaddedSteps:
     def _rows(self, bucket: Bucket) -> StaticRows:
         block_size = self._cache.block_size
         most_blocks = None if self.objection else -(-self._max_model_len // block_size)
-        return StaticRows(
-            bucket, block_size, self._cache.scratch_slot, self._device, most_blocks, self.last_tokens
-        )
+        return StaticRows(bucket, block_size, self._cache.scratch_slot, self._device, most_blocks, self.last_tokens)
 
     def _forward(
         self,

@@ -230,6 +230,11 @@ class ModelRunner:
         """Hold nothing of the present process group: NCCL waits for graphs with its collectives before it leaves."""
         self.padded.graphs.clear()
 
+    def check_device(self) -> None:
+        """Raise the device's own error if it computes no more: after some faults a CUDA context never does."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def step(self, plan: RankPlan) -> RankResult:
         """Run one step; the result is only true once every rank has answered it."""
         return self.finish(self.launch(plan))
@@ -264,8 +269,8 @@ class ModelRunner:
             step = LaunchedStep(plan, lambda: True, lambda: computed)
         else:
             if self.mover is not None:
-                # Moves are a collective of their own, which no graph holds. On a GPU this has a graph's collectives wait
-                # for it, so that all ranks' devices run them in one order, and keeps the host waiting only with gloo
+                # Moves are a collective of their own, which no graph holds. On a GPU a graph's collectives wait here
+                # for it, so that all ranks' devices run them in one order; the host waits only with gloo
                 self.mover.finish()
             step = self.padded.launch(plan, None if behind is None else behind.plan)
         step.thread_time_s = time.thread_time() - started

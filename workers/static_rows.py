@@ -98,7 +98,8 @@ class StaticRows:
         self._turn = 1 - self._turn
         host, to = self._hosts[self._turn], self._written[self._turn]
         host.zero_()
-        to["token_places"].flat = len(self.last_tokens) + np.arange(self.bucket.total_rows)
+        places_given = np.arange(self.bucket.total_rows).reshape(to["token_places"].shape)
+        to["token_places"][:] = len(self.last_tokens) + places_given
         to["last_rows"][:] = np.arange(0, self.bucket.total_rows, self.bucket.num_rows)
         to["own"][:] = np.eye(self.bucket.num_rows, dtype=np.int64)  # padding sees itself: softmax over nothing is NaN
         to["depths"][:] = 1

@@ -11,6 +11,7 @@ import torch
 
 from ...router.placement import Placement, PlacementVersion
 from ...workers import process_group
+from ...workers.collective_guard import CollectiveGuard
 from ...workers.launched_step import LaunchedStep
 from ...workers.loader import DenseModel
 from ...workers.plan import RankError, RankPlan
@@ -62,6 +63,8 @@ class RankLoop:
         """What a spare has of the model."""
         self._failed_generation: int | None = None
         """Of a step that failed here: what was planned upon it must not run, or count."""
+        self._guard: CollectiveGuard | None = None
+        """Of the present process group, if its backend needs one."""
         self._running: LaunchedStep | None = None
         """A step that has been launched, and not answered."""
         self._plans_come_ahead = True
@@ -88,7 +91,7 @@ class RankLoop:
                 elif isinstance(command, Regroup):
                     # Whoever says so has given up what runs, which may wait for a rank that is no more
                     self._running = self._failed_generation = None
-                    plane.send(_regroup(settings, self._loaded(), command))
+                    plane.send(self._regroup(settings, command))
                 elif isinstance(command, Assign):
                     plane.send(Assigned(command.rank))
                     plane.send(self._load(settings, command.rank, command.placed or settings.placed))
@@ -100,9 +103,7 @@ class RankLoop:
         finally:
             self._running = None
             plane.close()
-            if self._runner is not None:
-                self._runner.disconnect()
-            process_group.leave()
+            self._leave()
 
     def _loaded(self) -> ModelRunner:
         assert self._runner is not None, "a spare is assigned a rank first"
@@ -131,6 +132,7 @@ class RankLoop:
         if running is not None and not runner.can_follow(plan, running):
             self._answer(plane)
             running = None
+        self._arm()
         try:
             self._refuse(plan)
             step = runner.launch(plan, running)
@@ -140,6 +142,7 @@ class RankLoop:
             return
         self._answer(plane)
         self._running = step
+        self._arm()  # what launching took may have been the compiler's
         if plan.generation == self._failed_generation or not runner.can_be_followed(step):
             self._answer(plane)
 
@@ -153,9 +156,19 @@ class RankLoop:
         assert step is not None, "one runs"
         try:
             self._refuse(step.plan)
-            return Done(self._loaded().finish(step))
+            result = self._loaded().finish(step)
+            if self._guard is not None:
+                self._guard.check()
+            return Done(result)
         except Exception as error:  # likewise
             return self._failed(step.plan, error)
+        finally:
+            if self._guard is not None:
+                self._guard.disarm()
+
+    def _arm(self) -> None:
+        if self._guard is not None:
+            self._guard.arm()
 
     def _has_ended(self) -> bool:
         assert self._running is not None, "one runs"
@@ -170,8 +183,39 @@ class RankLoop:
 
     def _failed(self, plan: RankPlan, error: Exception) -> Failed:
         self._failed_generation = plan.generation
+        # A device that no longer computes never will again in this process: raised here, that ends it
+        self._loaded().check_device()
         message = f"{type(error).__name__}: {error}"
         return Failed(RankError(plan.generation, plan.step_id, self._loaded().rank, message))
+
+    def _regroup(self, settings: RankSettings, command: Regroup) -> Answer:
+        runner = self._loaded()
+        try:
+            if command.placed is not None:
+                runner.settle(command.placed)
+            self._leave()
+            collectives = process_group.join(
+                command.store,
+                runner.rank - sum(rank < runner.rank for rank in command.absent),
+                runner.num_ranks - len(command.absent),
+                node=settings.node,
+                timeout_s=settings.config.step_timeout_s,
+                device=runner.device,
+            )
+            self._guard = collectives.guard
+            runner.connect(collectives, command.absent)
+        except Exception as error:  # torch.distributed has no common error type
+            return Regrouped(command.epoch, f"{type(error).__name__}: {error}")
+        return Regrouped(command.epoch)
+
+    def _leave(self) -> None:
+        """Leave the process group, once nothing holds it that it would wait for."""
+        if self._runner is not None:
+            self._runner.disconnect()
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.close()
+        process_group.leave()
 
     def _load(self, settings: RankSettings, rank: int, placed: PlacementVersion | None) -> Answer:
         dense, self._dense = self._dense, None
@@ -197,22 +241,3 @@ def run_rank(
 
 def _as_loaded(runner: ModelRunner) -> Loaded:
     return Loaded(runner.info, None if runner.mover is None else runner.mover.present)
-
-
-def _regroup(settings: RankSettings, runner: ModelRunner, command: Regroup) -> Answer:
-    try:
-        if command.placed is not None:
-            runner.settle(command.placed)
-        runner.disconnect()
-        collectives = process_group.join(
-            command.store,
-            runner.rank - sum(rank < runner.rank for rank in command.absent),
-            runner.num_ranks - len(command.absent),
-            node=settings.node,
-            timeout_s=settings.config.step_timeout_s,
-            device=runner.device,
-        )
-        runner.connect(collectives, command.absent)
-    except Exception as error:  # torch.distributed has no common error type
-        return Regrouped(command.epoch, f"{type(error).__name__}: {error}")
-    return Regrouped(command.epoch)
