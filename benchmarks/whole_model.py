@@ -22,7 +22,7 @@ from .random_model import Skew, random_model
 from .step_bytes import ByteCounter
 from .stopwatch import Stopwatch
 from .time_budget import TimeBudget
-from .watched_serving import Served, ServedStep, device_s, serve
+from .watched_serving import Served, ServedStep, device_s, run_in_turn, serve
 
 BLOCK_SIZE = 16
 PROMPT_ROWS = 512
@@ -231,14 +231,11 @@ class WholeModel:
             steps.verification(first + step, point.draft_len + 1, point.budget, padded=point.graph)
             for step in range(self._bench.steps if keep else 1)
         ]
-        watch, experts = Stopwatch(self._bench.device), []
-        watch.mark()
-        for plan in plans:
-            experts.append(self.runner.step(plan).counts.experts)
-            watch.mark()
+        watch = Stopwatch(self._bench.device)
+        results = run_in_turn(self.runner, plans, watch)
         if keep:
             timed.seconds += watch.intervals_s()
-            timed.experts += experts
+            timed.experts += [result.counts.experts for result in results]
 
     def _step_row(self, steps: FixedSteps, point: Point, timed: _Timed) -> Row:
         num_rows = point.batch * (point.draft_len + 1)
@@ -275,10 +272,8 @@ class WholeModel:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
         watch = Stopwatch(self._bench.device)
         with profile(activities=activities) as found:
-            watch.mark()
-            for step in range(self._bench.steps):
-                self.runner.step(steps.verification(step, 1, padded=True))
-            watch.mark()
+            plans = [steps.verification(step, 1, padded=True) for step in range(self._bench.steps)]
+            run_in_turn(self.runner, plans, watch)
         events: Any = found.key_averages()
         # Operations are charged with their kernels as well, so count kernels alone
         kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
@@ -288,7 +283,7 @@ class WholeModel:
             "engine": "penstock",
             "graph": True,
             "steps": self._bench.steps,
-            "step_ms": 1e3 * watch.intervals_s()[0] / self._bench.steps,
+            "step_ms": 1e3 * sum(watch.intervals_s()) / self._bench.steps,
             "kernels_ms": busy_us / 1e3 / self._bench.steps,
         }
         order = "self_device_time_total" if is_gpu else "self_cpu_time_total"
