@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # of ours as top-level packages.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu-test lint clean
 
 demo: $(STAMP)
 	$(BIN)/penstock demo --port $(PORT)
@@ -23,6 +23,15 @@ lint: $(STAMP)
 	@# mypy names packages after folders, and this one may be cloned under any name
 	@mkdir -p $(VENV)/tree && ln -sfn "$(CURDIR)" $(VENV)/tree/penstock
 	MYPYPATH=$(VENV)/tree $(BIN)/mypy
+
+# On a machine with a GPU, with the torch, Triton, transformers and pytest that $(PYTHON) has: nothing is installed.
+# The last test fills half of the GPU, so it runs by itself.
+GPU_TESTS = $(shell grep -lE '^(@|on_gpu = .)pytest.mark.gpu|triton_device import' tests/test_*.py)
+GPU_PYTEST = PYTHONPATH="$(CURDIR)/$(VENV)/tree" $(PYTHON) -m pytest -o addopts=--import-mode=importlib -ra --disable-warnings -m gpu
+gpu-test:
+	@mkdir -p $(VENV)/tree && ln -sfn "$(CURDIR)" $(VENV)/tree/penstock
+	$(GPU_PYTEST) --numprocesses 8 $(filter-out tests/test_kv_budget.py, $(GPU_TESTS)); first=$$?; \
+		$(GPU_PYTEST) tests/test_kv_budget.py && exit $$first
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..cluster.config import EngineConfig
@@ -14,6 +16,17 @@ from ..workers.plan import LayerCounts, RankPlan, RankResult
 
 NUM_MOE_LAYERS = 48
 """As many layers' counts as Qwen3-30B-A3B would report."""
+
+
+@dataclass(slots=True)
+class EchoStep:
+    """Takes the place of `LaunchedStep`."""
+
+    plan: RankPlan
+
+    def has_ended(self) -> bool:
+        """It has nothing to do."""
+        return True
 
 
 class EchoRunner:
@@ -31,9 +44,24 @@ class EchoRunner:
     def connect(self, group: object, absent: object = ()) -> None:
         """Nothing is dispatched."""
 
-    def step(self, plan: RankPlan) -> RankResult:
+    def check_device(self) -> None:
+        """There is none."""
+
+    def can_follow(self, plan: RankPlan, running: EchoStep) -> bool:
+        """Steps are over when they have been launched."""
+        return False
+
+    def can_be_followed(self, running: EchoStep) -> bool:
+        """Likewise."""
+        return False
+
+    def launch(self, plan: RankPlan, behind: EchoStep | None = None) -> EchoStep:
+        """Take a step."""
+        return EchoStep(plan)
+
+    def finish(self, step: EchoStep) -> RankResult:
         """Answer."""
-        return answer(plan, self.rank)
+        return answer(step.plan, self.rank)
 
 
 def answer(plan: RankPlan, rank: int) -> RankResult:

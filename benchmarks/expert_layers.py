@@ -35,11 +35,11 @@ class LayerShape:
 
 
 MODELS = (
-    LayerShape("Mixtral-8x7B", 4096, 14336, 8, 2),
-    LayerShape("OLMoE-1B-7B", 2048, 1024, 64, 8),
     LayerShape("Qwen3-30B-A3B", 2048, 768, 128, 8, "fp8"),
-    LayerShape("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
+    LayerShape("Mixtral-8x7B", 4096, 14336, 8, 2),
     LayerShape("GPT-OSS-20B", 2880, 2880, 32, 4, "mxfp4"),
+    LayerShape("OLMoE-1B-7B", 2048, 1024, 64, 8),
+    LayerShape("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
 )
 
 
@@ -73,6 +73,15 @@ def stored(shape: LayerShape, device: torch.device) -> tuple[ExpertWeights, Expe
         for outputs, inputs in ((2 * shape.inner_size, shape.hidden_size), (shape.hidden_size, shape.inner_size))
     )
     return up, down
+
+
+def parts_of(shape: LayerShape, device: torch.device, *, as_stored: bool) -> tuple[ExpertWeights, ExpertWeights, Gate]:
+    """Return a layer as the kernels take it, in bf16 or as the checkpoint stores it."""
+    from ..workers.gpu_experts import fused
+
+    if as_stored:
+        return *stored(shape, device), gate_of(shape)
+    return fused(module_of(shape, device)).args
 
 
 def gate_of(shape: LayerShape) -> Gate:

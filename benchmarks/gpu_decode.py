@@ -2,11 +2,13 @@
 
 `python -m penstock.benchmarks.gpu_decode` needs a CUDA device, torch, Triton and transformers, and nothing else. Models
 have published shapes and random weights (`model_shapes`, `random_model`), in bfloat16; the inflated demo has real text.
-One model after the other; ``--model`` takes one, ``--batches`` some, so that a run fits the time there is.
+One model after the other; ``--model`` takes one, ``--batches`` some, so that a run fits the time there is. Each row is
+kept when it is found (``--json``), and with ``--budget-s`` no batch begins when time is over.
 
 ``decode``: requests served whole, greedily, each of ``--context`` prompt tokens; a step is the time from one token to
 the next, in steps of the whole batch. transformers' is `generate` with its static cache and its compiler, over the very
-same weights, in turns with ours; its step is likewise from logits to logits. ``step``: the rank's step with fixed
+same weights, in turns with ours once more (``penstock_over_it``); its step is likewise from logits to logits. It comes
+last, since it compiles for minutes. ``step``: the rank's step with fixed
 plans, ``draft_len`` + 1 rows of each request, since random weights accept no drafts; with and without graphs, and under
 budgets of a share of the distinct experts that the rows read without one. ``demo``: tokens per second of whole
 requests, prompts included. Medians by CUDA events; what runs first, captures and compiles is left out.
@@ -22,18 +24,20 @@ import argparse
 import gc
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from .. import demo
-from .gpu_experts import copy_rate
+from . import time_budget
 from .harness import Measurement, Options, Row, Target, run
 from .inflated_decode import NAME as INFLATED
 from .inflated_decode import InflatedDemo
 from .model_shapes import SHAPES, ModelShape
 from .random_model import SKEWS
+from .replayed_time import copy_rate
+from .time_budget import TimeBudget
 from .whole_model import SHARES, Bench, WholeModel
 
 QUICK_MODEL = "OLMoE-1B-7B"
@@ -54,29 +58,38 @@ def measure(options: Options) -> Measurement:
     named = options.given.model or (QUICK_MODEL if options.quick else None)
     rows: list[Row] = []
     tables: list[str] = []
+
+    def measured() -> Measurement:
+        found = [*rows, *growth(rows)]
+        return Measurement(found, targets(found), str(bench.dtype).removeprefix("torch."), 1, bench.budget.left_out)
+
+    def take(found: Iterable[Row]) -> None:
+        for row in found:
+            rows.append(row)
+            print(row, file=sys.stderr)
+            options.keep(measured())
+
     for shape in SHAPES:
         if named not in (None, shape.name):
             continue
         if (reason := lacks_room(shape, torch.cuda.mem_get_info(device)[0])) is not None:
             print(f"{shape.name}: {reason}", file=sys.stderr)
             continue
+        if not bench.budget.allows(shape.name):
+            continue
         model = WholeModel(shape, bench)
-        for row in model.rows():
-            rows.append(row)
-            print(row, file=sys.stderr)  # a run that is cut short has shown what it found
-        row, table = model.profile()
-        rows.append(row)
-        tables.append(f"{shape.name}\n{table}")
+        take(model.rows())
+        if options.given.profile and bench.budget.allows(f"{shape.name}, profile"):
+            row, table = model.profile()
+            take([row])
+            tables.append(f"{shape.name}\n{table}")
+            options.given.profile.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+        take(model.peer_rows())
         del model
         _let_go()
-    if named in (None, INFLATED):
-        for row in InflatedDemo(Path(demo.__file__).parent / "model", bench).rows():
-            rows.append(row)
-            print(row, file=sys.stderr)
-    if options.given.profile:
-        options.given.profile.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    rows += growth(rows)
-    return Measurement(rows, targets(rows), str(bench.dtype).removeprefix("torch."), 1)
+    if named in (None, INFLATED) and bench.budget.allows(INFLATED):
+        take(InflatedDemo(Path(demo.__file__).parent / "model", bench).rows())
+    return measured()
 
 
 def bench_of(options: Options, device: torch.device, copy_gb_per_s: float) -> Bench:
@@ -93,6 +106,7 @@ def bench_of(options: Options, device: torch.device, copy_gb_per_s: float) -> Be
         rounds=2 if options.quick else 3,
         seed=options.seed,
         peer=not given.no_peer,
+        budget=TimeBudget(given.budget_s),
     )
 
 
@@ -144,12 +158,8 @@ def targets(rows: Sequence[Row]) -> list[Target]:
     """Return what the rows say of each target; one of which nothing was measured is left out."""
     single = [row for row in rows if row["part"] == "decode" and row["batch"] == 1 and "step_ms" in row]
     ours = [row for row in single if row["engine"] == "penstock"]
-    others = {row["model"]: row for row in single if row["engine"] == "transformers"}
-    over_peer = [
-        _number(row, "tokens_per_s") / _number(others[row["model"]], "tokens_per_s")
-        for row in ours
-        if row["model"] in others
-    ]
+    others = [row for row in single if row["engine"] == "transformers"]
+    over_peer = [_number(row, "penstock_over_it") for row in others if "penstock_over_it" in row]
     grown = [row for row in rows if row["part"] == "growth"]
     plain = [row for row in grown if row["budget"] == "none"]
     halved = [_number(row, "saved") for row in grown if row["budget"] == f"{SHARES[-1]:.0%}"]
@@ -201,7 +211,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=512, metavar="N", help="prompt tokens, of random models")
     parser.add_argument("--skew", choices=list(SKEWS), default="demo", help="of random routers")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out: it compiles for minutes")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="write the profiler's tables to FILE")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="profile too, and write the tables to FILE")
+    time_budget.add_option(parser)
 
 
 def main() -> int:

@@ -3,6 +3,9 @@
 A benchmark is ``python -m penstock.benchmarks.NAME [--quick] [--check] [--json FILE] [--seed N]``. FILE holds
 ``{benchmark, command, environment, rows, targets}``; rows are flat records. ``--check`` exits with 1 and names each
 missed target. Standard library and torch only: GPU machines may have nothing else.
+
+A benchmark may `Options.keep` what it has found so far; the file of a run that is cut short then holds it, and says
+that it is ``unfinished``. What a run leaves out itself, for want of time, is listed as ``left_out``.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,6 +64,8 @@ class Measurement:
     dtype: str
     threads: int
     """Threads that computed, in each process."""
+    left_out: Sequence[str] = ()
+    """What was asked for, and there was no time for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,8 @@ class Options:
     seed: int
     given: argparse.Namespace = field(default_factory=argparse.Namespace)
     """Every option, those of this benchmark alone included."""
+    keep: Callable[[Measurement], None] = lambda so_far: None
+    """Write what has been found so far."""
 
 
 def environment(dtype: str, threads: int) -> Row:
@@ -107,28 +116,57 @@ def run(
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and schedules")
     add_options(parser)
     given = parser.parse_args(arguments)
-    measured = measure(Options(given.quick, given.seed, given))
+    command = f"python -m penstock.benchmarks.{name} {_recorded(arguments)}--seed {given.seed}"
+
+    def write(measured: Measurement, *, unfinished: bool) -> None:
+        if given.json:
+            _replace(given.json, _document(name, command, measured, unfinished=unfinished))
+
+    measured = measure(Options(given.quick, given.seed, given, partial(write, unfinished=True)))
+    write(measured, unfinished=False)
     found = environment(measured.dtype, measured.threads)
     print(", ".join(f"{key} {value}" for key, value in found.items() if value is not None))
     print(table(measured.rows))
+    for part in measured.left_out:
+        print(f"left out, since time was over: {part}")
     for target in measured.targets:
         verdict = "reached" if target.reached else "MISSED"
         print(f"{verdict}: {target.name}: {target.figure:.2f}, required {target.bound}")
-    if given.json:
-        quick = " --quick" if given.quick else ""
-        document: dict[str, Any] = {
-            "benchmark": name,
-            "command": f"python -m penstock.benchmarks.{name}{quick} --seed {given.seed}",
-            "environment": found,
-            "rows": measured.rows,
-            "targets": [target.record() for target in measured.targets],
-        }
-        given.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     missed = [target.name for target in measured.targets if not target.reached]
     if given.check and missed:
         print(f"missed: {'; '.join(missed)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _recorded(arguments: Sequence[str] | None) -> str:
+    """Return the options that decide what is measured, but the seed, as a shell takes them."""
+    others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    others.add_argument("--check", action="store_true")
+    others.add_argument("--json")
+    others.add_argument("--seed")
+    _, kept = others.parse_known_args(arguments)
+    return f"{shlex.join(kept)} " if kept else ""
+
+
+def _document(name: str, command: str, measured: Measurement, *, unfinished: bool) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "benchmark": name,
+        "command": command,
+        "environment": environment(measured.dtype, measured.threads),
+        "rows": measured.rows,
+        "targets": [target.record() for target in measured.targets],
+    }
+    if measured.left_out:
+        document["left_out"] = list(measured.left_out)
+    return {**document, "unfinished": True} if unfinished else document
+
+
+def _replace(file: Path, document: dict[str, Any]) -> None:
+    """Write ``file`` in one piece: whoever is cut off meanwhile leaves the one before."""
+    whole = file.with_name(f"{file.name}.part")
+    whole.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    whole.replace(file)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

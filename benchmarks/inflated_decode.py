@@ -72,8 +72,9 @@ class InflatedDemo:
     def rows(self) -> Iterator[Row]:
         """Measure batch by batch."""
         for batch in self._bench.batches:
-            yield from self._batch(batch)
-            self.runner.padded.graphs.clear()
+            if self._bench.budget.allows(f"{NAME}, batch {batch}"):
+                yield from self._batch(batch)
+                self.runner.padded.graphs.clear()
 
     def _batch(self, batch: int) -> Iterator[Row]:
         bench, chosen = self._bench, self._prompts[:batch]

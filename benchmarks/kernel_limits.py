@@ -29,7 +29,7 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 Case = tuple[str, Callable[[], Any]]
 
 
-class _Compiler:
+class Compiler:
     """Stands where Triton looks for a GPU: says which it is, and takes what was compiled instead of launching it."""
 
     def __init__(self, architecture: int) -> None:
@@ -57,12 +57,15 @@ class _Compiler:
         JITFunction.run = self._launch
 
     def get_current_target(self) -> Any:
+        """Return the GPU; this and the others are what Triton asks."""
         return self._target
 
     def get_current_device(self) -> int:
+        """Return a number of its own for each: kernels are remembered by it."""
         return self._target.arch
 
     def get_current_stream(self, device: int) -> int:
+        """Return none that is used."""
         return 0
 
 
@@ -70,7 +73,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _experts(kind: str, num_rows: int, dtype: torch.dtype) -> Case:
+def _experts(kind: str, num_rows: int, dtype: torch.dtype, *, moves: bool = False) -> Case:
     from ..kernels.expert_weights import ExpertWeights
     from ..kernels.grouped_experts import Gate, grouped_experts
 
@@ -98,31 +101,40 @@ def _experts(kind: str, num_rows: int, dtype: torch.dtype) -> Case:
             _meta(num_rows, hidden_size, dtype=dtype),
             _meta(num_rows, top_k),
             _meta(num_rows, top_k, dtype=torch.float32),
+            slots=_meta(num_experts, dtype=torch.int32) if moves else None,
         )
 
-    return f"{kind} {str(dtype).removeprefix('torch.')}, {num_rows} rows", call
+    return f"{kind} {str(dtype).removeprefix('torch.')}, {num_rows} rows{', in slots' * moves}", call
 
 
-def _route(name: str, score: str | None = None, *, owners: bool = False, **rules: Any) -> Case:
+def _route(model: str, name: str, score: str | None = None, *, owners: bool = False, **rules: Any) -> Case:
     from ..kernels.expert_routing import route
-    from ..kernels.routing_rules import KeptExperts, Router
+    from ..kernels.routing_rules import GroupLimit, KeptExperts, Router
 
+    num_experts, router = {
+        "Qwen3": (128, Router(8, dtype=torch.bfloat16)),
+        "DeepSeek-V2": (160, Router(6, normalise=False, scale=16.0, limit=GroupLimit(8, 3, 1, 0.0))),
+        "DeepSeek-V3": (256, Router(8, sigmoid=True, scale=2.5, limit=GroupLimit(8, 4, 2))),
+    }[model]
+    logits = _meta(8, num_experts, dtype=router.dtype)
+    bias = _meta(num_experts, dtype=torch.float32) if router.sigmoid else None
     flags, reach = _meta(8, dtype=torch.bool), _meta(8, dtype=torch.float32)
     budget = None
     if score is not None:
-        owner = _meta(128) if owners else None
+        owner = _meta(num_experts) if owners else None
         budget = KeptExperts(score=score, num_groups=1, budgeted=flags, reach=reach, owner=owner, **rules)
-    router = Router(8, dtype=torch.bfloat16)
-    return name, lambda: route(_meta(8, 128, dtype=torch.bfloat16), router, None, budget, flags)
+    return f"{model}, {name}", lambda: route(logits, router, bias, budget, flags)
 
 
 def _pack() -> None:
+    from ..kernels.load_counts import count_loads
     from ..kernels.rank_packing import add_from_ranks, pack_for_ranks, unpack_from_ranks
 
     hidden, weights = _meta(8, 2048, dtype=torch.bfloat16), _meta(8, 8, dtype=torch.float32)
     packed = pack_for_ranks(hidden, _meta(8, 8), weights, _meta(129), _meta(129), _meta(8), 0)
     unpack_from_ranks(packed.rows, _meta(8), 0)
     add_from_ranks(_meta(8, 8, 2048, dtype=torch.bfloat16), packed.places)
+    count_loads(_meta(130), _meta(8, 8), _meta(64, 8), 16)
 
 
 def _choose() -> None:
@@ -144,11 +156,15 @@ def _cases(architecture: int, *, quick: bool) -> Iterator[Case]:
             for kind in ("plain", "transposed", "fp8", "mxfp4"):
                 yield _experts(kind, num_rows, bf16)
             yield _experts("plain", num_rows, f32)
+        yield _experts("plain", 8, bf16, moves=True)
     if architecture == 90 or not quick:
-        yield _route("without a budget")
-        yield _route("by survival", "survival", num_experts=_meta(1))
-        yield _route("by coverage", "squared", coverage=0.9)
-        yield _route("nearly even between ranks", "squared", num_experts=_meta(1), owners=True, balance=0.5)
+        for model in ("Qwen3", "DeepSeek-V3") if quick else ("Qwen3", "DeepSeek-V2", "DeepSeek-V3"):
+            yield _route(model, "without a budget")
+            yield _route(model, "nearly even between ranks", "squared", num_experts=_meta(1), owners=True, balance=0.5)
+            if not quick:
+                yield _route(model, "by survival", "survival", num_experts=_meta(1))
+                yield _route(model, "by coverage", "squared", coverage=0.9)
+                yield _route(model, "truncated", "survival", num_experts=_meta(1), truncates=True)
         yield "8 ranks", _pack
         yield "8 rows", _choose
 
@@ -166,21 +182,23 @@ def resources(kernel: Any) -> tuple[int, int]:
     return int(match[1]), int(match[2]) + int(match[3])
 
 
+def programs_of(kernel: Any, architecture: int, registers: int) -> int:
+    """Return how many programs of a compiled kernel share a processor's registers and memory."""
+    by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * kernel.metadata.num_warps)
+    return int(min(by_registers, _SHARED_BYTES[architecture] // (kernel.metadata.shared + 1024), 32))
+
+
 def measure(options: Options) -> Measurement:
     """Compile for each architecture."""
     rows: list[Row] = []
     for architecture in options.given.architectures:
-        compiler = _Compiler(architecture)
+        compiler = Compiler(architecture)
         try:
             for case, call in _cases(architecture, quick=options.quick):
                 compiler.kernels.clear()
                 call()
                 for name, kernel in compiler.kernels:
                     registers, spilled = resources(kernel)
-                    shared = kernel.metadata.shared
-                    num_warps = kernel.metadata.num_warps
-                    by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * num_warps)
-                    programs = min(by_registers, _SHARED_BYTES[architecture] // (shared + 1024), 32)
                     rows.append(
                         {
                             "architecture": f"sm_{architecture}",
@@ -188,9 +206,9 @@ def measure(options: Options) -> Measurement:
                             "case": case,
                             "registers": registers,
                             "spilled_bytes": spilled,
-                            "shared_bytes": shared,
-                            "warps": num_warps,
-                            "programs": programs,
+                            "shared_bytes": kernel.metadata.shared,
+                            "warps": kernel.metadata.num_warps,
+                            "programs": programs_of(kernel, architecture, registers),
                         }
                     )
         finally:

@@ -1,8 +1,8 @@
 """The fewest bytes that a step must read, and how long that takes at a GPU's own copy rate: the roofline.
 
 Each weight once, whatever the rows: all that is dense but the embeddings, of which rows read their own; of experts the
-distinct ones that were counted; and of the KV pool the contexts, or as much of them as a layer's window shows. What a
-step writes, and activations, are left out.
+distinct ones that were counted; and of the KV pool the contexts, or as much of them as a layer's window shows, latents
+where those are kept. What a step writes, and activations, are left out.
 """
 
 from __future__ import annotations

@@ -4,14 +4,17 @@
 without the kernels for routing, packing and acceptance, and counts: each of torch's operations that computes or moves
 something (not those that only look at memory in another way, or take it), each of Triton's launches and each collective
 as one. Some of torch's operations launch several kernels: sorts, sums over an index. Experts are Triton's in both.
+Likewise a model whose routers are DeepSeek-V3's, in number of experts and in groups, with all else small.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +38,23 @@ from ..workers.static_step import StaticStep, StepShape
 from .harness import Measurement, Options, Row, Target, run
 
 _MODEL = Path(__file__).parents[1] / "demo" / "model"
+_GROUPED = "DeepSeek-V3's router"
+_SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 256,
+}
 _META = torch.device("meta")
 _BUCKET = Bucket(4, 8, 256)
 _BLOCK = 16
@@ -111,6 +131,14 @@ def runner_without_numbers(model: Path = _MODEL) -> ModelRunner:
     return runner
 
 
+def save_grouped(directory: Path) -> None:
+    """Save a small model with DeepSeek-V3's routers: 8 of 256 experts, in 4 of 8 groups."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("deepseek_v3", **_SMALL)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+
+
 @contextmanager
 def _parts(runner: ModelRunner, counts: Counts) -> Iterator[None]:
     """Tell ``counts`` which part of the step runs."""
@@ -173,27 +201,36 @@ def count(runner: ModelRunner, budget: str | None, num_ranks: int, *, kernels: b
     return counts
 
 
-def measure(options: Options) -> Measurement:
-    """Count for each number of ranks and budget."""
-    runner = runner_without_numbers()
+def _rows(name: str, runner: ModelRunner) -> Iterator[Row]:
     num_layers = len(runner.experts.shards)
-    rows: list[Row] = []
-    for num_ranks in (1, 8):
-        for budget in BUDGETS:
-            before, after = (count(runner, budget, num_ranks, kernels=kernels) for kernels in (False, True))
-            rows.append(
-                {
-                    "ranks": num_ranks,
-                    "budget": budget or "none",
-                    "block, torch": before.per_layer("experts", num_layers),
-                    "block, kernels": after.per_layer("experts", num_layers),
-                    "rest of a layer": after.per_layer("layer", num_layers),
-                    "rest of the step": sum(after.operations["step"].values()),
-                }
-            )
+    for num_ranks, budget in product((1, 8), BUDGETS):
+        before, after = (count(runner, budget, num_ranks, kernels=kernels) for kernels in (False, True))
+        row: Row = {
+            "model": name,
+            "ranks": num_ranks,
+            "budget": budget or "none",
+            "block, torch": before.per_layer("experts", num_layers),
+            "block, kernels": after.per_layer("experts", num_layers),
+        }
+        if name == _MODEL.parent.name:  # what surrounds the other's blocks is no model's
+            row["rest of a layer"] = after.per_layer("layer", num_layers)
+            row["rest of the step"] = sum(after.operations["step"].values())
+        yield row
+
+
+def measure(options: Options) -> Measurement:
+    """Count for each model, number of ranks and budget."""
+    rows = list(_rows(_MODEL.parent.name, runner_without_numbers()))
     most = max(float(row["block, kernels"]) for row in rows)  # type: ignore[arg-type]
-    targets = [Target("operations of a block of experts, by kernels", most, at_most=16)]
-    return Measurement(rows, targets, "float32", 1)
+    with tempfile.TemporaryDirectory() as directory:
+        save_grouped(Path(directory))
+        grouped = list(_rows(_GROUPED, runner_without_numbers(Path(directory))))
+    most_grouped = max(float(row["block, kernels"]) for row in grouped)  # type: ignore[arg-type]
+    targets = [
+        Target("operations of a block of experts, by kernels", most, at_most=16),
+        Target("the same of one with shared experts and groups", most_grouped, at_most=22),
+    ]
+    return Measurement(rows + grouped, targets, "float32", 1)
 
 
 def main() -> int:

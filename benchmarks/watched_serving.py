@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..cluster.config import EngineConfig
 from ..cluster.engine.engine import Engine
-from ..cluster.engine.ranks import LocalRanks
-from ..workers.plan import RankPlan, StepPlan, StepResult
+from ..cluster.engine.ranks import LaunchingRanks
+from ..workers.launched_step import LaunchedStep
+from ..workers.plan import RankPlan, RankResult, StepPlan, StepResult
 from ..workers.runner import ModelRunner
 from ..workers.sampling_params import SamplingParams
 from ..workers.static_step import StepShape
@@ -58,7 +59,7 @@ class Served:
         return sum(map(len, self.token_ids))
 
 
-class WatchedRanks(LocalRanks):
+class WatchedRanks(LaunchingRanks):
     """One rank. ``graphs``: whether the engine is to pad steps to buckets, which a GPU replays as graphs."""
 
     def __init__(self, runner: ModelRunner, *, graphs: bool) -> None:
@@ -67,9 +68,9 @@ class WatchedRanks(LocalRanks):
         self.infos = [replace(runner.info, replays_graphs=graphs)]
         self.steps: list[ServedStep] = []
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """Run the step and keep what it was."""
-        result = super().step(plan)
+    def collect(self, plan: StepPlan) -> StepResult:
+        """Wait for the step and keep what it was."""
+        result = super().collect(plan)
         self.steps.append(ServedStep(plan.ranks[0], result.ranks[0].counts.experts))
         return result
 
@@ -77,9 +78,12 @@ class WatchedRanks(LocalRanks):
 def serve(
     config: EngineConfig, runner: ModelRunner, prompts: Sequence[Sequence[int]], num_tokens: int, *, graphs: bool
 ) -> Served:
-    """Serve ``prompts`` at once, greedily; each gets ``num_tokens``."""
+    """Serve ``prompts`` at once, greedily; each gets ``num_tokens``.
+
+    By the host's clock, which is where tokens arrive: a step may have been launched while the one before ran.
+    """
     ranks = WatchedRanks(runner, graphs=graphs)
-    engine, watch = Engine(config, ranks), Stopwatch(runner.device)
+    engine, watch = Engine(config, ranks), Stopwatch(torch.device("cpu"))
     sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     token_ids: list[list[int]] = [[] for _ in prompts]
     started = time.perf_counter()
@@ -92,6 +96,26 @@ def serve(
     wall_s = time.perf_counter() - started
     timed = zip(ranks.steps[1:], watch.intervals_s(), strict=True)
     return Served(wall_s, token_ids, [(step, spent) for step, spent in timed if step.decodes(len(prompts))])
+
+
+def run_in_turn(runner: ModelRunner, plans: Iterable[RankPlan], watch: Stopwatch) -> list[RankResult]:
+    """Run steps one after the other as a rank in service does, which launches them behind each other where that can be.
+
+    ``watch`` marks the beginning and the end of each step on the device.
+    """
+    results: list[RankResult] = []
+    running: LaunchedStep | None = None
+    watch.mark()
+    for plan in plans:
+        if running is not None and not runner.can_follow(plan, running):
+            results.append(runner.finish(running))
+            running = None
+        step = runner.launch(plan, running)
+        watch.mark()
+        if running is not None:
+            results.append(runner.finish(running))
+        running = step
+    return results if running is None else [*results, runner.finish(running)]
 
 
 @torch.inference_mode()

@@ -21,7 +21,8 @@ from .model_shapes import ModelShape
 from .random_model import Skew, random_model
 from .step_bytes import ByteCounter
 from .stopwatch import Stopwatch
-from .watched_serving import Served, device_s, serve
+from .time_budget import TimeBudget
+from .watched_serving import Served, ServedStep, device_s, run_in_turn, serve
 
 BLOCK_SIZE = 16
 PROMPT_ROWS = 512
@@ -49,6 +50,7 @@ class Bench:
     dtype: torch.dtype = torch.bfloat16
     peer: bool = True
     """Whether transformers is measured too."""
+    budget: TimeBudget = field(default_factory=lambda: TimeBudget(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,36 +110,41 @@ class WholeModel:
         return GeneratePeer(self._shape.config(), self.runner.model, self._bench.device)
 
     def rows(self) -> Iterator[Row]:
-        """Measure batch by batch."""
+        """Measure ours, batch by batch."""
         for batch in self._bench.batches:
-            yield from self._decode(batch)
-            yield from self._steps(batch)
-            self.runner.padded.graphs.clear()
+            if self._bench.budget.allows(f"{self._shape.name}, batch {batch}"):
+                yield self._decode(batch)
+                yield from self._steps(batch)
+                self.runner.padded.graphs.clear()
+
+    def peer_rows(self) -> Iterator[Row]:
+        """Measure transformers batch by batch, in turns with ours."""
+        for batch in self._bench.batches if self._bench.peer else ():
+            if self._bench.budget.allows(f"{self._shape.name}, transformers at batch {batch}"):
+                yield self._decode_by_peer(batch)
+                self.runner.padded.graphs.clear()
 
     # --- whole requests ----------------------------------------------------------------------------------------------
 
-    def _decode(self, batch: int) -> Iterator[Row]:
-        bench = self._bench
+    def _serve(self, batch: int) -> Served:
+        return serve(self._config, self.runner, self._prompts(batch), self._num_tokens, graphs=True)
+
+    def _prompts(self, batch: int) -> list[list[int]]:
         steps = self._fixed(batch)
-        prompts = [steps.tokens(number) for number in range(batch)]
+        return [steps.tokens(number) for number in range(batch)]
 
-        def ours() -> Served:
-            return serve(self._config, self.runner, prompts, self._num_tokens, graphs=True)
+    def _timed_steps(self, served: Served) -> list[tuple[ServedStep, float]]:
+        return served.steps[1 : 1 + self._bench.num_tokens]
 
-        theirs: list[float] | None = [] if bench.peer else None
-        served = [ours()]
-        if theirs is not None and not self._peer_steps(prompts):
-            theirs = None
-        for _ in range(bench.rounds):
-            served.append(ours())
-            if theirs is not None:
-                theirs += self._peer_steps(prompts)
-        timed = [pair for one in served[1:] for pair in one.steps[1 : 1 + bench.num_tokens]]
+    def _decode(self, batch: int) -> Row:
+        bench = self._bench
+        served = [self._serve(batch) for _ in range(bench.rounds + 1)]
+        timed = [pair for one in served[1:] for pair in self._timed_steps(one)]
         seconds = statistics.median(spent for _, spent in timed)
         found = [self._bytes.of(step.experts, step.contexts, step.num_rows).total for step, _ in timed]
         plan = served[-1].steps[-1][0].plan
         own_s = device_s(self.runner, plan, bench.steps) if plan.bucket is not None else None
-        yield {
+        return {
             **self._named("decode", batch, 0),
             "engine": "penstock",
             "graph": plan.bucket is not None,
@@ -146,13 +153,26 @@ class WholeModel:
             "tokens_per_s": round(batch / seconds, 1),
             **_host(seconds, own_s),
         }
-        if bench.peer:
-            row: Row = {**self._named("decode", batch, 0), "engine": "transformers"}
-            if not theirs:
-                yield {**row, "note": "out of memory"}
-                return
-            median = statistics.median(theirs)
-            yield {**row, "steps": len(theirs), "step_ms": 1e3 * median, "tokens_per_s": round(batch / median, 1)}
+
+    def _decode_by_peer(self, batch: int) -> Row:
+        row: Row = {**self._named("decode", batch, 0), "engine": "transformers"}
+        prompts = self._prompts(batch)
+        self._serve(batch)
+        if not self._peer_steps(prompts):
+            return {**row, "note": "out of memory"}
+        ours: list[float] = []
+        theirs: list[float] = []
+        for _ in range(self._bench.rounds):
+            ours += [spent for _, spent in self._timed_steps(self._serve(batch))]
+            theirs += self._peer_steps(prompts)
+        seconds = statistics.median(theirs)
+        return {
+            **row,
+            "steps": len(theirs),
+            "step_ms": 1e3 * seconds,
+            "tokens_per_s": round(batch / seconds, 1),
+            "penstock_over_it": seconds / statistics.median(ours),
+        }
 
     def _peer_steps(self, prompts: Sequence[Sequence[int]]) -> list[float]:
         """Return what steps of transformers took; nothing where the memory does not allow it."""
@@ -211,14 +231,11 @@ class WholeModel:
             steps.verification(first + step, point.draft_len + 1, point.budget, padded=point.graph)
             for step in range(self._bench.steps if keep else 1)
         ]
-        watch, experts = Stopwatch(self._bench.device), []
-        watch.mark()
-        for plan in plans:
-            experts.append(self.runner.step(plan).counts.experts)
-            watch.mark()
+        watch = Stopwatch(self._bench.device)
+        results = run_in_turn(self.runner, plans, watch)
         if keep:
             timed.seconds += watch.intervals_s()
-            timed.experts += experts
+            timed.experts += [result.counts.experts for result in results]
 
     def _step_row(self, steps: FixedSteps, point: Point, timed: _Timed) -> Row:
         num_rows = point.batch * (point.draft_len + 1)
@@ -255,10 +272,8 @@ class WholeModel:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
         watch = Stopwatch(self._bench.device)
         with profile(activities=activities) as found:
-            watch.mark()
-            for step in range(self._bench.steps):
-                self.runner.step(steps.verification(step, 1, padded=True))
-            watch.mark()
+            plans = [steps.verification(step, 1, padded=True) for step in range(self._bench.steps)]
+            run_in_turn(self.runner, plans, watch)
         events: Any = found.key_averages()
         # Operations are charged with their kernels as well, so count kernels alone
         kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
@@ -268,7 +283,7 @@ class WholeModel:
             "engine": "penstock",
             "graph": True,
             "steps": self._bench.steps,
-            "step_ms": 1e3 * watch.intervals_s()[0] / self._bench.steps,
+            "step_ms": 1e3 * sum(watch.intervals_s()) / self._bench.steps,
             "kernels_ms": busy_us / 1e3 / self._bench.steps,
         }
         order = "self_device_time_total" if is_gpu else "self_cpu_time_total"
@@ -316,6 +331,6 @@ def kv_token_bytes(config: Any, dtype: torch.dtype) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = max(width, getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0))
     values = max(width, getattr(config, "v_head_dim", None) or 0)
-    latent = getattr(config, "kv_lora_rank", None) or 0
-    numbers = max(heads * (keys + values), latent + keys)
+    latent = getattr(config, "kv_lora_rank", None)
+    numbers = latent + config.qk_rope_head_dim if latent else heads * (keys + values)
     return int(numbers * config.num_hidden_layers * dtype.itemsize)

@@ -26,7 +26,7 @@ class ExpertGroups:
     order: torch.Tensor
     """[P] int32: pairs by their expert, those of one expert by row; those of none come last."""
     tile_expert: torch.Tensor
-    """[W] int32; valid, as the other two, for the first ``counts[0]`` tiles."""
+    """[W] int32: where the tile's expert lies; valid, as the other two, for the first ``counts[0]`` tiles."""
     tile_start: torch.Tensor
     """[W] int32: the tile's first place in ``order``."""
     tile_size: torch.Tensor
@@ -43,12 +43,18 @@ def most_tiles(num_pairs: int, num_experts: int, block_rows: int) -> int:
     return active + (num_pairs - active) // block_rows
 
 
-def group_by_expert(expert_ids: torch.Tensor, num_experts: int, block_rows: int) -> ExpertGroups:
-    """Sort the pairs of ``expert_ids`` [T, K], where ``num_experts`` or more is "none"."""
+def group_by_expert(
+    expert_ids: torch.Tensor, num_experts: int, block_rows: int, slots: torch.Tensor | None = None
+) -> ExpertGroups:
+    """Sort the pairs of ``expert_ids`` [T, K], where ``num_experts`` or more is "none".
+
+    ``slots`` [E] int32: where each expert lies; by its number if None.
+    """
     num_pairs = expert_ids.numel()
     groups = _empty(expert_ids, num_experts, block_rows)
     _group_pairs[(triton.cdiv(num_pairs, _PAIRS) + 1,)](
         expert_ids.contiguous(),
+        slots,
         groups.order,
         groups.tile_expert,
         groups.tile_start,
@@ -65,7 +71,9 @@ def group_by_expert(expert_ids: torch.Tensor, num_experts: int, block_rows: int)
     return groups
 
 
-def group_by_expert_reference(expert_ids: torch.Tensor, num_experts: int, block_rows: int) -> ExpertGroups:
+def group_by_expert_reference(
+    expert_ids: torch.Tensor, num_experts: int, block_rows: int, slots: torch.Tensor | None = None
+) -> ExpertGroups:
     """Do the same in torch's operations, on the host."""
     ids = expert_ids.flatten().clamp_max(num_experts)
     groups = _empty(expert_ids, num_experts, block_rows)
@@ -76,7 +84,8 @@ def group_by_expert_reference(expert_ids: torch.Tensor, num_experts: int, block_
         tiles += [(expert, start + cut, min(block_rows, size - cut)) for cut in range(0, size, block_rows)]
         start += size
     for place, (expert, first, size) in enumerate(tiles):
-        groups.tile_expert[place], groups.tile_start[place], groups.tile_size[place] = expert, first, size
+        groups.tile_expert[place] = expert if slots is None else slots[expert]
+        groups.tile_start[place], groups.tile_size[place] = first, size
     groups.counts.copy_(torch.tensor([len(tiles), sum(size > 0 for size in sizes)]))
     return groups
 
@@ -93,6 +102,7 @@ def _empty(expert_ids: torch.Tensor, num_experts: int, block_rows: int) -> Exper
 @triton.jit
 def _group_pairs(
     expert_ids,
+    slots,
     order,
     tile_expert,
     tile_start,
@@ -110,8 +120,9 @@ def _group_pairs(
         _place_pairs(expert_ids, order, program * PAIRS + tl.arange(0, PAIRS), num_pairs, num_experts, OTHERS)
     else:
         _cut_tiles(
-            expert_ids, tile_expert, tile_start, tile_size, counts, num_pairs, num_experts, BLOCK_ROWS, OTHERS, BINS
-        )
+            expert_ids, slots, tile_expert, tile_start, tile_size, counts, num_pairs, num_experts,
+            BLOCK_ROWS, OTHERS, BINS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -131,6 +142,7 @@ def _place_pairs(expert_ids, order, pairs, num_pairs, num_experts, OTHERS: tl.co
 @triton.jit
 def _cut_tiles(
     expert_ids,
+    slots,
     tile_expert,
     tile_start,
     tile_size,
@@ -151,9 +163,12 @@ def _cut_tiles(
     tiles = (sizes + BLOCK_ROWS - 1) // BLOCK_ROWS
     starts = tl.cumsum(sizes, axis=0) - sizes
     places = tl.cumsum(tiles, axis=0) - tiles
+    lies = experts
+    if slots is not None:
+        lies = tl.load(slots + experts, mask=experts < num_experts, other=0)
     for cut in range(tl.max(tiles, axis=0)):
         is_tile = cut < tiles
-        tl.store(tile_expert + places + cut, experts, mask=is_tile)
+        tl.store(tile_expert + places + cut, lies, mask=is_tile)
         tl.store(tile_start + places + cut, starts + cut * BLOCK_ROWS, mask=is_tile)
         tl.store(tile_size + places + cut, tl.minimum(sizes - cut * BLOCK_ROWS, BLOCK_ROWS), mask=is_tile)
     tl.store(counts, tl.sum(tiles, axis=0))

@@ -4,7 +4,10 @@ One program for each group of rows that shares a list of experts: steps have few
 launches. It passes over its rows twice: for what they want, and for what they get. Where a list is shared between
 ranks there are two launches, and the caller's sum over ranks between them.
 
-Shapes: T rows, E experts, K experts per row, G groups.
+Where a router limits rows to groups of experts, each group begins at a place that is a multiple of a power of two, so
+that rows of places are cut into groups without being moved.
+
+Shapes: T rows, E experts, K experts per row, G groups; in kernels N rows at a time, E places of experts.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .routing_rules import SCORES, KeptExperts, Reduce, Routed, Router, room_for
+from .routing_rules import SCORES, GroupLimit, KeptExperts, Reduce, Routed, Router, room_for
 
 _ROWS = 8
 """Rows that a program takes at a time."""
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def route(
@@ -26,8 +30,11 @@ def route(
     budget: KeptExperts | None = None,
     valid: torch.Tensor | None = None,
     reduce: Reduce | None = None,
+    scales: torch.Tensor | None = None,
 ) -> Routed:
     """Choose experts for rows of ``logits`` [T, E]; ``bias`` [E] is added to affinities for the choice alone.
+
+    ``scales`` [E]: what the weights of each expert are multiplied by, besides the router's one scale.
 
     Rows that are not ``valid`` [T] bool get no expert and count nowhere. ``reduce``: what a group's rows are worth is
     summed over all ranks, in one call with [2, G, E] f32.
@@ -39,6 +46,9 @@ def route(
         assert reduce is None, "all ranks run as many rows"
         return routed
     rows_each = _ROWS if budget is None else num_rows // num_groups
+    limit = router.limit or GroupLimit(1, 1, 0)
+    width = triton.next_power_of_2(num_experts // limit.num_groups)
+    places = triton.next_power_of_2(limit.num_groups) * width
     # What experts are worth, and whether they are loaded anyway
     worth = None if budget is None else logits.new_empty(2, num_groups, num_experts, dtype=torch.float32)
     phases = ((True, True),) if reduce is None else ((True, False), (False, True))
@@ -50,6 +60,7 @@ def route(
         _route[(num_groups,)](
             logits.contiguous(),
             bias,
+            scales,
             valid,
             None if budget is None else budget.budgeted,
             None if budget is None else budget.reach,
@@ -75,9 +86,14 @@ def route(
             CHOOSES=chooses,
             TOP_K=router.top_k,
             COLUMNS=triton.next_power_of_2(router.top_k),
-            EXPERTS=triton.next_power_of_2(num_experts),
+            EXPERT_GROUPS=limit.num_groups,
+            GROUPS_KEPT=limit.num_kept,
+            GROUP_BEST=limit.num_best,
+            ZEROS_OUTSIDE=limit.outside == 0,
+            WIDTH=width,
+            EXPERTS=places,
             ROWS=_ROWS,
-            OTHERS=16,
+            OTHERS=16 if places <= 128 else 8,
             num_warps=4,
         )
     return routed
@@ -110,20 +126,52 @@ def _read(logits, lift, rows, is_row, experts, is_expert, num_experts, SIGMOID: 
 
 
 @triton.jit
-def _best_of(scores, affinities, experts, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the ids and affinities [N, K] of the highest ``scores`` [N, E], and where those are in [N, E]."""
+def _inside(
+    scores, EXPERT_GROUPS: tl.constexpr, GROUPS_KEPT: tl.constexpr, GROUP_BEST: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return [N, E] bool: which places are of their row's groups."""
+    num_blocks: tl.constexpr = scores.shape[1] // WIDTH
+    blocks = tl.reshape(scores, [scores.shape[0], num_blocks, WIDTH])
+    worth = tl.max(blocks, axis=2)
+    if GROUP_BEST == 2:
+        is_best = tl.arange(0, WIDTH)[None, None, :] == tl.argmax(blocks, axis=2)[:, :, None]
+        worth += tl.max(tl.where(is_best, float("-inf"), blocks), axis=2)
+    groups = tl.arange(0, num_blocks)
+    worth = tl.where(groups[None, :] < EXPERT_GROUPS, tl.maximum(worth, _LOWEST), float("-inf"))
+    stays = worth != worth
+    for _ in tl.static_range(GROUPS_KEPT):
+        best = tl.argmax(tl.where(stays, float("-inf"), worth), axis=1)
+        stays = stays | (groups[None, :] == best[:, None])
+    return tl.reshape(tl.broadcast_to(stays[:, :, None], blocks.shape), scores.shape)
+
+
+@triton.jit
+def _best_of(scores, affinities, is_expert, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return places and affinities [N, K] of the highest ``scores`` [N, E], and where those are in [N, E]."""
     columns = tl.arange(0, COLUMNS)
-    ids = tl.zeros([scores.shape[0], COLUMNS], dtype=tl.int32)
+    places = tl.arange(0, scores.shape[1])
+    # Below any that may be chosen: places without experts, and those that have been
+    scores = tl.where(is_expert[None, :], tl.maximum(scores, _LOWEST), float("-inf"))
+    chosen = tl.zeros([scores.shape[0], COLUMNS], dtype=tl.int32)
     found = tl.zeros([scores.shape[0], COLUMNS], dtype=tl.float32)
     is_chosen = scores != scores
     for k in tl.static_range(TOP_K):
         best = tl.argmax(tl.where(is_chosen, float("-inf"), scores), axis=1)
-        is_best = experts[None, :] == best[:, None]
+        is_best = places[None, :] == best[:, None]
         affinity = tl.sum(tl.where(is_best, affinities, 0.0), axis=1)
-        ids = tl.where(columns[None, :] == k, best[:, None], ids)
+        chosen = tl.where(columns[None, :] == k, best[:, None], chosen)
         found = tl.where(columns[None, :] == k, affinity[:, None], found)
         is_chosen = is_chosen | is_best
-    return ids, found, is_chosen
+    return chosen, found, is_chosen
+
+
+@triton.jit
+def _limited_order(scores, affinities, is_inside, is_expert, ZEROS_OUTSIDE: tl.constexpr):
+    """Return what rows choose by [N, E] within a budget, which outranks their groups."""
+    scores = tl.where(is_inside, scores, 0.0 if ZEROS_OUTSIDE else float("-inf"))
+    is_outside = (scores == float("-inf")) | ((scores == 0) & (affinities > 0))
+    lowest = tl.min(tl.where(is_outside | (is_expert == 0)[None, :], float("inf"), scores), axis=1)
+    return tl.where(is_outside, lowest[:, None] - 2 + affinities, scores)
 
 
 @triton.jit
@@ -167,6 +215,7 @@ def _order(
 def _route(
     logits,
     bias,
+    scales,
     valid,
     budgeted,
     reach,
@@ -192,6 +241,11 @@ def _route(
     CHOOSES: tl.constexpr,
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EXPERT_GROUPS: tl.constexpr,
+    GROUPS_KEPT: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
+    ZEROS_OUTSIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     OTHERS: tl.constexpr,
@@ -199,8 +253,10 @@ def _route(
     group = tl.program_id(0)
     start = group * rows_each
     stop = tl.minimum(start + rows_each, num_rows)
-    experts = tl.arange(0, EXPERTS)
-    is_expert = experts < num_experts
+    group_size = num_experts // EXPERT_GROUPS
+    experts = tl.arange(0, EXPERTS) // WIDTH * group_size + tl.arange(0, EXPERTS) % WIDTH
+    is_expert = (tl.arange(0, EXPERTS) // WIDTH < EXPERT_GROUPS) & (tl.arange(0, EXPERTS) % WIDTH < group_size)
+    experts = tl.where(is_expert, experts, num_experts)
     columns = tl.arange(0, COLUMNS)
     lift = tl.zeros([EXPERTS], dtype=tl.float32)
     if bias is not None:
@@ -222,7 +278,10 @@ def _route(
             affinities, scores = _read(
                 logits, lift, rows, is_row, experts, is_expert, num_experts, SIGMOID, BY_LOGITS
             )  # fmt: skip
-            _, own, is_chosen = _best_of(scores, affinities, experts, TOP_K, COLUMNS)
+            if EXPERT_GROUPS > 1:
+                is_inside = _inside(scores, EXPERT_GROUPS, GROUPS_KEPT, GROUP_BEST, WIDTH)
+                scores = tl.where(is_inside, scores, float("-inf"))
+            _, own, is_chosen = _best_of(scores, affinities, is_expert, TOP_K, COLUMNS)
             if SCORE == 0:
                 shares = affinities / tl.maximum(tl.sum(affinities, axis=1), 1e-37)[:, None]
             else:
@@ -267,6 +326,10 @@ def _route(
                     allowed = place < number
             is_loaded = tl.load(loaded + experts, mask=is_expert, other=0.0) > 0
             allowed = is_expert & (allowed | is_loaded)
+            # The list goes through memory too, for whoever asks of a single expert
+            tl.debug_barrier()
+            tl.store(loaded + experts, allowed.to(tl.float32), mask=is_expert)
+            tl.debug_barrier()
 
         for first in range(start, stop, ROWS):
             rows = first + tl.arange(0, ROWS)
@@ -274,26 +337,37 @@ def _route(
             affinities, scores = _read(
                 logits, lift, rows, is_row, experts, is_expert, num_experts, SIGMOID, BY_LOGITS
             )  # fmt: skip
-            chosen, shares, is_chosen = _best_of(scores, affinities, experts, TOP_K, COLUMNS)
+            own_scores = scores
+            if EXPERT_GROUPS > 1:
+                is_inside = _inside(scores, EXPERT_GROUPS, GROUPS_KEPT, GROUP_BEST, WIDTH)
+                own_scores = tl.where(is_inside, scores, float("-inf"))
+            chosen, shares, _ = _best_of(own_scores, affinities, is_expert, TOP_K, COLUMNS)
             share = tl.full([ROWS], 1.0, dtype=tl.float32)
+            is_none = chosen < 0
             if SCORE >= 0:
                 is_budgeted = is_row & (tl.load(budgeted + rows, mask=is_row, other=0) != 0)
-                is_barred = is_budgeted[:, None] & (allowed[None, :] == 0)
-                left = tl.sum(tl.where(is_chosen & (is_barred == 0), affinities, 0.0), axis=1)
-                left = left / tl.maximum(tl.sum(shares, axis=1), 1e-37)
-                share = tl.where(is_budgeted, left, 1.0)
+                listed = tl.load(loaded + chosen // WIDTH * group_size + chosen % WIDTH)
+                is_unlisted = is_budgeted[:, None] & (listed == 0) & (columns < TOP_K)[None, :]
+                left = tl.sum(tl.where(is_unlisted, 0.0, shares), axis=1)
+                share = tl.where(is_budgeted, left / tl.maximum(tl.sum(shares, axis=1), 1e-37), 1.0)
                 if TRUNCATES:
-                    # Again over the same, for which of the chosen are barred: 1 in the place of an affinity
-                    _, barred, _ = _best_of(scores, is_barred.to(tl.float32), experts, TOP_K, COLUMNS)
-                    chosen = tl.where(barred > 0, num_experts, chosen)
+                    is_none = is_unlisted
                 else:
-                    scores = tl.where(is_barred, float("-inf"), scores)
-                    chosen, shares, _ = _best_of(scores, affinities, experts, TOP_K, COLUMNS)
+                    order = own_scores
+                    if EXPERT_GROUPS > 1:
+                        loses = tl.max(is_unlisted.to(tl.int32), axis=1) > 0
+                        limited = _limited_order(scores, affinities, is_inside, is_expert, ZEROS_OUTSIDE)
+                        order = tl.where(loses[:, None], limited, order)
+                    order = tl.where(is_budgeted[:, None] & (allowed == 0)[None, :], float("-inf"), order)
+                    chosen, shares, _ = _best_of(order, affinities, is_expert, TOP_K, COLUMNS)
             if NORMALISE:
                 shares = shares / tl.maximum(tl.sum(shares, axis=1), 1e-37)[:, None]
+            chosen = chosen // WIDTH * group_size + chosen % WIDTH
+            if scales is not None:
+                shares *= tl.load(scales + chosen).to(tl.float32)
             if valid is not None:
-                is_valid = tl.load(valid + rows, mask=is_row, other=0) != 0
-                chosen = tl.where(is_valid[:, None], chosen, num_experts)
+                is_none = is_none | (tl.load(valid + rows, mask=is_row, other=0) == 0)[:, None]
+            chosen = tl.where(is_none, num_experts, chosen)
             places = rows.to(tl.int64)[:, None] * TOP_K + columns[None, :]
             is_place = is_row[:, None] & (columns < TOP_K)[None, :]
             tl.store(ids + places, chosen.to(tl.int64), mask=is_place)

@@ -69,6 +69,12 @@ class ExpertWeights:
         return cls(blocks.flatten(2).contiguous(), scales.contiguous(), biases, MXFP4)
 
     @property
+    def parts(self) -> list[torch.Tensor]:
+        """All that makes the experts, each [E, ..] and with an expert's numbers in one piece."""
+        values = self.values if self.values.is_contiguous() else self.values.transpose(1, 2)
+        return [part for part in (values, self.scales, self.biases) if part is not None]
+
+    @property
     def num_experts(self) -> int:
         """E"""
         return len(self.values)

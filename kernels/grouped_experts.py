@@ -56,12 +56,14 @@ def grouped_experts(
     expert_ids: torch.Tensor,
     weights: torch.Tensor,
     tiles: LayerTiles | None = None,
+    slots: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's weighted sum over its experts [T, H], and how many distinct experts ran: [] int32.
 
     ``up`` [E, 2 F, H] and ``down`` [E, H, F] with ``hidden`` [T, H] of f32 or bf16; ``expert_ids`` [T, K], E or
     more for "none", ``weights`` [T, K]. Numbers between the projections are of ``hidden``'s type, all sums f32. The
-    host waits for nothing; ``tiles`` are the table's where none are given.
+    host waits for nothing; ``tiles`` are the table's where none are given. ``slots`` [E] int32: where in ``up`` and
+    ``down`` each expert lies, by its number if None.
     """
     num_rows, top_k = expert_ids.shape
     hidden_size, inner_size = up.num_inputs, down.num_inputs
@@ -73,7 +75,7 @@ def grouped_experts(
         shared = up.block[1] if up.format == FP8 else None
         tiles = layer_tiles(hidden_size, inner_size, top_k, up.bytes_per_weight, scale_inputs=shared)
     hidden = hidden.contiguous()
-    groups = group_by_expert(expert_ids, up.num_experts, block_rows(num_rows))
+    groups = group_by_expert(expert_ids, up.num_experts, block_rows(num_rows), slots)
     gated = hidden.new_empty(num_rows * top_k, inner_size)
     _project(hidden, up, gated, groups, tiles.up, gate, top_k)
     partial = hidden.new_empty(tiles.down.splits, num_rows * top_k, hidden_size, dtype=torch.float32)
@@ -101,6 +103,7 @@ def grouped_experts_reference(
     hidden: torch.Tensor,
     expert_ids: torch.Tensor,
     weights: torch.Tensor,
+    slots: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do the same in f32 by torch's operations, on the host: one active expert at a time."""
     output = torch.zeros_like(hidden, dtype=torch.float32)
@@ -108,10 +111,11 @@ def grouped_experts_reference(
     for expert in active:
         row, k = (expert_ids == expert).nonzero(as_tuple=True)
         rows = hidden[row].float()
+        slot = expert if slots is None else int(slots[expert])
         for part, finish in ((up, gate), (down, None)):
-            rows = rows @ _one(part, expert).t()
+            rows = rows @ _one(part, slot).t()
             if part.biases is not None:
-                rows += part.biases[expert].float()
+                rows += part.biases[slot].float()
             if finish is not None:
                 rows = finish(rows)
         output.index_add_(0, row, rows * weights[row, k, None].float())

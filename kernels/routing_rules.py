@@ -16,6 +16,19 @@ NUMBER, SHARE, PARTS, BALANCED = range(4)
 
 
 @dataclass(frozen=True, slots=True)
+class GroupLimit:
+    """Rows choose within their best groups of experts, which are runs of E / ``num_groups``."""
+
+    num_groups: int
+    num_kept: int
+    """Groups that stay for a row; of groups that are worth the same those with the lowest ids."""
+    num_best: int
+    """A group is worth the sum of its so many best scores, 1 or 2."""
+    outside: float = -torch.inf
+    """What a router sets the scores of a row's other experts to, 0 or -inf; none that stay have less."""
+
+
+@dataclass(frozen=True, slots=True)
 class Router:
     """What a model's router makes of its logits."""
 
@@ -28,6 +41,7 @@ class Router:
     """What weights are multiplied by."""
     by_logits: bool = False
     """It selects by its logits, else by affinities."""
+    limit: GroupLimit | None = None
     dtype: torch.dtype = torch.float32
     """Of the weights."""
 
@@ -91,13 +105,15 @@ def route_reference(
     budget: KeptExperts | None = None,
     valid: torch.Tensor | None = None,
     reduce: Reduce | None = None,
+    scales: torch.Tensor | None = None,
 ) -> Routed:
     """Do what `expert_routing.route` does in torch's operations, on the host."""
     routed = room_for(logits, router)
     num_rows, num_experts = logits.shape
     affinities, scores = affinities_and_scores(logits, router, bias)
     is_valid = torch.ones(num_rows, dtype=torch.bool, device=logits.device) if valid is None else valid
-    ids = _best(scores)[:, : router.top_k]
+    own_scores = scores if router.limit is None else scores.masked_fill(~inside(scores, router.limit), -torch.inf)
+    ids = _best(own_scores)[:, : router.top_k]
     is_none = ~is_valid[:, None].expand_as(ids)
     routed.kept.fill_(1.0)
     if budget is not None:
@@ -124,11 +140,14 @@ def route_reference(
         if budget.truncates:
             is_none = is_none | ~is_allowed
         else:
-            again = _best(scores.masked_fill(~allowed, -torch.inf))[:, : router.top_k]
-            ids = torch.where(counted[:, None], again, ids)
+            order = scores if router.limit is None else _limited_order(scores, affinities, router.limit)
+            again = _best(order.masked_fill(~allowed, -torch.inf))[:, : router.top_k]
+            ids = torch.where(is_allowed.all(dim=1, keepdim=True), ids, again)
     weights = affinities.gather(1, ids)
     if router.normalise:
         weights = weights / _at_least_tiny(weights.sum(dim=1, keepdim=True))
+    if scales is not None:
+        weights = weights * scales.float()[ids]
     routed.ids.copy_(ids.masked_fill(is_none, num_experts))
     routed.weights.copy_(weights * router.scale)
     return routed
@@ -142,6 +161,31 @@ def affinities_and_scores(
     affinities = numbers.sigmoid() if router.sigmoid else numbers.softmax(dim=-1)
     scores = numbers if router.by_logits else affinities
     return affinities, scores if bias is None else scores + bias.float()
+
+
+def inside(scores: torch.Tensor, limit: GroupLimit) -> torch.Tensor:
+    """Return [T, E] bool: which experts are of their row's groups."""
+    worth = group_worth(scores, limit)
+    stays = torch.zeros_like(worth, dtype=torch.bool).scatter(1, _best(worth)[:, : limit.num_kept], value=True)
+    return stays.repeat_interleave(scores.shape[1] // limit.num_groups, dim=1)
+
+
+def group_worth(scores: torch.Tensor, limit: GroupLimit) -> torch.Tensor:
+    """Return what the groups of experts are worth to each row, [T, number of groups]."""
+    return scores.view(len(scores), limit.num_groups, -1).topk(limit.num_best, dim=2).values.sum(dim=2)
+
+
+def outside(scores: torch.Tensor, affinities: torch.Tensor) -> torch.Tensor:
+    """Return [T, E] bool: which experts a router that limits rows to groups has set aside, as a budget tells."""
+    return scores.isneginf() | ((scores == 0) & (affinities > 0))
+
+
+def _limited_order(scores: torch.Tensor, affinities: torch.Tensor, limit: GroupLimit) -> torch.Tensor:
+    """Return what rows choose by within a budget, which outranks groups: their own groups' experts, then the others."""
+    scores = scores.masked_fill(~inside(scores, limit), limit.outside)
+    is_outside = outside(scores, affinities)
+    lowest = scores.masked_fill(is_outside, torch.inf).amin(dim=1, keepdim=True)
+    return torch.where(is_outside, lowest - 2 + affinities, scores)
 
 
 def _best(numbers: torch.Tensor) -> torch.Tensor:

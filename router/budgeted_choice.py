@@ -30,7 +30,7 @@ class LayerRanks:
     """Where a layer's experts are, as one rank sees it."""
 
     owner: torch.Tensor
-    """[E] rank that computes each expert for this rank's rows."""
+    """[E] rank that computes each expert for this rank's rows; changed in place where experts move."""
     num_ranks: int
     home: int
     """This rank."""

@@ -46,8 +46,11 @@ class Selection(Protocol):
 class Replacement(Protocol):
     """All that follows a router's logits, in one step."""
 
-    def __call__(self, logits: torch.Tensor, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (weights [T, K], indices [T, K]) for ``logits`` [T, E]; ``args`` are the router's own."""
+    def __call__(self, logits: torch.Tensor, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the router's (logits or affinities [T, E], weights [T, K], indices [T, K]) for ``logits`` [T, E].
+
+        ``args`` are the router's own.
+        """
         ...
 
 
@@ -183,8 +186,7 @@ class RouterSeam:
             self._overlaid = self._audited(result, *args, **kwargs)
             self.audited_args = None if kwargs else args
         if self.replacement is not None:
-            logits = self._logits(*args, **kwargs).logits
-            return logits, *self.replacement(logits, args)
+            return self.replacement(self._logits(*args, **kwargs).logits, args)
         if self.selection is None:
             return self._forward(*args, **kwargs)
         if self._overlaid is None:

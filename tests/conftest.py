@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from penstock.cluster.api.chat_tokenizer import ChatTokenizer
     from penstock.cluster.engine.engine import Engine
     from penstock.cluster.engine.ranks import LocalRanks
+    from penstock.cluster.transport.process_ranks import ProcessRanks
     from penstock.workers.runner import ModelRunner
 
     from .scripted_backend import ScriptedBackend
@@ -36,8 +37,16 @@ SMALL: dict[str, Any] = {"block_size": 4, "max_model_len": 96, "kv_cache_bytes":
 """What `make_engine` gives an engine unless told otherwise."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the servers: their tests take longest, and where files are tested two at a time one file ends last."""
+    """Mark what runs kernels where they are, if that is on a GPU, and begin with the servers.
+
+    Their tests take longest, and where files are tested two at a time one file ends last.
+    """
+    for item in items:
+        device = getattr(item.getparent(pytest.Module).obj, "DEVICE", None)  # type: ignore[union-attr]
+        if getattr(device, "type", "cpu") == "cuda":
+            item.add_marker("gpu")
     items.sort(key=lambda item: item.get_closest_marker("serve") is None)
 
 
@@ -81,6 +90,16 @@ def checkpoint(tiny_model: Callable[[str], Any], tmp_path_factory: pytest.TempPa
         return made[model_type]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def process_ranks() -> type[ProcessRanks]:
+    """Return ranks in processes of their own, which need what a bare GPU machine lacks: msgspec and zmq."""
+    pytest.importorskip("msgspec")
+    pytest.importorskip("zmq")
+    from penstock.cluster.transport.process_ranks import ProcessRanks
+
+    return ProcessRanks
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,6 +92,39 @@ def test_the_engine_runs_on_a_bare_machine(
     assert said["tokens"] == reference(directory, prompt, 8, ignore_eos=True)
     assert said["loaded"] == []
     assert {"workers.runner", "workers.process_group", "router.topk", "kernels.philox"} <= set(said["names"])
+
+
+_COLLECT = """
+import sys
+
+BLOCKED = {
+    "ray", "pydantic", "zmq", "msgspec", "fastapi", "openai", "cyclopts", "jsonschema", "schemathesis", "pytest_asyncio"
+}
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-o", "addopts=--import-mode=importlib", "-m", "gpu", *sys.argv[1:]]))
+"""
+
+
+def test_tests_for_a_gpu_are_found_on_a_bare_machine() -> None:
+    marked = re.compile(r"^(@|on_gpu = \[)pytest\.mark\.gpu", re.MULTILINE)
+    files = sorted(file for file in (ROOT / "tests").glob("test_*.py") if marked.search(file.read_text()))
+    assert len(files) > 5
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _COLLECT, *map(str, files)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert found == {f"tests/{file.name}" for file in files}
 
 
 def test_importing_penstock_costs_neither_torch_nor_ray() -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from penstock.benchmarks import computing_rank, step_gaps
+from penstock.benchmarks import step_gaps
 from penstock.benchmarks.churn import slope
 from penstock.benchmarks.harness import Measurement, Options, Target, quantile, run
 from penstock.benchmarks.http_stream import COMPLETED, LEFT, LOST, REFUSED, Answer, ask
 from penstock.benchmarks.peer_process import PeerProcess
 from penstock.benchmarks.stream_peer import EnginePeer, HttpPeer, Job, Report
+from penstock.benchmarks.time_budget import TimeBudget, process_age_s
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.backend import QueueFullError
 
@@ -54,6 +55,56 @@ def test_the_file_holds_environment_rows_and_targets(tmp_path):
     assert (saved["environment"]["dtype"], saved["environment"]["threads"]) == ("float32", 2)
 
 
+def test_the_command_holds_the_options_of_the_benchmark_alone(tmp_path):
+    file = tmp_path / "out.json"
+
+    def more(parser):
+        parser.add_argument("--name")
+
+    run("some", _measure(3.9), ["--name", "a b", "--check", f"--json={file}", "--quick"], add_options=more)
+    command = json.loads(file.read_text())["command"]
+    assert command == "python -m penstock.benchmarks.some --name 'a b' --quick --seed 0"
+
+
+def test_a_run_that_is_cut_short_has_kept_what_it_found(tmp_path):
+    file = tmp_path / "out.json"
+    measured = _measure(3.9)(Options(quick=False, seed=0))
+
+    def dies(options):
+        options.keep(measured)
+        kept = json.loads(file.read_text())
+        assert (kept["unfinished"], len(kept["rows"]), kept["targets"][0]["figure"]) == (True, 2, 3.9)
+        options.keep(replace(measured, rows=measured.rows[:1]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("some", dies, ["--json", str(file)])
+    kept = json.loads(file.read_text())
+    assert (kept["unfinished"], len(kept["rows"])) == (True, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    run("some", _measure(3.9), ["--json", str(file)])
+    assert "unfinished" not in json.loads(file.read_text())
+
+
+def test_what_there_was_no_time_for_is_named(tmp_path, capsys):
+    file, elapsed = tmp_path / "out.json", iter([0.5, 1.5, 2.5])
+    budget = TimeBudget(2.0, lambda: next(elapsed))
+    assert [part for part in ("a", "b", "c") if budget.allows(part)] == ["a", "b"]
+    measured = replace(_measure(3.9)(Options(quick=False, seed=0)), left_out=budget.left_out)
+    run("some", lambda options: measured, ["--json", str(file)])
+    assert "left out, since time was over: c\n" in capsys.readouterr().out
+    assert json.loads(file.read_text())["left_out"] == ["c"]
+    elapsed = iter([0.5, 1.5, 1.5, 2.5])
+    budget = TimeBudget(2.0, lambda: next(elapsed))
+    first = budget.first(0.5)
+    assert [part for part in ("a", "b") if first.allows(part)] == ["a"]
+    assert [part for part in ("c", "d") if budget.allows(part)] == ["c"]
+    assert budget.left_out == ["b", "d"]
+    assert TimeBudget(None).first(0.5).allows("any")
+    assert TimeBudget(None).allows("any")
+    assert 0 < process_age_s() < 86400
+
+
 def test_quantiles_are_of_the_sorted_values():
     values = [float(value) for value in (5, 1, 4, 2, 3)]
     assert [quantile(values, share) for share in (0.0, 0.5, 0.99)] == [1.0, 3.0, 5.0]
@@ -73,17 +124,13 @@ def test_step_overhead_times_both_transports(tmp_path):
 
 
 @pytest.mark.distributed
-def test_step_gaps_times_every_step_of_both_ways(monkeypatch):
-    monkeypatch.setenv(computing_rank.COMPUTE_VARIABLE, "0.0")
-    config = EngineConfig(model="computing", expert_parallel_size=step_gaps.NUM_RANKS, speculation="off")
-    ranks = step_gaps.WatchedRanks(config)
-    try:
-        for ahead in (False, True):
-            idle_s = step_gaps._turn(replace(config, async_scheduling=ahead), ranks, 2)
-            assert len(idle_s) == step_gaps.NUM_RANKS * (step_gaps.STEPS - step_gaps.SKIPPED)
-            assert min(idle_s) > 0
-    finally:
-        ranks.close()
+def test_step_gaps_times_every_step_of_all_ways():
+    idle_s = step_gaps._idle(0.001, 2, 1)
+    assert list(idle_s) == list(step_gaps.WAYS)
+    for found in idle_s.values():
+        assert len(found) == step_gaps.NUM_RANKS * (step_gaps.STEPS - step_gaps.SKIPPED)
+        assert min(found) > 0
+    assert sum(idle_s[step_gaps.LAUNCHED]) < sum(idle_s[step_gaps.AFTER])
 
 
 def test_a_bound_from_above_is_kept_by_what_lies_below():

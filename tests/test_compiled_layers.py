@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention
 
 from penstock.router.expert_budget import ExpertBudget
 from penstock.workers.plan import RankPlan
@@ -18,13 +19,28 @@ from .test_static_step import STEPS, exact_counts, padded, prompts, runner_of
 
 
 @pytest.mark.parametrize(
-    ("model_type", "backend"),
-    [("qwen3_moe", "inductor"), ("deepseek_v3", "aot_eager"), ("gpt_oss", "aot_eager")],
+    ("model_type", "backend", "in_place"),
+    [
+        ("qwen3_moe", "inductor", False),
+        ("deepseek_v3", "aot_eager", False),
+        ("deepseek_v3", "aot_eager", True),
+        ("gpt_oss", "aot_eager", False),
+    ],
 )
 def test_compiled_layers_give_what_layers_give(
-    checkpoint: Callable[[str], Path], model_type: str, backend: str, caplog: pytest.LogCaptureFixture
+    checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    backend: str,
+    in_place: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     runner = runner_of(checkpoint(model_type))
+    if in_place:
+        runner.padded.objection = ""
+        runner.padded.choose_attention()
+        assert runner.padded.objection == ""
     runner.step(prompts())
     with caplog.at_level(logging.INFO):
         runner.padded.compile_layers(backend)

@@ -20,6 +20,7 @@ from penstock.benchmarks.random_model import DEMO, NUM_TOPICS, UNEQUAL, random_m
 from penstock.benchmarks.routing_skew import MODEL, choices, of_demo, of_random, unevenness
 from penstock.benchmarks.step_bytes import ByteCounter, windows
 from penstock.benchmarks.stopwatch import Stopwatch
+from penstock.benchmarks.time_budget import TimeBudget
 from penstock.benchmarks.watched_serving import serve
 from penstock.benchmarks.whole_model import Bench, WholeModel, figures, kv_token_bytes
 from penstock.cluster.config import EngineConfig
@@ -175,6 +176,8 @@ def test_bytes_of_a_step_are_exact() -> None:
     assert found.kv == 2 * 2 * 8 * 4 * ((8 + 6) + (20 + 6))
     assert found.total == found.dense + found.experts + found.kv
     assert found.roofline_s(2.0) == pytest.approx(found.total / 2e9)
+    latent = ByteCounter(runner_of(tiny("deepseek_v2"))).of([2], [20, 6], num_rows=2)
+    assert latent.kv == layers * (16 + 8) * 4 * (20 + 6)
     tied = runner_of(tiny("gpt_oss", tie_word_embeddings=True))
     assert ByteCounter(tied).of([3, 5], [20, 6], 7).dense == dense, "the head is read as a whole"
 
@@ -224,11 +227,12 @@ def test_a_stopwatch_tells_the_time_between_marks() -> None:
 
 def test_a_whole_model_is_measured() -> None:
     model = WholeModel(tiny("qwen3_moe"), bench())
-    rows = list(model.rows())
+    rows = [*model.rows(), *model.peer_rows()]
     decode = [row for row in rows if row["part"] == "decode"]
     assert [(row["engine"], row["batch"]) for row in decode] == [
-        (engine, batch) for batch in (1, 3) for engine in ("penstock", "transformers")
+        (engine, batch) for engine in ("penstock", "transformers") for batch in (1, 3)
     ]
+    assert all(row["penstock_over_it"] > 0 for row in decode[2:])
     for row in decode:
         assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["step_ms"], rel=0.01)
     steps = [row for row in rows if row["part"] == "step"]
@@ -260,6 +264,18 @@ def test_a_whole_model_is_measured() -> None:
     assert "aten::" in table
     names = {target.name.split(",")[0] for target in targets([*rows, *growth(rows)])}
     assert len(names) == 5
+
+
+def test_no_batch_begins_when_time_is_over() -> None:
+    passed = iter([1.0, 10.0, 11.0, 12.0])
+    model = WholeModel(tiny("qwen3_moe"), bench(draft_lens=(0,), budget=TimeBudget(5.0, lambda: next(passed))))
+    rows = [*model.rows(), *model.peer_rows()]
+    assert {(row["engine"], row["batch"]) for row in rows} == {("penstock", 1)}
+    assert model._bench.budget.left_out == [
+        "tiny, batch 3",
+        "tiny, transformers at batch 1",
+        "tiny, transformers at batch 3",
+    ]
 
 
 def test_the_inflated_demo_is_measured() -> None:
@@ -317,7 +333,7 @@ def test_targets_take_the_worst_model_and_leave_out_what_was_not_measured() -> N
     assert targets([]) == []
     decode = [
         row("decode", "a", engine="penstock", step_ms=2.0, share_of_roofline=0.5, tokens_per_s=500.0, host_share=0.02),
-        row("decode", "a", engine="transformers", step_ms=8.0, tokens_per_s=125.0),
+        row("decode", "a", engine="transformers", step_ms=8.0, tokens_per_s=125.0, penstock_over_it=4.0),
         row("decode", "b", engine="penstock", step_ms=4.0, share_of_roofline=0.3, tokens_per_s=250.0, host_share=0.1),
         row("decode", "b", engine="transformers", note="out of memory"),
         {**row("decode", "b", engine="penstock", step_ms=4.0, share_of_roofline=0.1, tokens_per_s=1.0), "batch": 2},
@@ -343,6 +359,8 @@ def test_options_say_what_is_measured(capsys: pytest.CaptureFixture[str]) -> Non
     some = bench_of(options_of("--batches", "1,8", "--draft-lens", "0,2", "--skew", "unequal", "--no-peer"), CPU, GB)
     assert (some.batches, some.draft_lens, some.skew, some.peer) == ((1, 8), (0, 2), UNEQUAL, False)
     assert bench_of(options_of(quick=True), CPU, GB).batches == (1, 8)
+    assert full.budget.allows("all")
+    assert not bench_of(options_of("--budget-s", "0"), CPU, GB).budget.allows("all")
     for wrong in (["--batches", "0"], ["--draft-lens", "8"], ["--model", "GPT-5"]):
         with pytest.raises(SystemExit):
             options_of(*wrong)

@@ -108,11 +108,29 @@ def test_equals_its_reference(kind, dtype, num_rows, hidden_size, inner_size, ga
     assert num_active == num_expected
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_experts_lie_in_any_slot(kind):
+    up, down = layer(kind, CLAMPED, torch.float32, 32, 32, 3)
+    hidden, ids, weights = random(9, 32, seed=5), chosen(9, 3, 2), random(9, 2, seed=6).abs()
+    lies = [2, 0, 1]
+    slots = torch.tensor(lies, dtype=torch.int32, device=DEVICE)
+    groups, expected_groups = (group(ids, 3, 16, slots) for group in (group_by_expert, group_by_expert_reference))
+    assert torch.equal(groups.order, expected_groups.order)
+    num_tiles = int(expected_groups.counts[0])
+    assert torch.equal(groups.tile_expert[:num_tiles], expected_groups.tile_expert[:num_tiles])
+    result, num_active = grouped_experts(up, down, CLAMPED, hidden, ids, weights, slots=slots)
+    assert_near(result, grouped_experts_reference(up, down, CLAMPED, hidden, ids, weights, slots)[0])
+    # Expert 0 is the one that lies in slot 2
+    renamed = torch.tensor([*lies, 3], device=DEVICE)[ids]
+    assert torch.equal(result, grouped_experts(up, down, CLAMPED, hidden, renamed, weights)[0])
+    assert num_active == len(set(ids.flatten().tolist()) - {3})
+
+
 def test_stored_numbers_are_read_exactly():
     # Every number of eight and of four bits by the identity, subnormal ones among them
     every = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 4, 64)
     every[every & 127 == 127] = 0  # not a number
-    fp8 = ExpertWeights.block_fp8(every.view(torch.float8_e4m3fn), torch.full((1, 1, 4), 0.5), (32, 16))
+    fp8 = ExpertWeights.block_fp8(every.view(torch.float8_e4m3fn), torch.full((1, 1, 4), 0.5, device=DEVICE), (32, 16))
     blocks = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 8, 2, 16)
     exponents = torch.tensor([66, 90, 120, 126, 127, 128, 140, 190], dtype=torch.uint8, device=DEVICE)
     mxfp4 = ExpertWeights.mxfp4(blocks, exponents.view(1, 8, 1).expand(1, 8, 2).contiguous())

@@ -5,7 +5,8 @@ from itertools import count
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from penstock.cluster.api.metrics import PREFIX, engine_samples, parse_samples, render
+from penstock.cluster.api.metric import PREFIX
+from penstock.cluster.api.metrics import engine_samples, parse_samples, render
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.balance import Balance
 from penstock.cluster.engine.engine import Engine

@@ -23,6 +23,7 @@ from penstock.workers import page_attention
 from penstock.workers.attention import attend_with_sinks
 from penstock.workers.context_pages import ContextPages
 from penstock.workers.kv_cache import PagedKVCache
+from penstock.workers.latent_attention import Absorbed, into_latents, out_of_latents
 from penstock.workers.page_attention import attend, attend_with, kernel_options, objection
 from penstock.workers.plan import Bucket, RankPlan, RequestPlan
 from penstock.workers.rows import context_slots
@@ -35,6 +36,8 @@ from .test_static_step import runner_of as make
 from .tiny_engine import GREEDY, config_of
 
 WINDOW = 12
+KEPT = ("qwen3_moe", "gpt_oss", "mimo_v2_flash", "gemma4_text")
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "axk1")
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +53,16 @@ def attend_by_blocks(
     mask: BlockMask,
     sinks: torch.Tensor | None,
     scaling: float | None,
+    absorbed: Absorbed | None = None,
 ) -> torch.Tensor:
     """`page_attention.attend` as kernels compute it: what is not in a listed block is not read.
 
     Uncompiled flex_attention never looks at the lists: it computes all scores, and hides.
     """
+    if absorbed is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        latents = attend_by_blocks(into_latents(query, absorbed), keys, values, mask, sinks, scaling)
+        return out_of_latents(latents, absorbed)
     output = query.new_zeros(*query.shape[:-1], values.shape[-1])
     rows = torch.arange(query.shape[2])[:, None]
     for r, number in enumerate(mask.kv_num_blocks[:, 0, 0].tolist()):
@@ -79,6 +87,8 @@ def runner_for(checkpoint: Callable[[str], Path]) -> Callable[[str], ModelRunner
         if model_type not in made:
             made[model_type] = make(checkpoint(model_type))
             made[model_type].padded.objection = ""
+            made[model_type].padded.choose_attention()
+            assert made[model_type].padded.objection == ""
         return made[model_type]
 
     return get
@@ -96,7 +106,7 @@ def forget_the_rest(runner: ModelRunner, requests: list[RequestPlan]) -> None:
 
 @pytest.mark.parametrize("budget", [None, "experts=4,scope=request"])
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mimo_v2_flash", "gemma4_text"])
+@pytest.mark.parametrize("model_type", [*KEPT, *LATENT])
 def test_a_step_over_pages_is_the_step(
     runner_for: Callable[[str], ModelRunner],
     monkeypatch: pytest.MonkeyPatch,
@@ -127,11 +137,14 @@ def test_a_step_over_pages_is_the_step(
     assert runner.step(padded(plan, runner)).token_ids == runner.step(plan).token_ids
 
 
-def test_an_engine_publishes_the_same_tokens(checkpoint: Callable[[str], Path]) -> None:
-    config = config_of(checkpoint("gpt_oss"))
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3"])
+def test_an_engine_publishes_the_same_tokens(checkpoint: Callable[[str], Path], model_type: str) -> None:
+    config = config_of(checkpoint(model_type))
     runner = make_runner(config, 0)
     ranks = LocalRanks(runner)
     runner.padded.objection = ""
+    runner.padded.choose_attention()
+    assert runner.padded.objection == ""
     expected, _ = outputs_of(config, ranks, 3, GREEDY)
     found, watched = outputs_of(config, Padded(ranks), 3, GREEDY)
     assert found == expected
@@ -231,11 +244,12 @@ def test_what_the_kernels_cannot_read_is_gathered(checkpoint: Callable[[str], Pa
     large = cache_of(128, 256, torch.bfloat16)
     large.allocate(1 << 34, torch.device("meta"))
     assert "32 bits" in objection(large, cuda)
-    latent = make(checkpoint("deepseek_v3"))
-    assert latent.padded.objection
-    assert "makes keys and values" in objection(latent.cache, cuda)
-    for model_type in ("qwen3_moe", "gpt_oss", "mimo_v2_flash", "gemma4_text"):
+    for model_type in KEPT:
         assert make(checkpoint(model_type)).cache.attends_to_what_it_keeps
+    expanding = cache_of(2, 16)
+    expanding.attends_to_what_it_keeps = False
+    expanding.allocate(1 << 20, torch.device("meta"))
+    assert "makes keys and values" in objection(expanding, cuda)
 
 
 def test_the_choice_is_logged_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -259,6 +273,7 @@ def test_kernels_are_cut_into_tiles_that_blocks_divide_into() -> None:
         assert block_size % options["BLOCK_N"] == 0
         rows = options["BLOCK_M"]
         assert rows in (16, 32, 64, 128)
+        assert (4 if itemsize == 4 and rows == 16 else 2) <= options["num_warps"] <= 8
         if group_size in (3, 5, 7):
             assert rows == 16  # of a head
         else:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,11 +15,10 @@ import torch
 from .triton_device import DEVICE
 
 from penstock.benchmarks import step_launches  # isort: skip
-from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.kernels.device import triton_on
 from penstock.router.expert_budget import ExpertBudget
-from penstock.router.topk import RouterSeam
-from penstock.workers.gpu_routing import known_router, knows
+from penstock.workers.gpu_routing import knows
+from penstock.workers.load_counter import LoadCounter
 from penstock.workers.plan import RankPlan
 from penstock.workers.runner import ModelRunner
 from penstock.workers.sampler import accept
@@ -34,9 +34,10 @@ from .test_static_step import (
     prompts,
     runner_of,
 )
-from .test_topk_seam import audit, hidden, router_of
-from .tiny_configs import settings_of
 from .tiny_engine import GREEDY
+
+if TYPE_CHECKING:
+    from penstock.cluster.transport.process_ranks import ProcessRanks
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="there `-m gpu` tests run the kernels as they are")
 
@@ -73,14 +74,17 @@ BUDGETS = [
         ("qwen3_moe", "filtered", BUDGETS[1]),
         ("gpt_oss", "mixed", BUDGETS[1]),
         ("minimax_m2", "mixed", BUDGETS[2]),
-        ("deepseek_v3", "mixed", BUDGETS[1]),
+        *(("deepseek_v3", "mixed", budget) for budget in BUDGETS),
+        ("deepseek_v2", "mixed", BUDGETS[1]),
+        ("gemma4_text", "mixed", BUDGETS[1]),
+        ("kolibri1", "mixed", BUDGETS[1]),
     ],
 )
 def test_a_step_through_kernels_is_the_step(
     runner_for: Callable[[str], ModelRunner], model_type: str, step: str, budget: str | None
 ) -> None:
     runner = runner_for(model_type)
-    assert bool(runner.padded.known_routers) == (model_type != "deepseek_v3"), "the tiny one has groups of experts"
+    assert bool(runner.padded.known_routers) == (model_type != "kolibri1"), "its logits are not what it selects by"
     parsed = None if budget is None else ExpertBudget.parse(budget)
     first = None if budget is None else 0
     requests = [
@@ -133,8 +137,11 @@ def test_one_sequence_serves_changing_budgets(runner_for: Callable[[str], ModelR
     assert sum(read[2]) < sum(read[5]) < sum(read[8])
 
 
-def test_the_device_follows_a_tree_to_its_second_branch(runner_for: Callable[[str], ModelRunner]) -> None:
-    runner = runner_for("qwen3_moe")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_the_device_follows_a_tree_to_its_second_branch(
+    runner_for: Callable[[str], ModelRunner], model_type: str
+) -> None:
+    runner = runner_for(model_type)
     tree = replace(STEPS["mixed"][2], sampling=TokenSampling())
     tokens = list(tree.token_ids)
     for row, parent in ((2, 0), (4, 2)):  # drafts that are what the model chooses before them
@@ -157,88 +164,6 @@ def test_the_device_follows_a_tree_to_its_second_branch(runner_for: Callable[[st
     slots = [runner.cache.tables[2][place // 4] * 4 + place % 4 for place in range(33)]  # and two accepted
     for moved, expected in zip(pools[True], pools[False], strict=True):
         torch.testing.assert_close(moved[slots], expected[slots], rtol=1e-4, atol=1e-5)
-
-
-# --- which routers ---------------------------------------------------------------------------------------------------
-
-KNOWN = {
-    "qwen3_moe": {"sigmoid": False, "normalise": False, "by_logits": False},
-    "mixtral": {"sigmoid": False, "normalise": True, "by_logits": False},
-    "gpt_oss": {"sigmoid": False, "normalise": True, "by_logits": True},
-    "deepseek_v2": None,
-    "deepseek_v3": None,
-    "cohere2_moe": None,
-}
-
-
-@pytest.mark.parametrize("model_type", KNOWN)
-def test_routers_are_known_by_what_they_compute(checkpoint: Callable[[str], Path], model_type: str) -> None:
-    router, top_k = router_of(checkpoint(model_type))
-    seam = RouterSeam(router, 8, top_k)
-    with torch.inference_mode():
-        audit(seam, router, hidden(1))
-        known = known_router(seam)
-    if KNOWN[model_type] is None:
-        assert known is None
-    else:
-        assert known is not None
-        assert {name: getattr(known.router, name) for name in KNOWN[model_type]} == KNOWN[model_type]
-
-
-@pytest.mark.parametrize("num_groups", [1, 4])
-def test_one_group_of_experts_is_none(num_groups: int) -> None:
-    from transformers import AutoConfig
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
-
-    settings = {**settings_of("deepseek_v3"), "n_group": num_groups, "routed_scaling_factor": 2.5}
-    router = DeepseekV3TopkRouter(
-        AutoConfig.for_model("deepseek_v3", **{**settings, "topk_group": num_groups // 2 or 1})
-    )
-    with torch.inference_mode():
-        router.weight.normal_()
-        router.e_score_correction_bias.uniform_(-0.2, 0.2)
-        seam = RouterSeam(router, 8, 2)
-        audit(seam, router, hidden(1))
-        known = known_router(seam)
-    if num_groups > 1:
-        assert known is None
-    else:
-        assert known is not None
-        assert (known.router.sigmoid, known.router.scale) == (True, 2.5)
-        assert known.find_bias is not None
-
-
-class _Odd(torch.nn.Module):
-    """A router that weighs by sigmoids, with a bias, and is wrong in one of many ways."""
-
-    def __init__(self, wrong: str) -> None:
-        super().__init__()
-        self.wrong, self.factor = wrong, 2.827
-        self.weight = torch.nn.Parameter(torch.randn(8, 32, generator=torch.Generator().manual_seed(3)) / 6)
-        self.register_buffer("lift", torch.linspace(-0.2, 0.3, 8))
-
-    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits = torch.nn.functional.linear(rows, self.weight)
-        scores = logits.sigmoid() * (1.1 if self.wrong == "affinities" else 1)
-        _, ids = torch.topk(scores + self.lift * (1.5 if self.wrong == "bias" else 1), 3)
-        weights = scores.gather(1, ids)
-        weights = weights / (weights.sum(dim=1, keepdim=True) + (1e-4 if self.wrong == "sum" else 1e-20))
-        if self.wrong == "ids":
-            ids = ids.flip(1)
-        return logits, weights * self.factor * (1.0001 if self.wrong == "scale" else 1), ids
-
-
-@pytest.mark.parametrize("wrong", ["", "affinities", "bias", "sum", "ids", "scale"])
-def test_a_router_that_computes_something_else_keeps_its_code(wrong: str) -> None:
-    seam = RouterSeam(router := _Odd(wrong), 8, 3)
-    with torch.inference_mode():
-        audit(seam, router, hidden(1))
-        known = known_router(seam)
-    assert (known is None) == bool(wrong)
-    if known is not None:
-        assert (known.router.sigmoid, known.router.normalise, known.router.scale) == (True, True, 2.827)
-        assert known.find_bias is not None
-        assert torch.equal(known.find_bias(()), router.lift)
 
 
 # --- how many operations, and nothing for the host to wait for ------------------------------------------------------
@@ -266,6 +191,28 @@ def test_a_block_of_experts_is_a_handful_of_launches(
     assert sum(before["experts"].values()) > (1 if budget is None else 3) * sum(found["experts"].values())
 
 
+def test_groups_of_experts_take_no_launch_of_their_own(tmp_path: Path) -> None:
+    step_launches.save_grouped(tmp_path)
+    runner = step_launches.runner_without_numbers(tmp_path)
+    for budget in (None, "experts=12,scope=request"):
+        found = step_launches.count(runner, budget, 1, kernels=True).operations["experts"]
+        assert found["triton.route"] == len(runner.experts.shards)
+        assert not found.keys() & {"aten.topk", "aten.sort", "aten.sigmoid", "aten.scatter"}
+
+
+def test_counting_what_experts_do_is_one_launch_more(
+    blind_runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing for the host to wait for: no tensor of the step has numbers."""
+    num_layers = len(blind_runner.experts.shards)
+    before = step_launches.count(blind_runner, None, 8, kernels=True).operations["experts"]
+    with triton_on("meta"):
+        counter = LoadCounter(num_layers, blind_runner.experts.num_experts, torch.device("meta"))
+    monkeypatch.setattr(blind_runner.experts, "_loads", counter)
+    found = step_launches.count(blind_runner, None, 8, kernels=True).operations["experts"]
+    assert found - before == {"triton.count_loads": num_layers}
+
+
 @pytest.fixture(scope="module")
 def blind_runner(checkpoint: Callable[[str], Path]) -> ModelRunner:
     return step_launches.runner_without_numbers(checkpoint("qwen3_moe"))
@@ -276,13 +223,15 @@ def blind_runner(checkpoint: Callable[[str], Path]) -> ModelRunner:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("budget", ["experts=4,scope=global"])
-def test_ranks_exchange_packed_rows(checkpoint: Callable[[str], Path], budget: str | None) -> None:
+def test_ranks_exchange_packed_rows(
+    checkpoint: Callable[[str], Path], budget: str | None, process_ranks: type[ProcessRanks]
+) -> None:
     prompt = [[5, 17, 60, 33, 8], [3, 9, 3, 9, 3, 9, 3]]
     params = replace(GREEDY, max_tokens=8)
     config = replace(config_of(checkpoint("qwen3_moe"), 2), expert_budget=budget)
     results = []
     for command in ((), (sys.executable, str(Path(__file__).with_name("interpreting_rank.py")))):
-        ranks = ProcessRanks(config, command)
+        ranks = process_ranks(config, command)
         try:
             results.append(outputs_of(config, Padded(ranks), 3, params, prompt))
         finally:

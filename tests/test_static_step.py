@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
-from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.router.budgeted_choice import LayerRanks
 from penstock.router.expert_budget import ExpertBudget
 from penstock.workers import page_attention
 from penstock.workers import runner as runners
 from penstock.workers.bucket import MAX_ROWS, bucket_of
+from penstock.workers.failed_capture import end_capture
 from penstock.workers.plan import Bucket, LayerCounts, RankPlan, RequestPlan
 from penstock.workers.runner import ModelRunner
 from penstock.workers.sampler import accept
@@ -30,6 +30,9 @@ from penstock.workers.static_rows import StaticRows
 from penstock.workers.static_step import StaticStep, StepShape
 
 from .tiny_engine import DRAFT_LENS, GREEDY, PROMPTS, FailingRanks, config_of, controller_of, generate
+
+if TYPE_CHECKING:
+    from penstock.cluster.transport.process_ranks import ProcessRanks
 
 BLOCK = 4
 SEEDED = TokenSampling(temperature=0.8, seed=(7 << 40) + 11, choice=2)
@@ -168,6 +171,8 @@ def blind_runner(
     """
     monkeypatch.setattr(runners, "fuse_norms", lambda *given: None)  # a CPU's
     runner = runner_of(checkpoint(request.param))
+    if runner.cache.keeps_latents:
+        runner.padded._absorb_latents()
     for module in runner.model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -175,7 +180,9 @@ def blind_runner(
     runner.cache._pools = {
         layer: (keys.to("meta"), values.to("meta")) for layer, (keys, values) in runner.cache._pools.items()
     }
+    runner.cache._latents = {layer: both.to("meta") for layer, both in runner.cache._latents.items()}
     runner.device = runner.padded._device = torch.device("meta")
+    runner.padded.last_tokens = runner.padded.last_tokens.to("meta")
     runner.layers[:] = [LayerRanks(layer.owner.to("meta"), layer.num_ranks, layer.home) for layer in runner.layers]
     for shard in runner.experts.shards:
         monkeypatch.setattr(shard, "run", lambda hidden, ids, weights: (hidden + weights.sum(1, True), ids.sum()))
@@ -197,20 +204,21 @@ def test_the_host_learns_nothing_of_a_step_while_it_runs(blind_runner: ModelRunn
     ]
 
 
-@pytest.mark.parametrize("blind_runner", ["qwen3_moe", "gpt_oss", "gemma4_text"], indirect=True)
+@pytest.mark.parametrize("blind_runner", ["qwen3_moe", "gpt_oss", "gemma4_text", "deepseek_v3"], indirect=True)
 def test_the_host_learns_nothing_of_the_pages_that_a_step_reads(
     blind_runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
 
-    def attend(query: Any, keys: Any, values: Any, mask: Any, sinks: Any, scaling: Any) -> torch.Tensor:
+    def attend(query: Any, keys: Any, values: Any, mask: Any, sinks: Any, scaling: Any, absorbed: Any) -> torch.Tensor:
         """Look at all that the kernel does."""
         r, n = query.shape[0], query.shape[2]
         read.append((mask.kv_num_blocks.shape, mask.kv_indices.shape, mask.shape[-2:]))
         slots = mask.kv_indices * BLOCK
         places = [torch.zeros_like(slots).expand(r, 1, n, -1)] * 3
         hidden = torch.where(mask.mask_mod(*places, slots), 0, mask.kv_num_blocks[..., None]).sum(-1)
-        return query.new_empty(*query.shape[:-1], values.shape[-1]) + hidden[..., None]
+        width = values.shape[-1] if absorbed is None else absorbed.to_values.shape[1]
+        return query.new_empty(*query.shape[:-1], width) + hidden[..., None]
 
     monkeypatch.setattr(page_attention, "attend", attend)
     blind_runner.padded.objection = ""
@@ -277,9 +285,11 @@ def test_an_engine_publishes_the_same_tokens(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("budget", [None, "experts=4,scope=global"])
-def test_ranks_exchange_room_for_all_rows(checkpoint: Callable[[str], Path], budget: str | None) -> None:
+def test_ranks_exchange_room_for_all_rows(
+    checkpoint: Callable[[str], Path], budget: str | None, process_ranks: type[ProcessRanks]
+) -> None:
     config = replace(config_of(checkpoint("qwen3_moe"), 2), expert_budget=budget)
-    ranks = ProcessRanks(config)
+    ranks = process_ranks(config)
     try:
         expected, plain = outputs_of(config, ranks, 3, GREEDY)
         found, watched = outputs_of(config, Padded(ranks), 3, GREEDY)
@@ -351,6 +361,25 @@ def test_a_model_that_asks_the_device_is_launched_as_it_is(
     for _ in range(2):
         assert runner.step(padded(plan, runner)).token_ids == runner.step(plan).token_ids
     assert "are launched operation by operation" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_capture_that_fails_is_in_the_way_of_no_other() -> None:
+    values, present, pool = torch.ones(4, device="cuda"), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    for _ in range(2):
+        with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool):
+            (values + 1).sum().item()
+        torch.cuda.set_stream(present)
+        end_capture(pool)
+        torch.cuda.empty_cache()
+        assert torch.randn(4, device="cuda").isfinite().all()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=torch.cuda.graph_pool_handle()):
+            total = (values + 1).sum()
+        values += 1
+        graph.replay()
+        assert total == 4 + values.sum()
 
 
 @pytest.mark.gpu

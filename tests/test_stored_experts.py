@@ -18,11 +18,13 @@ from penstock.workers import gpu_experts as choice
 from penstock.workers.experts import ExpertShard
 from penstock.workers.loader import LoadedModel, build, inspect, load, load_dense, load_experts
 from penstock.workers.plan import RankPlan, RequestPlan
+from penstock.workers.rebalance_plan import RebalancePlan
 from penstock.workers.runner import ModelRunner
 from penstock.workers.sampling_params import TokenSampling
 from penstock.workers.stored_experts import kept_storage, stored_weights
 
 from .quantized_checkpoints import Tensors, fp8_of, mxfp4_of, stacked, tensors_of, write
+from .test_expert_mover import Gang
 from .uneven_placement import uneven
 
 E, F = 8, 24
@@ -352,11 +354,40 @@ def test_bad_experts_are_refused_by_name(case, key, change, message, quantized, 
         load_rank(write(source, tmp_path / "bad", tensors))
 
 
-def test_torch_never_computes_nor_moves_what_stays_as_stored(quantized):
+def test_room_is_of_what_is_stored(quantized):
     shard = ExpertShard(load_rank(quantized("gpt_oss")).expert_modules[0])
-    assert [part.shape for part in shard.room()] == [part.shape for part in shard.tensors(0)]
-    with pytest.raises(RuntimeError, match="do not move"):
-        shard.hold(range(E))
-    shard._fused = None
-    with pytest.raises(RuntimeError, match="computed by the kernels alone"):
-        shard.run(torch.randn(1, 32), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
+    layout = [(part.shape, part.dtype) for part in shard.tensors(0)]
+    assert [(part.shape, part.dtype) for part in shard.room()] == layout
+    assert sum(part.nbytes for part in shard.room()) == shard.bytes_per_expert
+    assert len(layout) == 6, "numbers, scales and biases of two projections"
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels run there, not in the interpreter")
+@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss"])
+@torch.inference_mode()
+def test_they_move_as_stored(case, quantized):
+    """One expert for another, until ranks hold what they would have loaded."""
+    from .replaying_rank import poisoned_leftovers
+
+    before = contiguous(2, E, 2)
+    changes = {1: {1: (1,), 6: (0,)}}
+    after = before.moved(changes)
+
+    def shards(placement: Placement) -> list[list[ExpertShard]]:
+        ranks = [load_rank(quantized(case), none, placement, rank).expert_modules for rank in range(2)]
+        return [[ExpertShard(module, moves=True) for module in modules] for modules in ranks]
+
+    with poisoned_leftovers():
+        gang = Gang(shards(before), before)
+        addresses = [gang.addresses(rank, 1) for rank in range(2)]
+        gang.send([(1, 0, 1), (6, 1, 0)], chunk=1000)
+        gang.step(RebalancePlan(1, changes))
+    assert [gang.addresses(rank, 1) for rank in range(2)] == addresses
+    hidden, weights = torch.randn(5, 32), torch.rand(5, 2)
+    ids = torch.tensor([[0, 3], [1, 4], [2, 0], [3, 1], [0, 1]])
+    for moved, loaded in zip(gang.shards, shards(after), strict=True):
+        for one, other in zip(moved, loaded, strict=True):
+            for expert in range(one.num_experts):
+                for tensor, same in zip(one.tensors(expert), other.tensors(expert), strict=True):
+                    assert torch.equal(tensor.view(torch.uint8), same.view(torch.uint8))
+            assert torch.equal(one.run(hidden, ids, weights)[0], other.run(hidden, ids, weights)[0])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from penstock.router.routing import Routing
 from penstock.router.topk import RouterSeam
 from penstock.workers.architectures import SUPPORTED, UNSTEERABLE
+from penstock.workers.known_routers import KnownRouter, known_router
 from penstock.workers.loader import _moe_modules
 
+GPU_PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 MODEL_TYPES = ["qwen3_moe", "deepseek_v3", "deepseek_v2", "mixtral", "olmoe"]
 BY_NAME = {"qwen3_moe", "mixtral", "olmoe"}
 """Those of them whose forwards name all that is watched; DeepSeek's calls a method of its scores."""
@@ -123,6 +126,7 @@ def test_in_every_architecture_the_selection_reaches_the_experts(
         model(ids[:, :1])
         for seam in seams:
             seam.audit = False
+        assert {behind_logits(known_router(seam)) for seam in seams} == {documented()[model_type]}
         unaudited, routings = routings[: len(experts)], []
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
         for before, after in zip(unaudited, routings, strict=True):
@@ -141,6 +145,26 @@ def test_in_every_architecture_the_selection_reaches_the_experts(
         assert selected.tolist() == [chosen.tolist()] * 11
     assert torch.isfinite(steered).all()
     assert not torch.allclose(steered, expected)
+
+
+def behind_logits(known: KnownRouter | None) -> str:
+    """What docs/gpu.md calls what follows a router's logits in replayed steps."""
+    if known is None:
+        return "its own code"
+    return "the kernel, without" if known.router.limit is None else "the kernel, with groups"
+
+
+def documented() -> dict[str, str]:
+    """What docs/gpu.md says of each architecture."""
+    table = re.findall(
+        r"^\| (the kernel, \w+(?: groups)?|its own code) \| (`.*`) \|$", GPU_PAGE.read_text(), re.MULTILINE
+    )
+    return {name.strip("`"): kind for kind, names in table for name in names.split(", ")}
+
+
+def test_the_gpu_page_has_every_architecture_once() -> None:
+    assert documented().keys() == set(SUPPORTED)
+    assert {name for name in UNSTEERABLE if documented()[name] != "its own code"} == set()
 
 
 def vars_of(routing: Routing) -> list[torch.Tensor | bool]:

@@ -2,7 +2,8 @@
 
 ``PagedKVCache.update`` hands every layer the context of the step's groups; this function cuts it by group and attends.
 It serves grouped-query and latent (MLA) attention, sliding windows included, since all it sees are keys and values.
-Where a step reads the pool's blocks in place, ``update`` hands on the pool itself, and `page_attention` attends to it.
+Where a step reads the pool's blocks in place, ``update`` hands on the pool itself, and `page_attention` attends to it;
+layers of latent attention then leave latents as they are (`latent_attention`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from . import page_attention
 from .kv_cache import PagedKVCache
+from .latent_attention import Absorbed
 from .rows import PackedRows
 
 ATTENTION = "penstock"
@@ -78,7 +80,8 @@ def paged_attention(
     rows: PackedRows = cache.rows
     if rows.pages is not None:
         queries = query[0].unflatten(1, rows.pages.positions.shape).transpose(0, 1)  # [R, heads, N, D]
-        result = page_attention.attend(queries, key, value, rows.pages.mask(window), s_aux, scaling)
+        absorbed: Absorbed | None = getattr(module, "penstock_absorbed", None)
+        result = page_attention.attend(queries, key, value, rows.pages.mask(window), s_aux, scaling, absorbed)
         return result.transpose(1, 2).flatten(0, 1)[None], None
     only = rows.groups[0]
     if only.is_whole and len(only.rows) == 1:  # one request's rows and context are the group's as they are

@@ -7,16 +7,24 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from .collective_guard import CollectiveGuard
+
 
 class Collectives:
     """All-to-all and sums over ``group`` (the default one when None), in place.
 
     ``through_host``: copy what is sent to the host and what arrives back from it. gloo needs that on a GPU, and it is
-    gloo that joins ranks which share one.
+    gloo that joins ranks which share one. ``guard``: what ends collectives that never would by themselves.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, through_host: bool = False) -> None:
-        self.group, self.through_host = group, through_host
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        through_host: bool = False,
+        guard: CollectiveGuard | None = None,
+    ) -> None:
+        self.group, self.through_host, self.guard = group, through_host, guard
 
     def all_to_all(
         self,
@@ -31,6 +39,20 @@ class Collectives:
         """
         into, out = (None if counts is None else list(counts) for counts in (received, sent))
         self._run(lambda to, of: dist.all_to_all_single(to, of, into, out, group=self.group), inbox, message)
+
+    def begin_all_to_all(
+        self, message: torch.Tensor, received: list[int], sent: list[int]
+    ) -> tuple[torch.Tensor, dist.Work]:
+        """Begin to send so many numbers of ``message`` to each rank; return where theirs arrive, and what waits for it.
+
+        That may be the host's memory.
+        """
+        if self.through_host:
+            message = message.cpu()
+        inbox = message.new_empty(sum(received))
+        work = dist.all_to_all_single(inbox, message, received, sent, group=self.group, async_op=True)
+        assert work is not None, "the rank is in the group"
+        return inbox, work
 
     def all_reduce(self, numbers: torch.Tensor) -> None:
         """Sum ``numbers`` over all ranks."""

@@ -91,6 +91,11 @@ class CollectiveLog:
         self.crc = zlib.crc32(name.encode(), self.crc)
 
 
+def both_crcs(before: int, after: int) -> int:
+    """Return a checksum of two runs of collectives by theirs; ``after`` where nothing came before."""
+    return zlib.crc32(after.to_bytes(4), before) if before else after
+
+
 class AllToAllDispatcher:
     """Exact all-to-all over a process group (gloo, NCCL): counts, then rows, then sums; three collectives a layer.
 
@@ -132,14 +137,10 @@ class AllToAllDispatcher:
     ) -> tuple[torch.Tensor, dist.Work]:
         """Begin to send so many bytes of ``message`` to each rank; return where theirs arrive, and what waits for it.
 
-        One collective, beside those that come before it is awaited.
+        One collective, beside those that come before it is awaited; see `Collectives.begin_all_to_all`.
         """
-        inbox = message.new_empty(sum(received_counts))
         self.log.add("experts")
-        group = self.collectives.group
-        work = dist.all_to_all_single(inbox, message, received_counts, sent_counts, group=group, async_op=True)
-        assert work is not None, "the rank is in the group"
-        return inbox, work
+        return self.collectives.begin_all_to_all(message, received_counts, sent_counts)
 
     def dispatch(self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Received:
         """Exchange counts, then rows."""

@@ -1,8 +1,8 @@
 """A rank's part in a rebalance: hand experts to other ranks beside the layers' work, take theirs, and switch.
 
-What arrives goes to memory of its own; a step's plan says when it takes the place of other experts, whose memory then
-is free for the next to arrive. So a rank needs room for the experts of one transfer and no more, and a switch copies
-nothing.
+What arrives goes to memory of its own; a step's plan says when it takes the place of other experts. The memory that is
+free then, of the ones or the others (`ExpertShard.hold`), is for the next to arrive. So a rank needs room for the
+experts of one transfer and no more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ Exchange = Callable[[torch.Tensor, list[int], list[int]], tuple[torch.Tensor, di
 """Sends bytes, so many to each rank, and says where as many of each will be once the work is done."""
 _Key = tuple[int, int]
 """Layer and expert."""
+_Layout = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ class ExpertMover:
         self._arrived: dict[_Key, Tensors] = {}
         self._leaving: dict[_Key, Tensors] = {}
         """What this rank is sending: unpacking it may take time."""
-        self._rooms: defaultdict[tuple[torch.Size, ...], list[Tensors]] = defaultdict(list)
+        self._rooms: defaultdict[_Layout, list[Tensors]] = defaultdict(list)
         self._pending: _Pending | None = None
         for shard in {_layout(shard.tensors(0)): shard for shard in shards}.values():
             for _ in range(max(1, room_bytes // shard.bytes_per_expert)):
@@ -60,6 +61,7 @@ class ExpertMover:
         """
         if number == self.present.number:
             return []
+        self._leaving.clear()  # another expert may lie there soon
         before = self.present.placement
         after = before.moved(changes)
         for layer in changes:
@@ -95,7 +97,7 @@ class ExpertMover:
         num_ranks = self.present.placement.num_ranks
         sent = sorted((t for t in plan.transfers if t.source == self._rank), key=lambda t: t.target)
         received = sorted((t for t in plan.transfers if t.target == self._rank), key=lambda t: t.source)
-        device = self._shards[0].tensors(0)[0].device
+        device = self._shards[0].device
         parts = [part for transfer in sent for part in self._bytes_sent(transfer)]
         message = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device)
         sizes_out, sizes_in = [0] * num_ranks, [0] * num_ranks
@@ -119,14 +121,11 @@ class ExpertMover:
                 place += len(part)
 
     def _hold(self, layer: int, old: list[int], new: list[int]) -> None:
-        shard = self._shards[layer]
-        dropped = [shard.tensors(number) for number, expert in enumerate(old) if expert not in new]
         number_of = {expert: number for number, expert in enumerate(old)}
         held: list[int | Tensors] = [
             number_of[expert] if expert in number_of else self._arrived.pop((layer, expert)) for expert in new
         ]
-        shard.hold(held)
-        for tensors in dropped:
+        for tensors in self._shards[layer].hold(held):
             self._free(tensors)
 
     def _bytes_sent(self, transfer: Transfer) -> list[torch.Tensor]:
@@ -154,8 +153,8 @@ class ExpertMover:
         self._arrived.clear()
 
 
-def _layout(tensors: Tensors) -> tuple[torch.Size, ...]:
-    return tuple(tensor.shape for tensor in tensors)
+def _layout(tensors: Tensors) -> _Layout:
+    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
 
 
 def _window(tensors: Tensors, start: int, stop: int) -> Iterator[torch.Tensor]:

@@ -6,15 +6,16 @@ Shapes: T rows, H hidden, K experts per row, L MoE layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..router.budgeted_selection import BudgetedSelection
 from .dispatch import Dispatcher
 from .experts import ExpertShard
+from .load_counter import LoadCounter
 from .plan import LayerCounts
 from .rebalance_plan import ExpertLoads
 
@@ -22,7 +23,10 @@ EXPERTS = "penstock"
 
 
 class ExpertParallel:
-    """What the MoE layers of one rank share in a step: the dispatcher, the valid rows, and the counts."""
+    """What the MoE layers of one rank share in a step: the dispatcher, the valid rows, and the counts.
+
+    ``moves``: experts may move between ranks, and what they have to do is counted.
+    """
 
     def __init__(
         self,
@@ -30,7 +34,7 @@ class ExpertParallel:
         num_experts: int,
         dispatcher: Dispatcher,
         *,
-        counts_loads: bool = False,
+        moves: bool = False,
     ) -> None:
         self.num_experts = num_experts
         self.dispatcher = dispatcher
@@ -40,8 +44,8 @@ class ExpertParallel:
         for layer, module in enumerate(expert_modules):
             module.penstock = self  # type: ignore[assignment]
             module.penstock_layer = layer  # type: ignore[assignment]
-        self.shards = [ExpertShard(module) for module in expert_modules]
-        self._loads = _LoadCounter(self.num_layers, num_experts) if counts_loads else None
+        self.shards = [ExpertShard(module, moves=moves) for module in expert_modules]
+        self._loads = LoadCounter(self.num_layers, num_experts, self.shards[0].device) if moves else None
         self.begin(None)
 
     @property
@@ -101,43 +105,14 @@ class ExpertParallel:
         self.wire_bytes[layer] = received.wire_bytes
         return self.dispatcher.combine(partial, received, hidden.shape[0])
 
+    def uncounted(self) -> AbstractContextManager[None]:
+        """Have steps that run meanwhile count as no load: whoever captures one runs it more than once."""
+        return nullcontext() if self._loads is None else self._loads.unchanged()
+
     def take_loads(self) -> ExpertLoads:
         """Return what experts had to do since the last time; one transfer from the device."""
         assert self._loads is not None, "they are counted"
         return self._loads.take()
-
-
-class _LoadCounter:
-    """Counts where ids are, so that nothing waits for a device."""
-
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._num_experts = num_experts
-        # Behind the experts: "none", and what this rank computes
-        self._counts = np.zeros((num_layers, num_experts + 2), dtype=np.int64)
-        self._on_device: torch.Tensor | None = None
-
-    def add(self, layer: int, chosen: torch.Tensor, received: torch.Tensor, num_local: int) -> None:
-        """Count global ids ``chosen`` [T, K] here, and local ids ``received`` [V, K], ``num_local`` for none."""
-        if chosen.device.type == "cpu":
-            counts = self._counts[layer]
-            counts[:-1] += np.bincount(chosen.flatten().numpy(), minlength=self._num_experts + 1)
-            counts[-1] += np.count_nonzero(received.numpy() < num_local)
-            return
-        if self._on_device is None:
-            self._on_device = torch.from_numpy(self._counts).to(chosen.device)
-        on_device = self._on_device[layer]
-        flat = chosen.flatten()
-        on_device.scatter_add_(0, flat, torch.ones_like(flat))
-        on_device[-1] += (received < num_local).sum()
-
-    def take(self) -> ExpertLoads:
-        """Return the counts and begin anew."""
-        if self._on_device is not None:
-            self._counts[:] = self._on_device.cpu().numpy()
-            self._on_device.zero_()
-        loads = ExpertLoads(self._counts[:, : self._num_experts].tolist(), self._counts[:, -1].tolist())
-        self._counts[:] = 0
-        return loads
 
 
 def _on(device: torch.device, numbers: Sequence[int | torch.Tensor]) -> torch.Tensor:

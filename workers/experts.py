@@ -15,9 +15,10 @@ import torch
 from torch.nn.functional import linear, silu
 
 from ..kernels.fused_moe import fits, fused_moe
-from .gpu_experts import gpu_experts
+from .gpu_experts import gpu_experts, runs_kernels
 from .packed_weights import TiledExperts, each_alone, packed_experts, packs_weights
-from .stored_experts import StoredExperts, kept_storage, stored_weights
+from .slotted_experts import SlottedExperts
+from .stored_experts import kept_storage
 
 _GROUP_ELEMENTS = 1 << 18
 """What the first projections of a group of experts may yield on a CPU: more would leave its caches, and be returned to
@@ -55,30 +56,37 @@ FusedExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.
 class ExpertShard:
     """E experts of one layer, taken out of a transformers experts module.
 
-    Packed weights (`packed_weights`) are held once: the module's own parameters are freed.
+    ``moves``: whether others may take their place. Packed weights (`packed_weights`) are held once: the module's own
+    parameters are freed.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, *, moves: bool = False) -> None:
         self.num_experts = int(module.num_experts)
         names = [name for name, _ in module.named_parameters(recurse=False)]
         self.num_bytes = sum(module.get_parameter(name).nbytes for name in names)
         up_name = "gate_up_proj" if module.has_gate else "up_proj"
         weight = module.get_parameter(up_name)
         storage = kept_storage(module)
+        self.device = weight.device
         packed = packs_weights(weight.dtype, weight.device)
         self._dtype = torch.float32 if packed else weight.dtype if storage is None else storage.dtype
         width = weight.shape[2 if module.is_transposed else 1]
         self._group_rows = max(1, _GROUP_ELEMENTS // width) if weight.device.type == "cpu" else sys.maxsize
-        self._up = _projection(module, up_name, packed=packed)
-        self._down = _projection(module, "down_proj", packed=packed)
         self._activate = module._apply_gate if module.has_gate else module.act_fn
-        self.bytes_per_expert = sum(tensor.nbytes for tensor in self.tensors(0))
         self._finish = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
-        self._is_on_gpu = weight.device.type == "cuda"
-        if self._is_on_gpu or storage is not None:
-            self._fused = gpu_experts(module)
-        else:
-            self._fused = _fused(self._up, self._down, self._activate) if self._finish is None else None
+        self._fused: FusedExperts | None = None
+        self._slotted: SlottedExperts | None = None
+        if storage is not None or runs_kernels(weight.device):
+            kernels = gpu_experts(module)
+            if kernels is not None:
+                self._slotted = SlottedExperts(*kernels.args[:2], moves=moves)
+                self._fused = partial(kernels, slots=self._slotted.slots)
+        if self._slotted is None:
+            self._up = _projection(module, up_name, packed=packed)
+            self._down = _projection(module, "down_proj", packed=packed)
+            if self._finish is None:
+                self._fused = _fused(self._up, self._down, self._activate)
+        self.bytes_per_expert = sum(tensor.nbytes for tensor in self.tensors(0))
         if packed:
             for name in names:
                 setattr(module, name, None)
@@ -86,7 +94,7 @@ class ExpertShard:
     @property
     def is_capturable(self) -> bool:
         """Whether `run` leaves the host out, so that a graph can capture it."""
-        return self._is_on_gpu and self._fused is not None
+        return self.device.type == "cuda" and self._slotted is not None
 
     def run(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
@@ -121,20 +129,30 @@ class ExpertShard:
 
     def tensors(self, expert: int) -> Tensors:
         """Return what makes an expert: the first projection's tensors, then the second's."""
+        if self._slotted is not None:
+            return self._slotted.tensors(expert)
         return (*self._up.tensors(expert), *self._down.tensors(expert))
 
     def room(self) -> Tensors:
         """Return memory for what `tensors` gives of one more expert."""
+        if self._slotted is not None:
+            return self._slotted.room()
         return (*self._up.room(), *self._down.room())
 
-    def hold(self, experts: Sequence[int | Tensors]) -> None:
+    def hold(self, experts: Sequence[int | Tensors]) -> list[Tensors]:
         """Hold as many ``experts`` as before in that order: those held so far by number, others by their tensors.
 
-        Tensors are taken, not copied; between steps, so that nothing reads what is dropped.
+        Between steps, so that nothing reads what is dropped. Return the memory that is free then, of as many experts as
+        are others: kernels have theirs copied (`SlottedExperts`), others take their tensors and leave what is dropped.
         """
+        if self._slotted is not None:
+            return self._slotted.hold(experts)
+        stay = {expert for expert in experts if isinstance(expert, int)}
+        dropped = [self.tensors(expert) for expert in range(self.num_experts) if expert not in stay]
         cut = len(self._up.tensors(0))
         self._up.hold([expert if isinstance(expert, int) else expert[:cut] for expert in experts])
         self._down.hold([expert if isinstance(expert, int) else expert[cut:] for expert in experts])
+        return dropped
 
     def _compute(self, rows: torch.Tensor, experts: list[int], sizes: list[int]) -> torch.Tensor:
         """Return each expert's results for its rows; those of one expert lie together, ``sizes`` of them."""
@@ -192,8 +210,6 @@ class PlainExperts:
 
 def _projection(module: Any, name: str, *, packed: bool) -> Projection:
     """Return all experts' linear layer; unless ``packed`` it refers to the module's own weights."""
-    if kept_storage(module) is not None:
-        return StoredExperts(stored_weights(module, name))
     weights = module.get_parameter(name)
     biases = module.get_parameter(f"{name}_bias") if module.has_bias else None
     if packed:

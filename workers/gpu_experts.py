@@ -17,15 +17,23 @@ from .stored_experts import Storage, kept_storage, storage_of, stored_weights
 if TYPE_CHECKING:
     from ..kernels.expert_weights import ExpertWeights
     from ..kernels.grouped_experts import Gate
-    from .experts import FusedExperts
 
 logger = logging.getLogger(__name__)
 
 
-def gpu_experts(module: Any) -> FusedExperts | None:
+GpuExperts = partial[tuple[torch.Tensor, torch.Tensor]]
+"""`kernels.grouped_experts` over the module's own weights: its first two arguments, each an `ExpertWeights`."""
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether experts on ``device`` that are not quantised run as kernels where those can compute them."""
+    return device.type == "cuda"
+
+
+def gpu_experts(module: Any) -> GpuExperts | None:
     """Return the layer of experts as one operation, or None, and a line in the log, where torch computes it.
 
-    The operation refers to the module's own weights. The number of distinct experts that it returns is on the device.
+    The number of distinct experts that it returns is on the device.
     """
     # What stays as stored was found fit for the kernels before it was loaded
     reason = "" if kept_storage(module) else objection(module, module.get_parameter("down_proj").device)
@@ -47,7 +55,7 @@ def objection(module: Any, device: torch.device) -> str:
     return ""
 
 
-def fused(module: Any) -> FusedExperts:
+def fused(module: Any) -> GpuExperts:
     """Return the kernels over the weights of ``module``, to which nothing objects."""
     from ..kernels.expert_weights import ExpertWeights
     from ..kernels.grouped_experts import grouped_experts

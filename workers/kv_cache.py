@@ -8,6 +8,7 @@ latents) is whatever its own code hands to ``update``, so its shapes are learned
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ class PagedKVCache(Cache):
         self._token_shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
         self._dtype = torch.float32
         self._pools: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._latents: dict[int, torch.Tensor] = {}
+        """Of latent attention, each layer's pool [slots, 1, D] whose two parts are the layer's in `_pools`."""
         self._probed: list[weakref.ref[torch.Tensor]] = []
         self.attends_to_what_it_keeps = True
         """Layers attend to what `update` returns as it is, which latent attention does not."""
@@ -46,22 +49,40 @@ class PagedKVCache(Cache):
         return self.num_blocks * self.block_size
 
     @property
+    def keeps_latents(self) -> bool:
+        """A token is kept as a latent and a part with its position, of which layers make all heads' keys and values."""
+        heads = {states[0] for both in self._token_shapes.values() for states in both}
+        return not self.attends_to_what_it_keeps and heads == {1}
+
+    @property
     def pools(self) -> list[torch.Tensor]:
-        """All layers' pools [slots, heads, D], keys and values in turn; where they lie is where they stay."""
-        return [pool for both in self._pools.values() for pool in both]
+        """All layers' pools [slots, heads, D], keys and values in turn, or latents with their positions' parts.
+
+        Where they lie is where they stay.
+        """
+        return list(self._latents.values()) or [pool for both in self._pools.values() for pool in both]
+
+    @property
+    def widths(self) -> list[tuple[int, int]]:
+        """Numbers of a head's key and value in each layer, as attention in place reads them."""
+        widths = [(key[1], value[1]) for key, value in self._token_shapes.values()]
+        return [(latent + position, latent) for latent, position in widths] if self.keeps_latents else widths
 
     def allocate(self, num_bytes: int, device: torch.device) -> None:
         """Take as many blocks as fit in ``num_bytes``, scratch included, after the probing forward."""
         assert self._token_shapes, "shapes are learned by a probing forward first"
         self.num_blocks = max(0, num_bytes // self.block_bytes - 1)
         num_slots = (self.num_blocks + 1) * self.block_size
-        self._pools = {
-            layer: (
-                torch.zeros(num_slots, *key, dtype=self._dtype, device=device),
-                torch.zeros(num_slots, *value, dtype=self._dtype, device=device),
-            )
-            for layer, (key, value) in self._token_shapes.items()
-        }
+        empty = partial(torch.zeros, dtype=self._dtype, device=device)
+        if self.keeps_latents:
+            widths = {layer: (key[1], value[1]) for layer, (key, value) in self._token_shapes.items()}
+            self._latents = {layer: empty(num_slots, 1, sum(both)) for layer, both in widths.items()}
+            self._pools = {layer: self._latents[layer].split(both, dim=-1) for layer, both in widths.items()}
+        else:
+            self._pools = {
+                layer: (empty(num_slots, *key), empty(num_slots, *value))
+                for layer, (key, value) in self._token_shapes.items()
+            }
         self._probed.clear()
 
     def update(
@@ -69,7 +90,8 @@ class PagedKVCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the rows' keys and values [1, heads, T, D]; return what they read [1, heads, slots, D].
 
-        That is the groups' context, or all of the pool where blocks are read in place.
+        That is the groups' context, or all of the pool where blocks are read in place. Latents are read there as one
+        head's keys, which end in the part with the position, and as its values, which do not.
         """
         if not self._pools:
             self._token_shapes[layer_idx] = (
@@ -83,6 +105,8 @@ class PagedKVCache(Cache):
         keys, values = self._pools[layer_idx]
         keys.index_copy_(0, self.rows.write_slots, key_states[0].transpose(0, 1))
         values.index_copy_(0, self.rows.write_slots, value_states[0].transpose(0, 1))
+        if self.rows.pages is not None and self._latents:
+            keys, values = self._latents[layer_idx], keys
         return self._context(keys).transpose(0, 1)[None], self._context(values).transpose(0, 1)[None]
 
     def note_attended(self, key: torch.Tensor, value: torch.Tensor) -> None:

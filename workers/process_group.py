@@ -12,6 +12,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from .collective_guard import CollectiveGuard
 from .collectives import Collectives
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,9 @@ def join(
 
     A store serves one group: who has left it, or was left behind, knows no other's.
 
-    ``node``: this machine's address, whose interface carries the data. Collectives that take longer than ``timeout_s``
-    raise, which is how a rank leaves a step that another rank will never finish.
+    ``node``: this machine's address, whose interface carries the data. A rank leaves a step that another rank will
+    never finish: gloo's collectives raise after ``timeout_s``, or when the other is gone; NCCL's are aborted by a
+    guard (`CollectiveGuard`), after ``timeout_s`` or when the store goes.
 
     NCCL where ranks compute on GPUs, gloo elsewhere. NCCL refuses two ranks on one GPU: if any share one, all use gloo,
     by way of the host, and say so. That is for development: its times mean nothing for GPUs of their own.
@@ -72,9 +74,14 @@ def join(
     through_host = device.type == "cuda" and _share_a_device(client, rank, num_ranks, device)
     if through_host:
         logger.warning("ranks share a GPU: what they send each other goes by way of the host, and no step is a graph")
-    backend = "nccl" if device.type == "cuda" and not through_host else "gloo"
-    dist.init_process_group(backend, store=client, rank=rank, world_size=num_ranks, timeout=timeout)
-    return Collectives(through_host=through_host)
+    if device.type != "cuda" or through_host:
+        dist.init_process_group("gloo", store=client, rank=rank, world_size=num_ranks, timeout=timeout)
+        return Collectives(through_host=through_host)
+    # torch's own watchdogs would end this process, and the weights with it
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
+    dist.init_process_group("nccl", store=client, rank=rank, world_size=num_ranks, timeout=timeout)
+    watched = dist.TCPStore(store.host, store.port, is_master=False, timeout=timeout)
+    return Collectives(guard=CollectiveGuard(watched, timeout_s, dist.distributed_c10d._abort_process_group))
 
 
 def _share_a_device(store: dist.Store, rank: int, num_ranks: int, device: torch.device) -> bool:

@@ -27,6 +27,7 @@ from .expert_parallel import ExpertParallel
 from .gpu_routing import LaunchedRouting
 from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
+from .launched_step import LaunchedStep, can_be_followed, can_follow
 from .loader import DenseModel, LoadedModel, build, inspect, load_dense, load_experts, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
 from .model_config import num_experts_of, num_experts_per_tok
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
-    """Loads a shard on construction; ``step`` is called from one thread, on all ranks in lock-step.
+    """Loads a shard on construction; ``step``, or its halves, is called from one thread, on all ranks in lock-step.
 
     ``placement``: which ranks hold which experts, equal runs of them when None. ``moved_bytes``: most bytes of experts
     that reach a rank in a step; None where they stay where they are. ``enforce_eager``: replay no graphs. ``dense``:
@@ -104,12 +105,8 @@ class ModelRunner:
         if self.device.type == "cpu" and self.activation_dtype == torch.float32:
             fuse_norms(self.model, kernel() if packed else None)
         self.experts = ExpertParallel(
-            loaded.expert_modules, num_experts, LocalDispatcher(), counts_loads=moved_bytes is not None
+            loaded.expert_modules, num_experts, LocalDispatcher(), moves=moved_bytes is not None
         )
-        if moved_bytes is not None and self.experts.is_capturable:
-            raise ValueError(
-                "enable_eplb: the kernels of a GPU read a layer's experts where they lie; leave it out there"
-            )
         self.mover = None if moved_bytes is None else ExpertMover(self.experts.shards, placement, rank, moved_bytes)
         self._placement = placement
         self._absent: tuple[int, ...] = ()
@@ -139,6 +136,8 @@ class ModelRunner:
         if replays_graphs:
             self.padded.choose_attention()
             self.padded.compile_layers()
+        self.is_asynchronous = replays_graphs and self.device.type == "cuda"
+        """Whether padded steps that have been launched run while this thread does something else."""
         self.texts = Texts()
         self.generation = -1
         self._sampled: dict[int, int] = {}
@@ -194,14 +193,14 @@ class ModelRunner:
         self._relocate(self.mover.settle(version))
 
     def _relocate(self, layers: Sequence[int]) -> None:
+        """Change all that says where experts are, in place: graphs that read it serve on."""
         for layer in layers:
-            self.layers[layer] = self._layer_ranks(layer)
+            self.layers[layer].owner.copy_(self._layer_ranks(layer).owner)
         if layers:
             placement, _ = self._seat()
             for dispatcher in (self.experts.dispatcher, self.padded.dispatcher):
                 if isinstance(dispatcher, AllToAllDispatcher):
                     dispatcher.relocate(placement, layers)
-            self.padded.graphs.clear()
 
     def _seat(self) -> tuple[Placement, int]:
         """Return where experts are in the process group, and this rank's number there."""
@@ -219,8 +218,6 @@ class ModelRunner:
         ``absent``: ranks that are not in their group, whose experts the others hold as well.
         """
         assert self.num_ranks > 1, "one rank needs no process group"
-        if self.mover is not None and collectives.through_host:
-            raise ValueError("enable_eplb: ranks that share a GPU cannot move experts; leave it out there")
         hidden_bytes = self.hidden_size * self.activation_dtype.itemsize
         self._absent = tuple(absent)
         placement, seat = self._seat()
@@ -233,18 +230,57 @@ class ModelRunner:
         """Hold nothing of the present process group: NCCL waits for graphs with its collectives before it leaves."""
         self.padded.graphs.clear()
 
-    @torch.inference_mode()
+    def check_device(self) -> None:
+        """Raise the device's own error if it computes no more: after some faults a CUDA context never does."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def step(self, plan: RankPlan) -> RankResult:
         """Run one step; the result is only true once every rank has answered it."""
+        return self.finish(self.launch(plan))
+
+    def can_follow(self, plan: RankPlan, running: LaunchedStep) -> bool:
+        """Return whether ``plan`` can be launched behind ``running`` at once: right and without waiting for it."""
+        return self.is_asynchronous and can_follow(plan, running.plan) and self.padded.is_ready(plan)
+
+    def can_be_followed(self, running: LaunchedStep) -> bool:
+        """Return whether there are plans of which `can_follow` would say so."""
+        return self.is_asynchronous and can_be_followed(running.plan)
+
+    @torch.inference_mode()
+    def launch(self, plan: RankPlan, behind: LaunchedStep | None = None) -> LaunchedStep:
+        """Begin with a step. `finish` is its other half; the steps before it have been finished.
+
+        ``behind``: the one before, if it has not been, and the plan `can_follow` it. A step that was launched may be
+        let go without `finish`, when nothing that follows it counts either.
+        """
         started = time.thread_time()
-        plan = replace(plan, requests=[request.filled_in(self._sampled) for request in plan.requests])
+        if behind is None:
+            plan = replace(plan, requests=[request.filled_in(self._sampled) for request in plan.requests])
+        if plan.generation != self.generation and self.device.type == "cuda":
+            # Steps that were let go may still read what this one writes
+            torch.cuda.current_stream(self.device).synchronize()
         self._apply_tables(plan)
         self.log.reset()
         if plan.rebalance is not None:
             self._begin_moves(plan.rebalance)
-        # Moves are a collective of their own, which no graph holds
-        launches = plan.bucket is None or (plan.rebalance is not None and bool(plan.rebalance.transfers))
-        computed = self._launched(plan) if launches else self.padded.run(plan)
+        if plan.bucket is None:
+            computed = self._launched(plan)
+            step = LaunchedStep(plan, lambda: True, lambda: computed)
+        else:
+            if self.mover is not None:
+                # Moves are a collective of their own, which no graph holds. On a GPU a graph's collectives wait here
+                # for it, so that all ranks' devices run them in one order; the host waits only with gloo
+                self.mover.finish()
+            step = self.padded.launch(plan, None if behind is None else behind.plan)
+        step.thread_time_s = time.thread_time() - started
+        return step
+
+    @torch.inference_mode()
+    def finish(self, step: LaunchedStep) -> RankResult:
+        """Wait for a step that was launched, the oldest first, and say what came of it."""
+        started = time.thread_time()
+        plan, computed = step.plan, step.computed()
         num_sampled, sampled = len(computed.positions), computed.tokens
         # Whoever asks for log-probabilities has no tokens chosen
         logits = computed.logits if sampled is None else torch.empty(0)
@@ -285,7 +321,7 @@ class ModelRunner:
             prompt_logprobs=target_logprobs(plan.requests, logits[num_sampled:]),
             kept_weights=computed.kept_weights,
             expert_loads=self.experts.take_loads() if plan.rebalance and plan.rebalance.wants_loads else None,
-            thread_time_s=time.thread_time() - started,
+            thread_time_s=step.thread_time_s + time.thread_time() - started,
         )
 
     def _launched(self, plan: RankPlan) -> ComputedStep:
@@ -367,7 +403,7 @@ class ModelRunner:
         free, total = torch.cuda.mem_get_info(self.device)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), self.experts.uncounted():
             self._forward(largest_step(max_rows, self.num_ranks, self.cache.block_size))
         activation_bytes = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ class StaticRows:
 
     ``fill`` makes one copy to the device and waits for nothing; ``layout`` is what a graph captures. ``most_blocks``:
     of a request in any bucket, where attention reads the pool's blocks in place; None where contexts are gathered.
+    ``last_tokens``: int64, on ``device``, where steps of all buckets leave each request's last token to the next.
     """
 
     def __init__(
@@ -40,12 +42,17 @@ class StaticRows:
         scratch_slot: int,
         device: torch.device,
         most_blocks: int | None = None,
+        last_tokens: torch.Tensor | None = None,
     ) -> None:
         self.bucket, self.block_size, self._scratch_slot = bucket, block_size, scratch_slot
         self._most_blocks = most_blocks
         r, n = bucket.num_requests, bucket.num_rows
+        self.last_tokens = torch.zeros(r, dtype=torch.int64, device=device) if last_tokens is None else last_tokens
+        """[R or more] of the latest step's requests, in their order."""
         shapes: dict[str, tuple[int, ...]] = {
             "token_ids": (r, n),
+            "token_places": (r, n),
+            "last_rows": (r,),
             "depths": (r, n),
             "own": (r, n, n),
             "parents": (r, n),
@@ -60,28 +67,40 @@ class StaticRows:
             "reach": (r, n),
             "experts": (1,),
         }
-        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        self._host = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._device = torch.zeros_like(self._host, device=device)
-        self._written: dict[str, np.ndarray] = {}
+        size = sum(map(math.prod, shapes.values()))
+        # While one is copied to the device, which may be busy with the step before, the next step is written
+        self._hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(2)]
+        self._device = torch.zeros(size, dtype=torch.int64, device=device)
+        self._written: list[dict[str, np.ndarray]] = [{} for _ in self._hosts]
+        self._turn = 0
         self.inputs: dict[str, torch.Tensor] = {}
         """What a step is, by name, as `fill` wrote it; addresses never change."""
         start = 0
         for name, shape in shapes.items():
-            part = slice(start, start := start + sizes[name])
-            written, read = self._host[part].numpy().reshape(shape), self._device[part].view(shape)
+            part = slice(start, start := start + math.prod(shape))
             is_real = name in _REAL
-            self._written[name] = written.view(np.float64) if is_real else written
+            for host, names in zip(self._hosts, self._written, strict=True):
+                written = host[part].numpy().reshape(shape)
+                names[name] = written.view(np.float64) if is_real else written
+            read = self._device[part].view(shape)
             self.inputs[name] = read.view(torch.float64) if is_real else read
 
-    def fill(self, plan: RankPlan, tables: Mapping[int, np.ndarray]) -> None:
+    def fill(
+        self, plan: RankPlan, tables: Mapping[int, np.ndarray], places: Mapping[int, int] = MappingProxyType({})
+    ) -> None:
         """Write ``plan`` into the inputs; ``tables`` holds each request's KV blocks.
 
-        The step that was written before must have ended. The plan's requests fit the bucket.
+        ``places``: by request, which of the step before each was, where that may still run. A first token that the plan
+        does not know is then the one that the device chose there. All steps before that one have ended. The plan's
+        requests fit the bucket.
         """
         assert len(plan.requests) <= self.bucket.num_requests, "the plan names a bucket that holds it"
-        self._host.zero_()
-        to = self._written
+        self._turn = 1 - self._turn
+        host, to = self._hosts[self._turn], self._written[self._turn]
+        host.zero_()
+        places_given = np.arange(self.bucket.total_rows).reshape(to["token_places"].shape)
+        to["token_places"][:] = len(self.last_tokens) + places_given
+        to["last_rows"][:] = np.arange(0, self.bucket.total_rows, self.bucket.num_rows)
         to["own"][:] = np.eye(self.bucket.num_rows, dtype=np.int64)  # padding sees itself: softmax over nothing is NaN
         to["depths"][:] = 1
         to["first_budgeted"][:] = self.bucket.num_rows
@@ -89,6 +108,9 @@ class StaticRows:
         for r, request in enumerate(plan.requests):
             n, table = len(request.token_ids), tables[request.request_id]
             to["token_ids"][r, :n] = request.token_ids
+            if request.is_deferred:
+                to["token_places"][r, 0] = places[request.request_id]
+            to["last_rows"][r] += n - 1
             to["depths"][r, :n] = depths(request.parents)
             to["own"][r, :n, :n] = own_visibility(request.parents)
             to["parents"][r, :n] = request.parents
@@ -105,7 +127,7 @@ class StaticRows:
                 to["reach"][r, :first], to["reach"][r, first:n] = 1.0, request.reach or 1.0
         if plan.budget is not None and plan.budget.experts is not None:
             to["experts"][0] = plan.budget.experts
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(host, non_blocking=True)
 
     def layout(self) -> PackedRows:
         """Return the step's rows, computed on the device from `inputs`; request r has rows r x N to r x N + N - 1."""
@@ -117,8 +139,9 @@ class StaticRows:
         write_slots = torch.where(valid, self._slots(committed + own_rows), self._scratch_slot)
         rows = torch.arange(bucket.total_rows, device=self._device.device)
         none = rows[:0]
+        known = torch.cat([self.last_tokens, inputs["token_ids"].flatten()])
         layout = PackedRows(
-            token_ids=inputs["token_ids"].flatten(),
+            token_ids=known.index_select(0, inputs["token_places"].flatten()),
             positions=positions.flatten(),
             valid=valid.flatten(),
             write_slots=write_slots.flatten(),
@@ -132,6 +155,11 @@ class StaticRows:
             return replace(layout, pages=self._pages(positions, self._most_blocks))
         group, gather_slots = self._gathered(positions, rows)
         return replace(layout, groups=[group], gather_slots=gather_slots)
+
+    def keep(self, tokens: torch.Tensor) -> None:
+        """Leave what each request's last row chose, of ``tokens`` [T], to the step behind this one."""
+        kept = self.last_tokens[: self.bucket.num_requests]
+        torch.index_select(tokens, 0, self.inputs["last_rows"], out=kept)
 
     def _pages(self, positions: torch.Tensor, most_blocks: int) -> ContextPages:
         return ContextPages(

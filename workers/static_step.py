@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,15 +20,15 @@ from ..kernels.device import has_triton
 from ..router.budgeted_choice import LayerRanks
 from ..router.budgeted_selection import BudgetedSelection
 from ..router.expert_budget import ExpertBudget
-from .computed_step import ComputedStep
-from .dispatch import CollectiveLog
+from .dispatch import CollectiveLog, both_crcs
 from .expert_parallel import ExpertParallel
-from .gpu_routing import KnownRouter, LaunchedRouting, launched_routings
-from .plan import Bucket, LayerCounts, RankPlan
-from .rows import PackedRows, depths
+from .gpu_routing import LaunchedRouting, launched_routings
+from .known_routers import KnownRouter
+from .plan import Bucket, RankPlan
+from .rows import PackedRows
 from .static_rows import StaticRows
-from .static_sampler import choose_tokens, samples_plainly
-from .step_budget import kept_weights
+from .static_sampler import choose_tokens
+from .step_answer import SentAnswer
 
 if TYPE_CHECKING:
     from ..kernels.kv_moves import Pools
@@ -51,66 +52,8 @@ class StepShape:
         return cls(bucket, budget if budget is None or budget.experts is None else replace(budget, experts=1))
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the host reads of a step that has ended."""
-
-    tokens: np.ndarray
-    """[R, N] the token that each row chooses, by temperature alone."""
-    accepted: np.ndarray | None
-    """[R, 2 N + 1] tokens that each request emits by those, the rows that yield them, and how many they are; None
-    where the device does not walk along drafts."""
-    experts: list[int]
-    """Per layer, as in `LayerCounts`."""
-    rows_sent: list[int]
-    wire_bytes: list[int]
-    kept: np.ndarray
-    """[L, R, N] share of the weight that a budget left to each row."""
-    num_collectives: int
-    collectives_crc: int
-
-    def computed(self, plan: RankPlan, logits: torch.Tensor, payload_bytes_per_row: int) -> ComputedStep:
-        """Return what became of the rows of ``plan``, without the padding; ``logits`` [T, V]."""
-        num_rows = [len(request.token_ids) for request in plan.requests]
-        sampled = [
-            (place, row)
-            for place, r in enumerate(plan.requests)
-            for row in range(r.first_sampled_row, len(r.token_ids))
-        ]
-        depth = [depths(request.parents) for request in plan.requests]
-        rows = [place * self.tokens.shape[1] + row for place, row in sampled]
-        counts = LayerCounts(
-            rows=[sum(num_rows)] * len(self.experts),
-            experts=self.experts,
-            rows_sent=self.rows_sent,
-            payload_bytes=[number * payload_bytes_per_row for number in self.rows_sent],
-            wire_bytes=list(self.wire_bytes),
-        )
-        kept = [self.kept[:, place, :number] for place, number in enumerate(num_rows)]
-        is_plain = samples_plainly(plan.requests)
-        return ComputedStep(
-            tokens=[int(self.tokens[where]) for where in sampled] if is_plain else None,
-            accepted=self._accepted(plan) if is_plain and self.accepted is not None else None,
-            logits_of=lambda: logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)],
-            positions=[plan.requests[place].committed_len + depth[place][row] for place, row in sampled],
-            counts=counts,
-            kept_weights=kept_weights(plan, np.concatenate(kept, axis=1).tolist(), counts) if kept else {},
-            num_collectives=self.num_collectives,
-            collectives_crc=self.collectives_crc,
-        )
-
-    def _accepted(self, plan: RankPlan) -> list[tuple[list[int], list[int]]]:
-        assert self.accepted is not None, "the device has walked along drafts"
-        width = self.tokens.shape[1]
-        accepted = []
-        for request, (*walk, number) in zip(plan.requests, self.accepted.tolist(), strict=False):
-            known = list(range(min(request.first_sampled_row, len(request.token_ids))))
-            accepted.append((walk[:number], known + walk[width : width + number]))
-        return accepted
-
-
 class StaticStep:
-    """The step of one shape. `fill`, `run` and `answer` are one step.
+    """The step of one shape. `fill`, `run` and `send` are one step, and wait for nothing.
 
     ``routers``: of all layers, where a kernel computes them. ``pools``: of the KV cache, in which a device that walks
     along drafts puts those that it accepts in order.
@@ -142,14 +85,25 @@ class StaticStep:
         self._results: Sequence[torch.Tensor] = ()
         """int64: tokens [T], experts [L], rows sent [L], and where the device walks along drafts what requests emit
         [R], [R, N], [R, N]; f32: weight kept [L, T]."""
-        self._copies: Sequence[torch.Tensor] = ()
-        """The same on the host."""
+        self._copies: list[list[torch.Tensor]] = []
+        """The same on the host, of two steps in turn: one may be read while the other is copied."""
+        self._turn = 0
         self._known: tuple[list[int], int, int] = ([], 0, 0)
         """Wire bytes per layer, number and checksum of collectives: the same whenever it runs."""
+        self._before = (0, 0)
+        """Number and checksum of the collectives that preceded it: moves of experts."""
 
-    def fill(self, plan: RankPlan, tables: Mapping[int, np.ndarray]) -> None:
-        """Write a step of this shape; the one before has been answered."""
-        self.rows.fill(plan, tables)
+    def fill(
+        self, plan: RankPlan, tables: Mapping[int, np.ndarray], places: Mapping[int, int] = MappingProxyType({})
+    ) -> None:
+        """Write a step of this shape; see `StaticRows.fill`."""
+        self._before = self._log.num_collectives, self._log.crc
+        self.rows.fill(plan, tables, places)
+
+    def rehearse(self) -> None:
+        """Run as the step will, for what libraries and compilers do in first runs: it writes what the step will."""
+        with self._experts.uncounted():
+            self.run()
 
     def run(self) -> None:
         """Compute the step that `rows` hold; what a graph captures."""
@@ -164,6 +118,7 @@ class StaticStep:
             for name in ("temperatures", "seeds", "choices")
         )
         tokens = choose_tokens(self.logits, temperatures, seeds, choices, layout.positions + 1)
+        self.rows.keep(tokens)
         self._known = self._experts.wire_bytes, self._log.num_collectives, self._log.crc
         kept = [selection.limits.kept for selection in selections if selection.limits is not None]
         if self.shape.budget is not None:
@@ -208,32 +163,32 @@ class StaticStep:
             return [], routings
         return [BudgetedSelection(budget, rows, layer, reduce) for layer in self._layers], []
 
-    def answer(self) -> Answer:
-        """Return what the latest run found; waits for the device."""
+    def send(self) -> SentAnswer:
+        """Have what the latest run finds copied to the host, behind it. The answer before the last has been read."""
         assert self._results, "it has run"
+        is_gpu = self._results[0].is_cuda
         if not self._copies:
-            self._copies = [torch.empty_like(part, device="cpu", pin_memory=part.is_cuda) for part in self._results]
-        for copy, part in zip(self._copies, self._results, strict=True):
+            self._copies = [
+                [torch.empty_like(part, device="cpu", pin_memory=is_gpu) for part in self._results] for _ in range(2)
+            ]
+        self._turn = 1 - self._turn
+        copies = self._copies[self._turn]
+        for copy, part in zip(copies, self._results, strict=True):
             copy.copy_(part, non_blocking=True)
-        if self._results[0].is_cuda:
+        event = None
+        if is_gpu:
             event = torch.cuda.Event()
             event.record()
-            event.synchronize()
-        bucket = self.shape.bucket
-        numbers, kept = (copy.numpy() for copy in self._copies)
-        num_layers = self._experts.num_layers
-        ends = np.cumsum([bucket.total_rows, num_layers, num_layers, bucket.num_requests * self._walks])
-        tokens, experts, rows_sent, num_emitted, walks = np.split(numbers, ends)
-        accepted = None
-        if self._walks:
-            emitted, path = walks.reshape(2, bucket.num_requests, bucket.num_rows)
-            accepted = np.concatenate([emitted, path, num_emitted[:, None]], axis=1)
-        return Answer(
-            tokens.reshape(bucket.num_requests, bucket.num_rows),
-            accepted,
-            experts.tolist(),
-            rows_sent.tolist(),
-            self._known[0],
-            kept.reshape(-1, bucket.num_requests, bucket.num_rows),
-            *self._known[1:],
+        numbers, kept = (copy.numpy() for copy in copies)
+        (num_before, crc_before), (wire_bytes, num_collectives, crc) = self._before, self._known
+        return SentAnswer(
+            event,
+            numbers,
+            kept,
+            self.shape.bucket,
+            self._experts.num_layers,
+            self._walks,
+            wire_bytes,
+            num_before + num_collectives,
+            both_crcs(crc_before, crc),
         )

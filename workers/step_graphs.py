@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
+from .failed_capture import end_capture
 from .plan import RankPlan
-from .static_step import Answer, StaticStep, StepShape
+from .static_step import StaticStep, StepShape
+from .step_answer import SentAnswer
 
 logger = logging.getLogger(__name__)
 _WARM_UPS = 2
@@ -42,12 +45,26 @@ class StepGraphs:
         self._graphs.clear()
         self._pool = None
 
-    def step(self, shape: StepShape, plan: RankPlan, tables: Mapping[int, np.ndarray]) -> tuple[Answer, torch.Tensor]:
-        """Run ``plan``; return its answer and the logits [T, V], which the next step of this shape overwrites."""
+    def is_ready(self, shape: StepShape) -> bool:
+        """Whether launching a step of ``shape`` waits for nothing: it has run before, and a GPU has its graph."""
+        return shape in self._steps and (self._device.type != "cuda" or self._graphs.get(shape) is not None)
+
+    def launch(
+        self,
+        shape: StepShape,
+        plan: RankPlan,
+        tables: Mapping[int, np.ndarray],
+        places: Mapping[int, int] = MappingProxyType({}),
+    ) -> tuple[SentAnswer, torch.Tensor]:
+        """Begin with ``plan``; return its answer, and the logits [T, V], which the next step of this shape overwrites.
+
+        ``places``: see `StaticRows.fill`. At most one step before this one has not ended, and if there is one, then
+        ``shape`` is ready.
+        """
         step = self._steps.get(shape)
         if step is None:
             step = self._steps[shape] = self._make(shape)
-        step.fill(plan, tables)
+        step.fill(plan, tables, places)
         if self._device.type == "cuda" and self.captures and shape not in self._graphs:
             self._graphs[shape] = self._capture(step)
         graph = self._graphs.get(shape)
@@ -55,9 +72,8 @@ class StepGraphs:
             step.run()
         else:
             graph.replay()
-        answer = step.answer()
         assert step.logits is not None
-        return answer, step.logits
+        return step.send(), step.logits
 
     def again(self, shape: StepShape) -> None:
         """Launch the latest step of ``shape`` once more and wait for nothing: what the device has to do, by itself."""
@@ -70,15 +86,15 @@ class StepGraphs:
     def _capture(self, step: StaticStep) -> torch.cuda.CUDAGraph | None:
         """Return the graph of ``step``, or None, and a line in the log, where a model asks the device for a number.
 
-        It runs a few times first, which a step survives: it writes the same again. Ranks without a graph run the same
-        collectives as those with one.
+        It runs a few times first, which a step survives that takes no token from the one before: it writes the same
+        again. Ranks without a graph run the same collectives as those with one.
         """
         present = torch.cuda.current_stream(self._device)
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(present)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                step.run()
+                step.rehearse()
         present.wait_stream(stream)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -88,6 +104,7 @@ class StepGraphs:
                 step.run()
         except Exception as error:  # CUDA's, torch's or the model's own
             torch.cuda.set_stream(present)  # torch leaves the one that it captured on
+            end_capture(self._pool)
             self._pool = None
             logger.warning("steps of %s are launched operation by operation: %s", step.shape.bucket, error)
             return None

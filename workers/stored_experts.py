@@ -19,7 +19,6 @@ from .quantization import StoredFormat
 
 if TYPE_CHECKING:
     from ..kernels.expert_weights import ExpertWeights
-    from .experts import Tensors
 
 _PROJECTIONS = ("gate_up_proj", "down_proj")
 _SCALES = "_scales"
@@ -146,30 +145,6 @@ def stored_weights(module: Any, name: str) -> ExpertWeights:
     if storage.format.method == "mxfp4":
         return ExpertWeights.mxfp4(values, scales, biases)
     return ExpertWeights.block_fp8(values, scales, storage.format.block, biases)
-
-
-class StoredExperts:
-    """A linear layer of E experts as stored (`experts.Projection`): it can be measured; kernels alone compute it."""
-
-    def __init__(self, weights: ExpertWeights) -> None:
-        parts = (weights.values, weights.scales, weights.biases)
-        self._parts = [part for part in parts if part is not None]
-
-    def __call__(self, rows: torch.Tensor, experts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """Refuse: torch has no product with weights as they are stored."""
-        raise RuntimeError("experts that stay as stored are computed by the kernels alone")
-
-    def tensors(self, expert: int) -> Tensors:
-        """Return an expert's numbers, scales and, if there are any, biases."""
-        return tuple(part[expert] for part in self._parts)
-
-    def room(self) -> Tensors:
-        """Return memory for what `tensors` gives of one more expert."""
-        return tuple(torch.empty_like(part) for part in self.tensors(0))
-
-    def hold(self, experts: Sequence[int | Tensors]) -> None:
-        """Refuse: the kernels read a layer's experts where they lie."""
-        raise RuntimeError("experts that stay as stored do not move")
 
 
 def _parameter(shape: Sequence[int], dtype: torch.dtype) -> torch.nn.Parameter:

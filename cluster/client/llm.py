@@ -19,7 +19,7 @@ from ..engine.backend import RequestTimeoutError
 from ..engine.engine import Engine
 from ..engine.output import STOP, EngineStats, RequestStats
 from ..engine.prompt_check import check_prompt
-from ..engine.ranks import LocalRanks, Ranks, make_runner
+from ..engine.ranks import Ranks, make_runner, ranks_of
 from ..speculation.drafter import drafter_factory
 from ..speculation.options import SpeculationOptions
 from .request_params import RequestParams
@@ -67,7 +67,7 @@ def make_ranks(config: EngineConfig) -> Ranks:
         from ..placement_file import placement_of  # needs pydantic
 
         placement = placement_of(config)
-    return LocalRanks(make_runner(config, 0, placement))
+    return ranks_of(make_runner(config, 0, placement))
 
 
 class LLM:

@@ -10,7 +10,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from ..api.metrics import PREFIX, parse_samples
+from ..api.metric import PREFIX
+from ..api.metrics import parse_samples
 from .http_client import HttpClient
 
 Buckets = list[tuple[float, float]]

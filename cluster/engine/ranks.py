@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -13,10 +14,11 @@ import torch
 from ...kernels.fused_moe import kernel
 from ...router.placement import Placement, PlacementVersion
 from ...workers.device import resolve_device
+from ...workers.launched_step import LaunchedStep
 from ...workers.loader import DenseModel, build, inspect, load_dense, resolve_dtype
 from ...workers.model_info import RankInfo
 from ...workers.packed_weights import packs_weights
-from ...workers.plan import StepFailedError, StepPlan, StepResult
+from ...workers.plan import RankPlan, StepFailedError, StepPlan, StepResult
 from ...workers.runner import ModelRunner
 from ..config import EngineConfig
 
@@ -156,3 +158,67 @@ class LocalRanks:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class LaunchingRanks(LocalRanks):
+    """The same on a device that computes by itself: it is given the next step while it computes the one before."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__(runner)
+        self._running: deque[LaunchedStep | Exception] = deque()
+        """Steps that were launched, or could not be; none behind one that could not."""
+        self._waiting: RankPlan | None = None
+        """The plan of a step that cannot be launched yet."""
+        self._started_s = 0.0
+        """When the device could begin with the oldest step."""
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Run the step and wait for it."""
+        self.submit(plan)
+        return self.collect(plan)
+
+    def submit(self, plan: StepPlan) -> None:
+        """Launch the step, now or when the one before has ended."""
+        (part,) = plan.ranks
+        if not self._running:
+            self._started_s = time.perf_counter()
+            self._launch(part)
+            return
+        (before,) = self._running
+        if isinstance(before, LaunchedStep) and self._runner.can_follow(part, before):
+            self._launch(part, behind=before)
+        else:
+            self._waiting = part
+
+    def collect(self, plan: StepPlan) -> StepResult:
+        """Wait for the oldest step."""
+        step = self._running.popleft()
+        assert isinstance(step, Exception) or step.plan.step_id == plan.step_id, "steps are collected in order"
+        try:
+            if isinstance(step, Exception):
+                raise step
+            result = self._runner.finish(step)
+        except Exception as error:  # whatever a model's code raises, the step is void
+            raise StepFailedError(f"rank 0: {type(error).__name__}: {error}") from error
+        started_s, self._started_s = self._started_s, time.perf_counter()
+        if self._waiting is not None:
+            self._launch(self._waiting)
+            self._waiting = None
+        return StepResult([result], self._started_s - started_s)
+
+    def _launch(self, plan: RankPlan, behind: LaunchedStep | None = None) -> None:
+        try:
+            self._running.append(self._runner.launch(plan, behind))
+        except Exception as error:  # said when the step is collected
+            self._running.append(error)
+
+    def recover(self, generation: int) -> Sequence[Replacement]:
+        """Let go of all steps."""
+        self._running.clear()
+        self._waiting = None
+        return ()
+
+
+def ranks_of(runner: ModelRunner) -> LocalRanks:
+    """Return the only rank, driven as its device allows."""
+    return LaunchingRanks(runner) if runner.is_asynchronous else LocalRanks(runner)

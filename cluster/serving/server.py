@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from ...workers.loader import inspect
 from ..api.generation import Generation
-from ..api.metrics import PREFIX
+from ..api.metric import PREFIX
 from ..calibration.gate import check_budget_profile
 from ..client.http_client import HttpClient
 from ..config import EngineConfig
