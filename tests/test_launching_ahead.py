@@ -219,6 +219,9 @@ class StuckRunner:
     def can_be_followed(self, running: Any) -> bool:
         return True
 
+    def has_to_compile(self, plan: RankPlan) -> bool:
+        return False
+
     def launch(self, plan: RankPlan, behind: Any = None) -> LaunchedStep:
         return LaunchedStep(plan, self.aborted.is_set, lambda: None)  # type: ignore[arg-type, return-value]
 

@@ -202,9 +202,9 @@ class RankResult:
     expert_loads: ExpertLoads | None = None
     """If the plan asks for them."""
     num_graphs: int = 0
-    """Shapes of steps that the rank can replay by now."""
+    """Shapes of steps that the rank can replay by now; told of steps in which it has no requests."""
     graph_bytes: int = 0
-    """Memory of its device that those take."""
+    """Memory of its device that those take; likewise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,14 @@ from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
 from .expert_mover import ExpertMover
 from .expert_parallel import ExpertParallel
 from .gpu_routing import LaunchedRouting
-from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
+from .kv_budget import (
+    GATHERED_BYTES,
+    GRAPH_SHARE,
+    fixed_pool_bytes,
+    gathered_slot_bytes,
+    gpu_pool_bytes,
+    pool_bytes_beside,
+)
 from .kv_cache import PagedKVCache
 from .launched_step import LaunchedStep, can_be_followed, can_follow
 from .loader import DenseModel, LoadedModel, build, inspect, load_dense, load_experts, resolve_dtype
@@ -68,6 +75,7 @@ class ModelRunner:
         block_size: int = 16,
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        max_num_seqs: int = 256,
         max_num_batched_tokens: int = 512,
         enforce_eager: bool = False,
         placement: Placement | None = None,
@@ -117,9 +125,20 @@ class ModelRunner:
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
-        pool_bytes = self._pool_bytes(kv_cache_bytes, gpu_memory_utilization, max_num_batched_tokens)
-        self.cache.allocate(pool_bytes, self.device)
         self.max_model_len = max_model_len or limit
+        replays_graphs = self.experts.is_capturable and not enforce_eager
+        gathered_bytes = gathered_slot_bytes(
+            self.cache.most_kept_numbers, self.cache.most_attended_numbers, self.dtype.itemsize
+        )
+        pool_bytes = self._pool_bytes(
+            kv_cache_bytes,
+            gpu_memory_utilization,
+            max_num_batched_tokens,
+            gathered_bytes=gathered_bytes,
+            most_gathered=max_num_seqs * self.max_model_len,
+            replays_graphs=replays_graphs,
+        )
+        self.cache.allocate(pool_bytes, self.device)
         self.padded = PaddedSteps(
             self.model,
             (*loaded.expert_modules, *loaded.routers),
@@ -132,7 +151,6 @@ class ModelRunner:
             self.device,
             self.max_model_len,
         )
-        replays_graphs = self.experts.is_capturable and not enforce_eager
         if replays_graphs:
             self.padded.choose_attention()
             self.padded.compile_layers()
@@ -179,6 +197,7 @@ class ModelRunner:
             kv_block_bytes=self.cache.block_bytes,
             load_s=time.perf_counter() - started,
             replays_graphs=replays_graphs,
+            most_gathered_slots=GATHERED_BYTES // gathered_bytes if replays_graphs and self.padded.objection else None,
             bytes_per_expert=[shard.bytes_per_expert for shard in self.experts.shards],
         )
 
@@ -242,6 +261,10 @@ class ModelRunner:
     def can_follow(self, plan: RankPlan, running: LaunchedStep) -> bool:
         """Return whether ``plan`` can be launched behind ``running`` at once: right and without waiting for it."""
         return self.is_asynchronous and can_follow(plan, running.plan) and self.padded.is_ready(plan)
+
+    def has_to_compile(self, plan: RankPlan) -> bool:
+        """Return whether launching ``plan`` takes as long as compilers do: it is padded, and the first of its kind."""
+        return plan.bucket is not None and not self.padded.is_ready(plan)
 
     def can_be_followed(self, running: LaunchedStep) -> bool:
         """Return whether there are plans of which `can_follow` would say so."""
@@ -322,6 +345,8 @@ class ModelRunner:
             kept_weights=computed.kept_weights,
             expert_loads=self.experts.take_loads() if plan.rebalance and plan.rebalance.wants_loads else None,
             thread_time_s=step.thread_time_s + time.thread_time() - started,
+            num_graphs=0 if plan.requests else self.padded.graphs.num_graphs,
+            graph_bytes=0 if plan.requests else self.padded.graphs.num_bytes,
         )
 
     def _launched(self, plan: RankPlan) -> ComputedStep:
@@ -394,7 +419,16 @@ class ModelRunner:
         for router in self.routers:
             router.audit = False
 
-    def _pool_bytes(self, requested: int | None, utilization: float, max_rows: int) -> int:
+    def _pool_bytes(
+        self,
+        requested: int | None,
+        utilization: float,
+        max_rows: int,
+        *,
+        gathered_bytes: int,
+        most_gathered: int,
+        replays_graphs: bool,
+    ) -> int:
         if self.device.type == "cpu":
             return fixed_pool_bytes(requested, psutil.virtual_memory().available)
         if requested is not None:
@@ -407,4 +441,10 @@ class ModelRunner:
             self._forward(largest_step(max_rows, self.num_ranks, self.cache.block_size))
         activation_bytes = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
-        return gpu_pool_bytes(total=total, free=free, activation_bytes=activation_bytes, utilization=utilization)
+        if replays_graphs:
+            activation_bytes *= 1 + GRAPH_SHARE
+        left = gpu_pool_bytes(total=total, free=free, activation_bytes=activation_bytes, utilization=utilization)
+        slot_bytes = self.cache.block_bytes // self.cache.block_size
+        return pool_bytes_beside(
+            left, slot_bytes=slot_bytes, gathered_bytes=gathered_bytes, most_gathered=most_gathered
+        )

@@ -86,9 +86,7 @@ class Engine:
         self._padding = padding_of(config, ranks.infos, self._max_draft_len)
         self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens, self._padding)
         self._budgets = [entry.budget for entry in known]
-        self._proposer = Proposer(
-            self.controller, self._drafting, self.scheduler, self._budgets, self._max_draft_len
-        )
+        self._proposer = Proposer(self.controller, self._drafting, self.scheduler, self._budgets, self._max_draft_len)
         self._rebalancer: Rebalancer | None = None
         if config.enable_eplb:
             assert isinstance(ranks, MovableRanks), "ranks in processes of their own can hand experts to each other"

@@ -132,7 +132,8 @@ class RankLoop:
         if running is not None and not runner.can_follow(plan, running):
             self._answer(plane)
             running = None
-        self._arm()
+        if self._guard is not None and not runner.has_to_compile(plan):
+            self._guard.arm()
         try:
             self._refuse(plan)
             step = runner.launch(plan, running)
@@ -142,7 +143,8 @@ class RankLoop:
             return
         self._answer(plane)
         self._running = step
-        self._arm()  # what launching took may have been the compiler's
+        if self._guard is not None:
+            self._guard.arm()
         if plan.generation == self._failed_generation or not runner.can_be_followed(step):
             self._answer(plane)
 
@@ -165,10 +167,6 @@ class RankLoop:
         finally:
             if self._guard is not None:
                 self._guard.disarm()
-
-    def _arm(self) -> None:
-        if self._guard is not None:
-            self._guard.arm()
 
     def _has_ended(self) -> bool:
         assert self._running is not None, "one runs"
