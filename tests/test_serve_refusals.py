@@ -26,6 +26,12 @@ def test_a_port_in_use_is_refused_with_one_line(penstock, without_ray):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("port", [0, 65536])
+def test_a_port_that_is_none_is_refused(penstock, without_ray, port):
+    done = penstock("serve", str(DEMO), "--port", str(port))
+    assert (done.returncode, done.stderr) == (2, f"error: port: {port} is not in [1, 65535]\n")
+
+
 @pytest.mark.parametrize("fault", ["cut short", "no weights", "unknown architecture", "no such directory"])
 def test_an_unusable_checkpoint_is_refused_before_ray_starts(fault, checkpoint, tmp_path, penstock, without_ray):
     import shutil
