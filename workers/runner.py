@@ -29,7 +29,7 @@ from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
 from .kv_cache import PagedKVCache
 from .loader import DenseModel, LoadedModel, build, inspect, load_dense, load_experts, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
-from .model_config import num_experts_of, num_experts_per_tok
+from .model_config import longest_context, num_experts_of, num_experts_per_tok
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
@@ -84,9 +84,7 @@ class ModelRunner:
         self.dtype = resolve_dtype(config, dtype)
         num_experts = num_experts_of(text_config)
         self.top_k = num_experts_per_tok(text_config)
-        limit = int(text_config.max_position_embeddings)
-        if max_model_len is not None and max_model_len > limit:
-            raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
+        self.max_model_len = longest_context(text_config, max_model_len)
         if directory is not None:
             dense = dense or load_dense(directory, build(config, self.dtype), self.device)
             placement = placement or contiguous(len(dense.empty.expert_modules), num_experts, num_ranks)
@@ -118,7 +116,6 @@ class ModelRunner:
         self._probe()
         pool_bytes = self._pool_bytes(kv_cache_bytes, gpu_memory_utilization, max_num_batched_tokens)
         self.cache.allocate(pool_bytes, self.device)
-        self.max_model_len = max_model_len or limit
         self.padded = PaddedSteps(
             self.model,
             (*loaded.expert_modules, *loaded.routers),

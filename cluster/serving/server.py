@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ...workers.loader import inspect
+from ..api.chat_tokenizer import check_tokenizer_files
 from ..api.generation import Generation
 from ..api.metric import PREFIX
 from ..calibration.gate import check_budget_profile
@@ -53,7 +54,8 @@ def run_server(
     if not 1 <= port <= 65535:  # nobody could be told which one the system had chosen instead of 0
         raise ValueError(f"port: {port} is not in [1, 65535]")
     drafter_factory(config.drafter)
-    inspect(config.model, config.revision)
+    inspect(config.model, config.revision, config.max_model_len)
+    check_tokenizer_files(config.tokenizer_source)
     served = check_budget_profile(config)
     config = served.config
     placement_of(config)
