@@ -199,8 +199,11 @@ class SamplingParams:
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:
-    is_list = isinstance(value, list | tuple) and len(value) <= 16
-    if not is_list or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARS for text in value):
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) > 16
+        or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARS for text in value)
+    ):
         raise ValueError(f"stop: expected at most 16 strings of 1 to {MAX_STOP_CHARS} characters, got {value!r:.200}")
     return tuple(value)
 

@@ -51,14 +51,14 @@ def run_server(
     if not shutdown_timeout_s >= 0:
         raise ValueError(f"shutdown_timeout_s: {shutdown_timeout_s:g} is not 0 or more")
     # Refuse before Ray starts what can be refused
-    if not 1 <= port <= 65535:  # nobody could be told which one the system had chosen instead of 0
-        raise ValueError(f"port: {port} is not in [1, 65535]")
     drafter_factory(config.drafter)
     inspect(config.model, config.revision, config.max_model_len)
     check_tokenizer_files(config.tokenizer_source)
     served = check_budget_profile(config)
     config = served.config
     placement_of(config)
+    if not 1 <= port <= 65535:  # nobody could be told which one the system had chosen instead of 0
+        raise ValueError(f"port: {port} is not in [1, 65535]")
     if address is None:
         check_port(host, port)
     finish: Callable[[float], None] | None = None
