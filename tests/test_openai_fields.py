@@ -101,6 +101,8 @@ async def test_prompts_are_cut_from_the_left(
     assert body["usage"]["prompt_tokens"] == 8
     long = await completion(http, prompt=ids * 10, truncate_prompt_tokens=-1, max_tokens=20)
     assert long["usage"]["prompt_tokens"] == MAX_MODEL_LEN - 20
+    by_default = await completion(http, prompt=ids * 10, truncate_prompt_tokens=-1, max_tokens=None)
+    assert by_default["usage"]["prompt_tokens"] == MAX_MODEL_LEN - 16
 
 
 async def test_a_conversation_may_go_on_with_its_last_message(
