@@ -83,6 +83,8 @@ def test_nothing_runs_if_one_prompt_is_bad(llm):
             llm.generate(prompts, max_tokens=1)
     with pytest.raises(ValueError, match=r"^prompts\[1\]: expected a string or a list of token ids"):
         llm.generate(["import ", np.array([5, 6])], max_tokens=1)
+    with pytest.raises(ValueError, match=r"^prompts\[1\]: expected a string or a list of token ids"):
+        llm.generate(["import ", 5], max_tokens=1)
     with pytest.raises(ValueError, match=r"^prompt: 600 tokens leave no room"):
         llm.generate([[5], [5] * 600], max_tokens=4)
     with pytest.raises(ValueError, match=r"^unknown sampling parameter max_new_tokens; valid: n, choice, temperature"):

@@ -146,9 +146,10 @@ class LLM:
     def _encode(self, prompt: Prompt, index: int) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+        token_ids: list[Any] | None = list(prompt) if isinstance(prompt, Sequence) else None
+        if token_ids is None or not all(isinstance(token, int) for token in token_ids):
             raise ValueError(f"prompts[{index}]: expected a string or a list of token ids")
-        return list(prompt)
+        return token_ids
 
     def _run(
         self, prompts: list[list[int]], sampling: SamplingParams, speculation: SpeculationOptions
