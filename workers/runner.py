@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-import psutil
 import torch
 
 from ..kernels.fused_moe import kernel
@@ -25,24 +25,18 @@ from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
 from .expert_mover import ExpertMover
 from .expert_parallel import ExpertParallel
 from .gpu_routing import LaunchedRouting
-from .kv_budget import (
-    GATHERED_BYTES,
-    GRAPH_SHARE,
-    fixed_pool_bytes,
-    gathered_slot_bytes,
-    gpu_pool_bytes,
-    pool_bytes_beside,
-)
+from .kv_budget import GATHERED_BYTES, gathered_slot_bytes
 from .kv_cache import PagedKVCache
 from .launched_step import LaunchedStep, can_be_followed, can_follow
 from .loader import DenseModel, LoadedModel, build, inspect, load_dense, load_experts, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
-from .model_config import num_experts_of, num_experts_per_tok
+from .model_config import longest_context, num_experts_of, num_experts_per_tok
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
 from .padded_steps import PaddedSteps
 from .plan import Logprobs, RankPlan, RankResult
+from .pool_size import pool_bytes_on
 from .rebalance_plan import RebalancePlan
 from .rows import PackedRows, largest_step, pack
 from .sampler import accept, sample
@@ -93,9 +87,7 @@ class ModelRunner:
         self.dtype = resolve_dtype(config, dtype)
         num_experts = num_experts_of(text_config)
         self.top_k = num_experts_per_tok(text_config)
-        limit = int(text_config.max_position_embeddings)
-        if max_model_len is not None and max_model_len > limit:
-            raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
+        self.max_model_len = longest_context(text_config, max_model_len)
         if directory is not None:
             dense = dense or load_dense(directory, build(config, self.dtype), self.device)
             placement = placement or contiguous(len(dense.empty.expert_modules), num_experts, num_ranks)
@@ -125,16 +117,17 @@ class ModelRunner:
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
-        self.max_model_len = max_model_len or limit
         replays_graphs = self.experts.is_capturable and not enforce_eager
-        gathered_bytes = gathered_slot_bytes(
+        slot_bytes = gathered_slot_bytes(
             self.cache.most_kept_numbers, self.cache.most_attended_numbers, self.dtype.itemsize
         )
-        pool_bytes = self._pool_bytes(
-            kv_cache_bytes,
-            gpu_memory_utilization,
-            max_num_batched_tokens,
-            gathered_bytes=gathered_bytes,
+        pool_bytes = pool_bytes_on(
+            self.device,
+            self.cache,
+            partial(self._run_largest_step, max_num_batched_tokens),
+            requested=kv_cache_bytes,
+            utilization=gpu_memory_utilization,
+            gathered_bytes=slot_bytes,
             most_gathered=max_num_seqs * self.max_model_len,
             replays_graphs=replays_graphs,
         )
@@ -197,7 +190,7 @@ class ModelRunner:
             kv_block_bytes=self.cache.block_bytes,
             load_s=time.perf_counter() - started,
             replays_graphs=replays_graphs,
-            most_gathered_slots=GATHERED_BYTES // gathered_bytes if replays_graphs and self.padded.objection else None,
+            most_gathered_slots=GATHERED_BYTES // slot_bytes if replays_graphs and self.padded.objection else None,
             bytes_per_expert=[shard.bytes_per_expert for shard in self.experts.shards],
         )
 
@@ -419,32 +412,7 @@ class ModelRunner:
         for router in self.routers:
             router.audit = False
 
-    def _pool_bytes(
-        self,
-        requested: int | None,
-        utilization: float,
-        max_rows: int,
-        *,
-        gathered_bytes: int,
-        most_gathered: int,
-        replays_graphs: bool,
-    ) -> int:
-        if self.device.type == "cpu":
-            return fixed_pool_bytes(requested, psutil.virtual_memory().available)
-        if requested is not None:
-            return fixed_pool_bytes(requested, torch.cuda.mem_get_info(self.device)[0])
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        with torch.inference_mode(), self.experts.uncounted():
+    @torch.inference_mode()
+    def _run_largest_step(self, max_rows: int) -> None:
+        with self.experts.uncounted():
             self._forward(largest_step(max_rows, self.num_ranks, self.cache.block_size))
-        activation_bytes = torch.cuda.max_memory_allocated(self.device) - before
-        torch.cuda.empty_cache()
-        if replays_graphs:
-            activation_bytes *= 1 + GRAPH_SHARE
-        left = gpu_pool_bytes(total=total, free=free, activation_bytes=activation_bytes, utilization=utilization)
-        slot_bytes = self.cache.block_bytes // self.cache.block_size
-        return pool_bytes_beside(
-            left, slot_bytes=slot_bytes, gathered_bytes=gathered_bytes, most_gathered=most_gathered
-        )
