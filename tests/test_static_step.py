@@ -367,9 +367,10 @@ def test_a_model_that_asks_the_device_is_launched_as_it_is(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_capture_that_fails_is_in_the_way_of_no_other() -> None:
-    values, present, pool = torch.ones(4, device="cuda"), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    values, present = torch.ones(4, device="cuda"), torch.cuda.current_stream()
     for _ in range(2):
-        with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool):
+        pool = torch.cuda.graph_pool_handle()
+        with pytest.raises(RuntimeError, match="captur"), torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool):
             (values + 1).sum().item()
         torch.cuda.set_stream(present)
         end_capture(pool)

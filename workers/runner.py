@@ -239,7 +239,12 @@ class ModelRunner:
         self.padded.connect(StaticAllToAll(*shared), captures=not collectives.through_host)
 
     def disconnect(self) -> None:
-        """Hold nothing of the present process group: NCCL waits for graphs with its collectives before it leaves."""
+        """Hold nothing of the present process group: NCCL waits for graphs with its collectives before it leaves.
+
+        Its collectives have ended, or are being aborted.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         self.padded.graphs.clear()
 
     def check_device(self) -> None:
@@ -257,7 +262,7 @@ class ModelRunner:
 
     def has_to_compile(self, plan: RankPlan) -> bool:
         """Return whether launching ``plan`` takes as long as compilers do: it is padded, and the first of its kind."""
-        return plan.bucket is not None and not self.padded.is_ready(plan)
+        return plan.bucket is not None and not self.padded.has_run(plan)
 
     def can_be_followed(self, running: LaunchedStep) -> bool:
         """Return whether there are plans of which `can_follow` would say so."""

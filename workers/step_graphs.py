@@ -52,6 +52,10 @@ class StepGraphs:
         """How many shapes can be replayed."""
         return sum(graph is not None for graph in self._graphs.values())
 
+    def has_run(self, shape: StepShape) -> bool:
+        """Whether a step of ``shape`` has been launched before."""
+        return shape in self._steps
+
     def is_ready(self, shape: StepShape) -> bool:
         """Whether launching a step of ``shape`` waits for nothing: it has run before, and a GPU has its graph."""
         return shape in self._steps and (self._device.type != "cuda" or self._graphs.get(shape) is not None)

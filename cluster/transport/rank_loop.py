@@ -183,15 +183,17 @@ class RankLoop:
         self._failed_generation = plan.generation
         # A device that no longer computes never will again in this process: raised here, that ends it
         self._loaded().check_device()
+        if self._guard is not None and self._guard.reason is not None:
+            self._loaded().disconnect()  # its abort waits for that
         message = f"{type(error).__name__}: {error}"
         return Failed(RankError(plan.generation, plan.step_id, self._loaded().rank, message))
 
     def _regroup(self, settings: RankSettings, command: Regroup) -> Answer:
         runner = self._loaded()
         try:
+            self._leave()
             if command.placed is not None:
                 runner.settle(command.placed)
-            self._leave()
             collectives = process_group.join(
                 command.store,
                 runner.rank - sum(rank < runner.rank for rank in command.absent),
@@ -208,9 +210,11 @@ class RankLoop:
 
     def _leave(self) -> None:
         """Leave the process group, once nothing holds it that it would wait for."""
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.give_up()
         if self._runner is not None:
             self._runner.disconnect()
-        guard, self._guard = self._guard, None
         if guard is not None:
             guard.close()
         process_group.leave()
