@@ -48,7 +48,7 @@ def test_what_a_pool_holds_can_be_gathered_beside_it(most_gathered: int) -> None
     pool = pool_bytes_beside(there, slot_bytes=slot, gathered_bytes=gathered, most_gathered=most_gathered)
 
     def needed(num_bytes: int) -> int:
-        return num_bytes + min(num_bytes // slot, most_gathered) * gathered
+        return num_bytes + min(2 * num_bytes // slot, most_gathered) * gathered  # as much padding as contexts
 
     assert needed(pool) <= there < needed(pool + 2 * slot), "and not a slot less than there is room for"
 

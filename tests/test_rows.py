@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,22 @@ def test_wide_requests_attend_alone_and_narrow_ones_together() -> None:
         (1, WIDE_ROWS + 40),
     ]
     assert [len(group.packed_rows) for group in rows.groups] == [3 + 1 + WIDE_ROWS, WIDE_ROWS + 1, WIDE_ROWS + 40]
+
+
+def test_contexts_of_very_different_lengths_attend_apart() -> None:
+    """One long context must not have all others gathered as if they were as long."""
+    tables = {key: np.arange(4000) for key in range(32)}
+    requests = [
+        RequestPlan(key, length, 0, [], [1], [-1], 0, GREEDY)
+        for key, length in enumerate([900, 15_000, *[700] * 15, 9_000, *[40] * 14])
+    ]
+    rows = pack(plan_of(*requests), tables, BLOCK, 16_000)
+    true = sum(request.committed_len + 1 for request in requests)
+    assert true < len(rows.gather_slots) <= 2 * true
+    assert [group.num_slots for group in rows.groups] == [2 * 15_001, 16 * 901, 14 * 41]
+    assert sorted(rows.groups[1].packed_rows.tolist()) == [0, *range(2, 17)]
+    near = [replace(request, committed_len=100 + request.committed_len % 7) for request in requests]
+    assert len(pack(plan_of(*near), tables, BLOCK, 16_000).groups) == 1
 
 
 def test_an_idle_rank_runs_one_padding_row_in_scratch() -> None:

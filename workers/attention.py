@@ -118,6 +118,10 @@ def _attend(
     if sinks is not None:
         return attend_with_sinks(query, key, value, mask, sinks, scaling)
     grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda and mask is not None:
+        # There, torch has masks and shared heads together only where it holds all scores
+        repeats, grouped = query.shape[1] // key.shape[1], False
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
 

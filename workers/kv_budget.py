@@ -31,10 +31,12 @@ def pool_bytes_beside(num_bytes: int, *, slot_bytes: int, gathered_bytes: int, m
     """Return how much of ``num_bytes`` the pool gets, so that what it holds can also be gathered in one layer.
 
     ``slot_bytes``: of a slot in all layers; ``gathered_bytes``: see `gathered_slot_bytes`; ``most_gathered``: slots
-    that all requests of a step can have together. Prompts, and steps too large for graphs, gather whole contexts.
+    that all requests of a step can have together. Prompts, and steps too large for graphs, gather whole contexts, and
+    as much padding at most (`rows`).
     """
-    if num_bytes <= (slot_bytes + gathered_bytes) * most_gathered:
-        return num_bytes * slot_bytes // (slot_bytes + gathered_bytes)
+    padded_bytes = 2 * gathered_bytes
+    if 2 * num_bytes <= (slot_bytes + padded_bytes) * most_gathered:
+        return num_bytes * slot_bytes // (slot_bytes + padded_bytes)
     return num_bytes - gathered_bytes * most_gathered
 
 

@@ -18,7 +18,10 @@ from .plan import RankPlan, RequestPlan
 from .sampling_params import TokenSampling
 
 WIDE_ROWS = 32
-"""Requests with more rows attend alone; the others share one padded attention call."""
+"""Requests with more rows attend alone; others whose contexts are of a size share a padded attention call."""
+
+_FEW_SLOTS = 4096
+"""Whose padding costs less than another call."""
 
 
 @dataclass(slots=True)
@@ -159,7 +162,7 @@ def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch
     groups = [
         _group([plan.requests[i] for i in members], [starts[i] for i in members], [positions[i] for i in members],
                [slots[i] for i in members], gathered, len(token_ids))
-        for members in ([narrow] if narrow else []) + [[i] for i in wide]
+        for members in [*_alike(narrow, [len(x) for x in slots]), *([i] for i in wide)]
     ]  # fmt: skip
     slots_read = np.concatenate(gathered)
     write = [s[request.committed_len :] for s, request in zip(slots, plan.requests, strict=True)]
@@ -174,6 +177,23 @@ def pack(plan: RankPlan, tables: dict[int, np.ndarray], block_size: int, scratch
         sampled_rows=torch.tensor(sampled, dtype=torch.int64),
         scored_rows=torch.tensor(scored, dtype=torch.int64),
     )
+
+
+def _alike(members: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Return ``members`` in groups whose shortest context is at least half as long as the longest, in their order.
+
+    ``lengths``: of all contexts. So padding at most doubles what a step gathers, unless that is little.
+    """
+    if not members or len(members) * max(lengths[i] for i in members) <= _FEW_SLOTS:
+        return [list(members)] if members else []
+    groups: dict[int, list[int]] = {}
+    longest = 0
+    for i in sorted(members, key=lambda i: -lengths[i]):
+        if 2 * lengths[i] < longest or not groups:
+            longest = lengths[i]
+            groups[longest] = []
+        groups[longest].append(i)
+    return [sorted(group) for group in groups.values()]
 
 
 def _span(slots: np.ndarray) -> slice | None:
