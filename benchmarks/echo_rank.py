@@ -51,6 +51,10 @@ class EchoRunner:
         """Steps are over when they have been launched."""
         return False
 
+    def has_to_compile(self, plan: RankPlan) -> bool:
+        """Nothing has."""
+        return False
+
     def can_be_followed(self, running: EchoStep) -> bool:
         """Likewise."""
         return False

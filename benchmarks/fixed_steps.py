@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..router.expert_budget import ExpertBudget
-from ..workers.bucket import bucket_of
+from ..workers.bucket import Padding
 from ..workers.plan import RankPlan, RequestPlan
 from ..workers.sampling_params import TokenSampling
 from .random_model import tokens_of
@@ -68,7 +68,7 @@ class FixedSteps:
             )
             for number in range(self.batch)
         ]
-        bucket = bucket_of([requests], self.block_size, self.max_model_len) if padded else None
+        bucket = Padding(self.block_size, self.max_model_len).bucket_of([requests]) if padded else None
         return RankPlan(0, 1_000_000 + step_id, bucket=bucket, requests=requests, budget=budget)
 
     def _tokens(self, number: int, count: int, salt: int) -> list[int]:

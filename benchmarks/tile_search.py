@@ -81,7 +81,7 @@ class Compiled:
     def __init__(self, architecture: int, num_processes: int | None = None) -> None:
         self._architecture = architecture
         self._pool = ProcessPoolExecutor(
-            num_processes or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
+            num_processes or min(len(os.sched_getaffinity(0)), 16), mp_context=multiprocessing.get_context("spawn")
         )
 
     def close(self) -> None:

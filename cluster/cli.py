@@ -12,6 +12,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.markup import escape
 
+from .api.text_stream import RequestFailedError
 from .calibrate_command import calibrate
 from .client_commands import bench, events, generate, stats
 from .config import EngineConfig
@@ -131,7 +132,14 @@ def main() -> None:
         # whoever read our output has left; Python would complain again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ConnectionError, TimeoutError, PermissionError, EngineDeadError, QueueFullError) as error:
+    except (
+        ConnectionError,
+        TimeoutError,
+        PermissionError,
+        EngineDeadError,
+        QueueFullError,
+        RequestFailedError,
+    ) as error:
         _complain(error)
         sys.exit(1)
     except DeploymentFailedError as error:

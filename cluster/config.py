@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -289,7 +290,9 @@ class EngineConfig:
         import yaml
 
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            values = yaml.safe_load(text)
+            node = yaml.compose(text, yaml.SafeLoader)
         except OSError as error:
             raise ValueError(f"config: cannot read {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -300,6 +303,10 @@ class EngineConfig:
             values = {}
         if not isinstance(values, dict):
             raise ValueError(f"config: {path} holds a {type(values).__name__}, expected a mapping of keys to values")
+        if isinstance(node, yaml.MappingNode):  # of a key that is there twice, YAML would take the last
+            keys = Counter(key.value for key, _ in node.value)
+            if repeated := [key for key, count in keys.items() if count > 1]:
+                raise ValueError(f"{repeated[0]}: {path} has it {keys[repeated[0]]} times; expected once")
         return cls.from_mapping({**values, **overrides})
 
 

@@ -11,8 +11,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..router.balanced import balanced
-from ..router.placement import Placement, contiguous
+from ..router.placement import Placement, check_num_ranks, contiguous
 from ..workers.loader import EmptyModel, build, inspect
+from ..workers.model_config import num_experts_of
 from .config import EngineConfig
 
 
@@ -99,10 +100,15 @@ def placement_of(config: EngineConfig) -> Placement | None:
     """Return the placement that ``config`` names, None if it names none and experts stay where they are.
 
     Raises ``ValueError`` naming ``placement`` for a file that cannot be read or does not fit model and ranks, or
-    ``num_redundant_experts`` for more copies than ranks have places for.
+    ``num_redundant_experts`` for more copies than ranks have places for, or ``expert_parallel_size`` for more ranks
+    than there are experts.
     """
     if config.placement is None:
-        return _to_begin_with(config) if config.enable_eplb else None
+        if config.enable_eplb:
+            return _to_begin_with(config)
+        _, model_config = inspect(config.model, config.revision)
+        check_num_ranks(num_experts_of(model_config.get_text_config()), config.expert_parallel_size)
+        return None
     path = Path(config.placement).expanduser()
     file = PlacementFile.read(path)
     if file.num_ranks != config.expert_parallel_size:

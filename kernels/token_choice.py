@@ -24,7 +24,7 @@ def choose_tokens(
     """Return for each row of ``scores`` [S, V] f32 the argmax of scores plus noise [S] int64; the lowest id of equals.
 
     ``seeds`` [S, 2]: the low and the high 32 bits of each seed, negative in rows that want no noise. ``choices`` and
-    ``positions`` [S]. All int64. Some score of each row is finite.
+    ``positions`` [S]. All int64. A row whose best score is not a number gets some id below V.
     """
     num_rows, vocabulary = scores.shape
     num_parts = triton.cdiv(vocabulary, _PART)
@@ -44,7 +44,9 @@ def choose_tokens(
             QUADS=_PART // 4,
             num_warps=4,
         )
-        _best_of_all[(num_rows,)](best, ids, tokens, num_parts, PARTS=triton.next_power_of_2(num_parts), num_warps=1)
+        _best_of_all[(num_rows,)](
+            best, ids, tokens, vocabulary, num_parts, PARTS=triton.next_power_of_2(num_parts), num_warps=1
+        )
     return tokens
 
 
@@ -111,11 +113,12 @@ def _best_of_part(scores, seeds, choices, positions, best, best_ids, vocabulary,
 
 
 @triton.jit
-def _best_of_all(best, best_ids, tokens, num_parts, PARTS: tl.constexpr):
+def _best_of_all(best, best_ids, tokens, vocabulary, num_parts, PARTS: tl.constexpr):
     row = tl.program_id(0)
     parts = tl.arange(0, PARTS)
     is_part = parts < num_parts
     values = tl.load(best + row * num_parts + parts, mask=is_part, other=float("-inf"))
     ids = tl.load(best_ids + row * num_parts + parts, mask=is_part, other=9223372036854775807)
     is_largest = is_part & (values == tl.max(values, axis=0))
-    tl.store(tokens + row, tl.min(tl.where(is_largest, ids, 9223372036854775807), axis=0))
+    token = tl.min(tl.where(is_largest, ids, 9223372036854775807), axis=0)
+    tl.store(tokens + row, tl.minimum(token, vocabulary - 1))  # of numbers that are none, none is the largest

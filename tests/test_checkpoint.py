@@ -217,6 +217,11 @@ class Broken:
         (directory / "pytorch_model.bin").write_bytes(b"x")
         return "only safetensors are loaded"
 
+    @staticmethod
+    def no_such_end(directory: Path) -> str:
+        (directory / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+        return "'</s>' ends an answer; expected token ids"
+
 
 @pytest.mark.parametrize("way", [name for name in vars(Broken) if not name.startswith("_")])
 def test_a_broken_checkpoint_is_refused_by_name(checkpoint: Callable[[str], Path], tmp_path: Path, way: str) -> None:

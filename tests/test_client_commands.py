@@ -177,6 +177,9 @@ def test_a_server_that_is_not_there_or_cannot_serve_is_named(backend, tokenizer,
         backend.dead = True
         done = penstock("generate", "water", "--url", server.url)
         assert (done.returncode, done.stderr) == (1, "error: rank 1 is gone\n")
+        backend.dead, backend.fail_at, backend.failure = False, 1, "the ink has run out"
+        done = penstock("generate", "water", "--url", server.url)
+        assert (done.returncode, done.stderr) == (1, "error: the ink has run out\n")
     for command in (("generate", "water"), ("stats",)):
         done = penstock(*command, "--url", server.url)
         assert done.returncode == 1

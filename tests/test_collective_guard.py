@@ -6,10 +6,12 @@ import threading
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from penstock.workers import collective_guard
 from penstock.workers.collective_guard import CollectiveGuard
+from penstock.workers.collectives import Collectives
 from penstock.workers.process_group import open_store
 
 SOON_S = 10.0
@@ -96,4 +98,21 @@ def test_closing_waits_for_what_is_being_aborted(monkeypatch: pytest.MonkeyPatch
         guard.close()
     device.has_no_graphs.set()
     monkeypatch.undo()
+    guard.close()
+
+
+def test_no_collective_begins_in_a_group_that_is_being_aborted() -> None:
+    """NCCL's would wait for the abort, and that for the graphs of whoever begins it."""
+    device = Device()
+    store, guard = guard_of(device, 3600)
+    collectives = Collectives(guard=guard)
+    del store
+    assert device.is_aborted.wait(SOON_S)
+    for begin in (
+        lambda: collectives.all_reduce(torch.ones(2)),
+        lambda: collectives.all_to_all(torch.ones(2), torch.ones(2)),
+        lambda: collectives.begin_all_to_all(torch.ones(2), [2], [2]),
+    ):
+        with pytest.raises(RuntimeError, match="collectives were aborted"):
+            begin()
     guard.close()

@@ -160,6 +160,7 @@ def test_yaml_and_overrides(tmp_path: Path) -> None:
         ("- model", "config: .*holds a list, expected a mapping"),
         ("just words", "config: .*holds a str, expected a mapping"),
         ("", "model: missing"),
+        ("model: m\ndraft_len: 3\ndraft_len: 5", "draft_len: .* has it 2 times"),
         ("model: m\ndraft_length: 3", "unknown key 'draft_length'"),
         ("model: m\ndraft_len: three", "draft_len: expected int or null, got 'three'"),
         ("model: m\nexpert_parallel_size: yes", "expert_parallel_size: expected int, got True"),

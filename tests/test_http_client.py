@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
 import json
 import socketserver
 import threading
@@ -16,6 +17,7 @@ from penstock.cluster.api.openai_api import create_app
 from penstock.cluster.api.serving_state import ServingState
 from penstock.cluster.client.connect import connect
 from penstock.cluster.client.http_client import HttpClient, _all
+from penstock.cluster.client.server_stats import ServerStats
 from penstock.cluster.engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
 from penstock.cluster.speculation.options import SpeculationOptions
 
@@ -284,6 +286,72 @@ def test_a_connection_lost_in_a_stream_is_a_connection_error() -> None:
         with client.stream("water") as stream, pytest.raises(ConnectionError):
             next(stream)
         client.close()
+
+
+class Foreign(http.server.BaseHTTPRequestHandler):
+    """Answers every request alike, as something else would that listens on the port."""
+
+    answer = (200, "text/html", b"")
+
+    def do_GET(self) -> None:
+        status, media_type, body = self.answer
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(status)
+        self.send_header("Content-Type", media_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (404, "text/plain", b"Path '/v1/models' not found."),
+        (404, "application/json", b'{"detail": "Not Found"}'),
+        (500, "text/html", b"<h1>Oops</h1>"),
+        (200, "text/html", b"<h1>Welcome</h1>"),
+        (200, "application/json", b"[]"),
+        (200, "application/json", b'{"data": [1]}'),
+        (200, "application/json", b'{"id": "x", "choices": [], "usage": null}'),
+    ],
+)
+def test_a_server_that_is_not_ours_is_a_connection_error(answer: tuple[int, str, bytes]) -> None:
+    handler = type("Handler", (Foreign,), {"answer": answer})
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        client = HttpClient(f"http://127.0.0.1:{server.server_address[1]}", max_retries=0)
+        named = HttpClient(f"http://127.0.0.1:{server.server_address[1]}", max_retries=0, model="m")
+        asked: list[Callable[[], object]] = [
+            lambda: ServerStats.read(client),
+            client.events,
+            client.models,
+            lambda: asyncio.run(client.amodels()),
+            lambda: client.generate("water"),
+            lambda: named.generate("water"),
+            lambda: list(named.stream(CHAT)),
+        ]
+        try:
+            for ask in asked:
+                with pytest.raises(ConnectionError):
+                    ask()
+        finally:
+            server.shutdown()
+            thread.join(30)
+            client.close()
+            named.close()
+
+
+@pytest.mark.parametrize("address", ["water", "127.0.0.1:8000", "ftp://127.0.0.1:8000", "http://", ""])
+def test_what_is_no_address_is_refused_before_it_is_asked(address: str) -> None:
+    with pytest.raises(ValueError, match=r"^base_url: "):
+        HttpClient(address)
 
 
 def test_many_outputs_come_prompt_by_prompt(client: HttpClient, tokenizer: ChatTokenizer) -> None:

@@ -7,7 +7,13 @@ import psutil
 import pytest
 import torch
 
-from penstock.workers.kv_budget import DEFAULT_BYTES, fixed_pool_bytes, gpu_pool_bytes
+from penstock.workers.kv_budget import (
+    DEFAULT_BYTES,
+    fixed_pool_bytes,
+    gathered_slot_bytes,
+    gpu_pool_bytes,
+    pool_bytes_beside,
+)
 from penstock.workers.rows import largest_step
 from penstock.workers.runner import ModelRunner
 
@@ -34,6 +40,32 @@ def test_a_gpus_pool_is_its_share_less_what_is_used_and_needed() -> None:
 def test_a_gpu_without_room_for_kv_is_refused(activation_gib: int) -> None:
     with pytest.raises(ValueError, match=r"^gpu_memory_utilization: 0\.5 of \d+ bytes leaves none for KV"):
         gpu_pool_bytes(total=80 * GIB, free=50 * GIB, activation_bytes=activation_gib * GIB, utilization=0.5)
+
+
+@pytest.mark.parametrize("most_gathered", [100, 1000, 5000, 100_000])
+def test_what_a_pool_holds_can_be_gathered_beside_it(most_gathered: int) -> None:
+    slot, gathered, there = 700, 300, 1_000_000
+    pool = pool_bytes_beside(there, slot_bytes=slot, gathered_bytes=gathered, most_gathered=most_gathered)
+
+    def needed(num_bytes: int) -> int:
+        return num_bytes + min(num_bytes // slot, most_gathered) * gathered
+
+    assert needed(pool) <= there < needed(pool + 2 * slot), "and not a slot less than there is room for"
+
+
+def test_a_slot_that_is_gathered_has_keys_and_values_for_every_head(checkpoint: Callable[[str], Path]) -> None:
+    """Shared ones as often as they are shared, and latents expanded."""
+    for model_type in ("qwen3_moe", "deepseek_v3"):
+        runner = ModelRunner(model=str(checkpoint(model_type)), block_size=4, max_model_len=32, kv_cache_bytes=1 << 20)
+        config, cache = runner.model.config, runner.cache
+        heads = config.num_attention_heads
+        if model_type == "qwen3_moe":
+            kept, attended = 2 * config.num_key_value_heads * config.head_dim, 2 * heads * config.head_dim
+        else:
+            kept = config.kv_lora_rank + config.qk_rope_head_dim
+            attended = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+        assert (cache.most_kept_numbers, cache.most_attended_numbers) == (kept, attended)
+        assert gathered_slot_bytes(kept, attended, 4) == 4 * (kept + attended)
 
 
 def test_a_pool_larger_than_the_machine_is_refused_before_it_is_taken(checkpoint: Callable[[str], Path]) -> None:

@@ -284,7 +284,7 @@ def test_a_gpu_without_room_for_a_tile_gathers(monkeypatch: pytest.MonkeyPatch) 
     def cache_of(dtype: torch.dtype) -> PagedKVCache:
         cache = PagedKVCache(16)
         cache.update(*(torch.zeros(1, 1, 1, width, dtype=dtype) for width in (512, 64)), 0)
-        cache.note_attended(*(torch.zeros(1, 16, 1, width, dtype=dtype) for width in (192, 128)))
+        cache.note_attended(*(torch.zeros(1, 16, 1, width, dtype=dtype) for width in (192, 192, 128)))
         cache.allocate(1 << 20, torch.device("meta"))
         return cache
 

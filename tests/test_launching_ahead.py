@@ -210,7 +210,7 @@ class StuckRunner:
     rank = 0
 
     def __init__(self) -> None:
-        self.aborted = threading.Event()
+        self.aborted, self.num_disconnected = threading.Event(), 0
         self.device_error: Exception | None = None
 
     def can_follow(self, plan: RankPlan, running: Any) -> bool:
@@ -219,12 +219,18 @@ class StuckRunner:
     def can_be_followed(self, running: Any) -> bool:
         return True
 
+    def has_to_compile(self, plan: RankPlan) -> bool:
+        return False
+
     def launch(self, plan: RankPlan, behind: Any = None) -> LaunchedStep:
         return LaunchedStep(plan, self.aborted.is_set, lambda: None)  # type: ignore[arg-type, return-value]
 
     def finish(self, step: LaunchedStep) -> str:
         assert self.aborted.wait(10), "somebody must abort it"
         return "garbage"
+
+    def disconnect(self) -> None:
+        self.num_disconnected += 1
 
     def check_device(self) -> None:
         if self.device_error is not None:
@@ -250,7 +256,7 @@ def stuck() -> Iterator[tuple[StuckRunner, Any, Callable[[], None]]]:
 
 def test_a_collective_whose_group_is_given_up_fails_both_steps(stuck: Any) -> None:
     """Of which the second was launched behind the first, and worth as little."""
-    _, loop, give_up = stuck
+    runner, loop, give_up = stuck
     plane = Plane()
     loop._run(plane, RankPlan(3, 1))
     give_up()
@@ -260,6 +266,7 @@ def test_a_collective_whose_group_is_given_up_fails_both_steps(stuck: Any) -> No
     assert (first.step_id, second.step_id) == (1, 2)
     assert "collectives were aborted: the coordinator gave the group up" in first.message
     assert "a step before this one has failed" in second.message
+    assert runner.num_disconnected, "the abort waits for graphs"
 
 
 def test_a_device_that_computes_no_more_ends_the_process(stuck: Any) -> None:

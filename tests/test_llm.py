@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import penstock
+from penstock.cluster.engine.backend import EngineDeadError
 
 DEMO = str(Path(__file__).parents[1] / "demo" / "model")
 CHAT = [{"role": "user", "content": "851 - 72"}]
@@ -75,6 +78,13 @@ def test_the_seed_that_was_drawn_repeats_the_output(llm):
 
 def test_nothing_runs_if_one_prompt_is_bad(llm):
     steps = llm.stats().num_steps
+    for prompts in ({"import ": 1}, {"import "}, np.array([5, 6]), 5, None):
+        with pytest.raises(ValueError, match=r"^prompts: expected a string, a list of token ids or a list of these"):
+            llm.generate(prompts, max_tokens=1)
+    with pytest.raises(ValueError, match=r"^prompts\[1\]: expected a string or a list of token ids"):
+        llm.generate(["import ", np.array([5, 6])], max_tokens=1)
+    with pytest.raises(ValueError, match=r"^prompts\[1\]: expected a string or a list of token ids"):
+        llm.generate(["import ", 5], max_tokens=1)
     with pytest.raises(ValueError, match=r"^prompt: 600 tokens leave no room"):
         llm.generate([[5], [5] * 600], max_tokens=4)
     with pytest.raises(ValueError, match=r"^unknown sampling parameter max_new_tokens; valid: n, choice, temperature"):
@@ -97,6 +107,11 @@ def test_two_ranks_give_the_same_tokens_as_one(llm):
     with penstock.LLM(DEMO, dtype="float32", max_model_len=512, num_threads=1, expert_parallel_size=2) as two:
         together = two.generate(["import ", "def main("], temperature=0, max_tokens=16)
         assert two.stats().payload_bytes > 0
+        # so Ctrl-C on a terminal, which goes to a whole group, does not end them
+        assert all(os.getpgid(process.pid) == process.pid for process in two._engine.ranks.processes)
+    with pytest.raises(EngineDeadError, match="closed"):
+        two.generate("import ", max_tokens=1)
+    assert all(process.poll() is not None for process in two._engine.ranks.processes), "none was started again"
     assert [output.token_ids for output in together] == [output.token_ids for output in alone]
 
 

@@ -44,7 +44,12 @@ async def test_a_request_is_its_users_or_else_that_of_its_address(
 ) -> None:
     await completion(http, user="ada", n=2, temperature=1.0)
     await chat(http)
-    assert backend.clients == ["ada", "ada", "127.0.0.1"]
+    await completion(http, user="ada" * 1_000_000)
+    await completion(http, user="127.0.0.1")
+    ada, again, address, long, in_disguise = backend.clients
+    assert (ada, address) == (again, "127.0.0.1")
+    assert len({ada, address, long, in_disguise}) == 4, "no user is taken for another, or for an address"
+    assert len(long) == 64, "a name that is remembered is short"
     response = await post_completion(http, user=7)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "user")
 
@@ -96,6 +101,8 @@ async def test_prompts_are_cut_from_the_left(
     assert body["usage"]["prompt_tokens"] == 8
     long = await completion(http, prompt=ids * 10, truncate_prompt_tokens=-1, max_tokens=20)
     assert long["usage"]["prompt_tokens"] == MAX_MODEL_LEN - 20
+    by_default = await completion(http, prompt=ids * 10, truncate_prompt_tokens=-1, max_tokens=None)
+    assert by_default["usage"]["prompt_tokens"] == MAX_MODEL_LEN - 16
 
 
 async def test_a_conversation_may_go_on_with_its_last_message(

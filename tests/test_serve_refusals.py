@@ -26,6 +26,26 @@ def test_a_port_in_use_is_refused_with_one_line(penstock, without_ray):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("port", [0, 65536])
+def test_a_port_that_is_none_is_refused(penstock, without_ray, port):
+    done = penstock("serve", str(DEMO), "--port", str(port))
+    assert (done.returncode, done.stderr) == (2, f"error: port: {port} is not in [1, 65535]\n")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "reason"),
+    [
+        ("--expert-parallel-size", "33", "is not in [1, 32], the model's experts"),
+        ("--max-model-len", "2049", "is not in [1, 2048], the model's longest context"),
+        ("--tokenizer", str(DEMO.parents[1] / "docs"), "holds no tokenizer files (tokenizer.json is missing)"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_ray_starts(flag, value, reason, penstock, without_ray):
+    done = penstock("serve", str(DEMO), flag, value)
+    field = flag.removeprefix("--").replace("-", "_")
+    assert (done.returncode, done.stderr) == (2, f"error: {field}: {value} {reason}\n")
+
+
 @pytest.mark.parametrize("fault", ["cut short", "no weights", "unknown architecture", "no such directory"])
 def test_an_unusable_checkpoint_is_refused_before_ray_starts(fault, checkpoint, tmp_path, penstock, without_ray):
     import shutil

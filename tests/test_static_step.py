@@ -20,7 +20,7 @@ from penstock.router.budgeted_choice import LayerRanks
 from penstock.router.expert_budget import ExpertBudget
 from penstock.workers import page_attention
 from penstock.workers import runner as runners
-from penstock.workers.bucket import MAX_ROWS, bucket_of
+from penstock.workers.bucket import MAX_ROWS, Padding
 from penstock.workers.failed_capture import end_capture
 from penstock.workers.plan import Bucket, LayerCounts, RankPlan, RequestPlan
 from penstock.workers.runner import ModelRunner
@@ -79,7 +79,7 @@ STEPS = {
 
 
 def padded(plan: RankPlan, runner: ModelRunner) -> RankPlan:
-    bucket = bucket_of([plan.requests], BLOCK, runner.max_model_len)
+    bucket = Padding(BLOCK, runner.max_model_len).bucket_of([plan.requests])
     assert bucket is not None
     return replace(plan, bucket=bucket)
 
@@ -325,11 +325,12 @@ def test_ranks_exchange_room_for_all_rows(
     ],
 )
 def test_the_smallest_bucket_that_holds_all_ranks(ranks: list[list[RequestPlan]], expected: Bucket | None) -> None:
-    assert bucket_of(ranks, BLOCK, 64) == expected
+    assert Padding(BLOCK, 64).bucket_of(ranks) == expected
 
 
 def test_contexts_grow_by_doubling() -> None:
-    sizes = [bucket_of([[replace(request(0, [-1], SEEDED), committed_len=length)]], 16, 3000) for length in range(3000)]
+    padding = Padding(16, 3000, most_gathered=1 << 20)
+    sizes = [padding.bucket_of([[replace(request(0, [-1], SEEDED), committed_len=length)]]) for length in range(3000)]
     slots = [bucket.num_slots for bucket in sizes if bucket is not None]
     assert len(slots) == 3000
     assert sorted(set(slots)) == [256, 512, 1024, 2048, 3008]
@@ -339,7 +340,7 @@ def test_contexts_grow_by_doubling() -> None:
 
 def _full(num_rows: int) -> Bucket:
     most = MAX_ROWS // num_rows
-    bucket = bucket_of([[request(0, chain(num_rows), SEEDED)] * most], BLOCK, 64)
+    bucket = Padding(BLOCK, 64).bucket_of([[request(0, chain(num_rows), SEEDED)] * most])
     assert bucket is not None
     return bucket
 
@@ -366,9 +367,10 @@ def test_a_model_that_asks_the_device_is_launched_as_it_is(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_capture_that_fails_is_in_the_way_of_no_other() -> None:
-    values, present, pool = torch.ones(4, device="cuda"), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    values, present = torch.ones(4, device="cuda"), torch.cuda.current_stream()
     for _ in range(2):
-        with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool):
+        pool = torch.cuda.graph_pool_handle()
+        with pytest.raises(RuntimeError, match="captur"), torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool):
             (values + 1).sum().item()
         torch.cuda.set_stream(present)
         end_capture(pool)

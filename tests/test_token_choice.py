@@ -18,6 +18,7 @@ from penstock.kernels.tree_acceptance import DraftTrees, accept_trees, accept_tr
 from penstock.workers.plan import RequestPlan
 from penstock.workers.sampler import accept
 from penstock.workers.sampling_params import TokenSampling
+from penstock.workers.static_sampler import choose_tokens as static_choice
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 __all__ = ["poisoned"]
@@ -63,6 +64,20 @@ def test_tokens_are_those_of_the_reference(num_rows, vocabulary):
     result = choose_tokens(scores, seeds, places % 3, places + 40)
     assert torch.equal(result, choose_tokens_reference(scores, seeds, places % 3, places + 40))
     assert num_rows < 2 or result[1] == scores[1].argmax()
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 4096, 5000])
+def test_scores_that_are_no_numbers_yield_a_token_that_can_be_embedded(vocabulary):
+    """The device does so before the host has seen it."""
+    scores = torch.full((2, vocabulary), torch.nan, device=DEVICE)
+    scores[1, 7] = 1.0
+    seeds = torch.full((2, 2), -1, device=DEVICE)
+    places = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    tokens = choose_tokens(scores, seeds, places, places)
+    assert ((tokens >= 0) & (tokens < vocabulary)).all()
+    greedy = torch.zeros(2, device=DEVICE)
+    tokens = static_choice(scores, greedy, seeds.clamp_min(0), places, places)
+    assert ((tokens >= 0) & (tokens < vocabulary)).all()
 
 
 def test_the_lowest_of_equal_tokens_is_chosen():

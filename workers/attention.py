@@ -21,6 +21,9 @@ from .rows import PackedRows
 
 ATTENTION = "penstock"
 
+_MOST_SCORES = 32 << 20
+"""Of attention with sinks, in one piece: those of 64 heads of a row over 512 Ki tokens, 128 MiB in float32."""
+
 # What layers pass on and what changes nothing here: positions and visibility follow from the plan
 _IGNORED = {
     "cache_position",
@@ -75,7 +78,7 @@ def paged_attention(
         if given is not None and name not in _IGNORED:
             raise ValueError(f"model: its attention uses {name}, which is not supported")
     cache: PagedKVCache = module.penstock_cache  # type: ignore[assignment]
-    cache.note_attended(key, value)
+    cache.note_attended(query, key, value)
     assert cache.rows is not None
     rows: PackedRows = cache.rows
     if rows.pages is not None:
@@ -134,12 +137,18 @@ def attend_with_sinks(
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ key.transpose(-1, -2) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    place = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    weights = torch.softmax(torch.cat([scores, place], dim=-1).float(), dim=-1)[..., :-1]
-    return weights.to(value.dtype) @ value
+    num_scores = query.shape[0] * query.shape[1] * key.shape[2]
+    at_once = max(1, _MOST_SCORES // num_scores)  # rows, whose scores are all there at a time
+    results = []
+    for first in range(0, query.shape[2], at_once):
+        rows = slice(first, first + at_once)
+        scores = query[:, :, rows] @ key.transpose(-1, -2) * scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, :, rows], -torch.inf)
+        place = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.softmax(torch.cat([scores, place], dim=-1).float(), dim=-1)[..., :-1]
+        results.append(weights.to(value.dtype) @ value)
+    return results[0] if len(results) == 1 else torch.cat(results, dim=2)
 
 
 def keep_whole() -> None:

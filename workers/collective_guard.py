@@ -31,7 +31,7 @@ class CollectiveGuard:
         self._store, self._timeout_s, self._abort = store, timeout_s, abort
         self._look = timedelta(seconds=min(_LOOK_S, timeout_s / 4))
         self._until_s: float | None = None
-        self._is_closed = False
+        self._is_left = False
         self.reason: str | None = None
         """Why collectives were aborted, once they have been."""
         self._thread = threading.Thread(target=self._watch, name="collective-guard", daemon=True)
@@ -50,28 +50,30 @@ class CollectiveGuard:
         if self.reason is not None:
             raise RuntimeError(f"collectives were aborted: {self.reason}")
 
-    def close(self) -> None:
-        """Watch no longer, and leave the group: collectives are aborted, or have been.
+    def give_up(self) -> None:
+        """Have collectives aborted, unless they have been: the group is left.
 
-        Leaving in another way would wait for ranks that may be no more. NCCL cannot abort while there are graphs with
-        its collectives: those go first.
+        Leaving in another way would wait for ranks that may be no more.
         """
-        self._is_closed = True
+        self._is_left = True
+
+    def close(self) -> None:
+        """Wait until collectives have been aborted, for which NCCL waits until no graph has any."""
+        self.give_up()
         self._thread.join(_END_S)
         if self._thread.is_alive():
             raise RuntimeError(f"collectives could not be aborted within {_END_S:g} s")
-        if self.reason is None:
-            self.reason = "the group was left"
-            self._abort()
 
     def _watch(self) -> None:
-        while not self._is_closed:
-            reason = self._look_around()
-            if reason is not None and not self._is_closed:
-                self.reason = reason
-                logger.warning("aborting collectives: %s", reason)
-                self._abort()
-                return
+        while (reason := self._look_around()) is None:
+            pass
+        self.reason = reason
+        if not self._is_left:
+            logger.warning("aborting collectives: %s", reason)
+        try:
+            self._abort()
+        except Exception:  # the backend's: whoever closes this guard joins another group, or ends
+            logger.exception("collectives could not be aborted")
 
     def _look_around(self) -> str | None:
         try:
@@ -82,4 +84,4 @@ class CollectiveGuard:
                 return f"a step took more than {self._timeout_s:g} s"
         except dist.DistNetworkError:
             return "the coordinator gave the group up"
-        return None
+        return "the group was left" if self._is_left else None

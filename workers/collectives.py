@@ -47,6 +47,7 @@ class Collectives:
 
         That may be the host's memory.
         """
+        self._check()
         if self.through_host:
             message = message.cpu()
         inbox = message.new_empty(sum(received))
@@ -61,6 +62,7 @@ class Collectives:
     def _run(
         self, collective: Callable[[torch.Tensor, torch.Tensor], object], into: torch.Tensor, of: torch.Tensor
     ) -> None:
+        self._check()
         if not self.through_host:
             collective(into, of)
             return
@@ -68,3 +70,8 @@ class Collectives:
         arrived = sent if into is of else torch.empty_like(into, device="cpu")
         collective(arrived, sent)
         into.copy_(arrived)
+
+    def _check(self) -> None:
+        """Begin nothing with a group that is being aborted: that would wait for the abort, which waits for graphs."""
+        if self.guard is not None:
+            self.guard.check()

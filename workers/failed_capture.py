@@ -18,8 +18,10 @@ def end_capture(pool: Any) -> None:
 
     The current stream is not one that was captured on. Where nothing was left undone, this does nothing.
     """
+    device = torch.cuda.current_device()
     with suppress(RuntimeError):  # where it has been ended, torch says so
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)  # or what shares it would never be given back
     # One that ends well frees the generator; where that fails, so does the next one, and is reported
     with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")

@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 DEFAULT_BYTES = 256 << 20
+GATHERED_BYTES = 1 << 30
+"""Most that a padded step may gather in a layer: graphs of larger ones are not worth their padding."""
+GRAPH_SHARE = 2
+"""Memory that graphs keep, in what the largest step takes: their rows, of all shapes together, are about as many as
+that one's, without a budget and once more under one. An estimate."""
+
+
+def gathered_slot_bytes(kept_numbers: int, attended_numbers: int, itemsize: int) -> int:
+    """Return what a context slot takes in a layer that gathers it for torch's attention.
+
+    ``kept_numbers``: what the pool has of it. Beside a copy of those, its keys and values for every head of queries,
+    ``attended_numbers``: latents are expanded to them, and torch may copy shared ones so.
+    """
+    return itemsize * (kept_numbers + attended_numbers)
 
 
 def fixed_pool_bytes(requested: int | None, available: int) -> int:
@@ -11,6 +25,17 @@ def fixed_pool_bytes(requested: int | None, available: int) -> int:
     if num_bytes > available:
         raise ValueError(f"kv_cache_bytes: {num_bytes} is not in [1, {available}], the memory that is free")
     return num_bytes
+
+
+def pool_bytes_beside(num_bytes: int, *, slot_bytes: int, gathered_bytes: int, most_gathered: int) -> int:
+    """Return how much of ``num_bytes`` the pool gets, so that what it holds can also be gathered in one layer.
+
+    ``slot_bytes``: of a slot in all layers; ``gathered_bytes``: see `gathered_slot_bytes`; ``most_gathered``: slots
+    that all requests of a step can have together. Prompts, and steps too large for graphs, gather whole contexts.
+    """
+    if num_bytes <= (slot_bytes + gathered_bytes) * most_gathered:
+        return num_bytes * slot_bytes // (slot_bytes + gathered_bytes)
+    return num_bytes - gathered_bytes * most_gathered
 
 
 def gpu_pool_bytes(*, total: int, free: int, activation_bytes: int, utilization: float) -> int:

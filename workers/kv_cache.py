@@ -32,10 +32,17 @@ class PagedKVCache(Cache):
         self._latents: dict[int, torch.Tensor] = {}
         """Of latent attention, each layer's pool [slots, 1, D] whose two parts are the layer's in `_pools`."""
         self._probed: list[weakref.ref[torch.Tensor]] = []
+        self.most_attended_numbers = 0
+        """Numbers of a token's keys and values, of the layer with most, if every head of queries has its own."""
         self.attends_to_what_it_keeps = True
         """Layers attend to what `update` returns as it is, which latent attention does not."""
         self.tables: dict[int, np.ndarray] = {}
         """KV blocks of each request, int64."""
+
+    @property
+    def most_kept_numbers(self) -> int:
+        """Numbers that the layer which keeps most of a token keeps of it."""
+        return max(k[0] * k[1] + v[0] * v[1] for k, v in self._token_shapes.values())
 
     @property
     def block_bytes(self) -> int:
@@ -109,9 +116,11 @@ class PagedKVCache(Cache):
             keys, values = self._latents[layer_idx], keys
         return self._context(keys).transpose(0, 1)[None], self._context(values).transpose(0, 1)[None]
 
-    def note_attended(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Learn from the probing forward whether ``key`` and ``value`` are what `update` returned."""
+    def note_attended(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Learn from the probing forward whether ``key`` and ``value`` are what `update` returned, and how large."""
         if not self._pools:
+            width = key.shape[-1] + value.shape[-1]
+            self.most_attended_numbers = max(self.most_attended_numbers, query.shape[1] * width)
             known = [reference() for reference in self._probed]
             is_kept = all(any(states is one for one in known) for states in (key, value))
             self.attends_to_what_it_keeps = self.attends_to_what_it_keeps and is_kept

@@ -20,7 +20,7 @@ from .attention import ATTENTION
 from .checkpoint import CheckpointReader, load_config, resolve
 from .expert_parallel import EXPERTS
 from .gpu_experts import objection
-from .model_config import eos_token_ids
+from .model_config import eos_token_ids, longest_context
 from .quantization import Weights, check_quantization, is_quantized, open_weights
 from .stored_experts import ExpertTensor, await_values, choose_storage, kept_storage, scales_awaited
 
@@ -79,15 +79,18 @@ class LoadedModel:
     """Tokens that end an answer."""
 
 
-def inspect(model: str, revision: str | None = None) -> tuple[Path, PreTrainedConfig]:
+def inspect(model: str, revision: str | None = None, max_model_len: int | None = None) -> tuple[Path, PreTrainedConfig]:
     """Return the directory and configuration of ``model``; raise ``ValueError`` if it cannot be served.
 
-    Reads the headers of the weight files, so that what is missing or cut short is known before anything starts.
+    That is so too if its contexts are shorter than ``max_model_len``. Reads the headers of the weight files, so that
+    what is missing or cut short is known before anything starts.
     """
     directory = resolve(model, revision)
     config = load_config(directory)
     check_supported(config.model_type)
     check_quantization(config)
+    if max_model_len is not None:
+        longest_context(config.get_text_config(), max_model_len)
     with CheckpointReader(directory) as reader:
         open_weights(reader, config, torch.float32)
     return directory, config

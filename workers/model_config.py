@@ -15,6 +15,14 @@ def num_experts_per_tok(config: object) -> int:
     return _number(config, "experts per token", ("num_experts_per_tok", "moe_topk", "top_k_experts"))
 
 
+def longest_context(config: object, max_model_len: int | None = None) -> int:
+    """Return ``max_model_len``, the model's own limit when None; raise ``ValueError`` if it is above that."""
+    limit = int(config.max_position_embeddings)  # type: ignore[attr-defined]
+    if max_model_len is not None and max_model_len > limit:
+        raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
+    return max_model_len or limit
+
+
 def _number(config: object, what: str, names: tuple[str, ...]) -> int:
     for name in names:
         value = getattr(config, name, None)
@@ -39,6 +47,7 @@ def eos_token_ids(directory: Path, config: object) -> tuple[int, ...]:
             raise ValueError(f"model: generation_config.json in {directory} cannot be used: {error}") from error
     if eos is None:
         eos = getattr(config, "eos_token_id", None)
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    ends = eos if isinstance(eos, list | tuple) else () if eos is None else (eos,)
+    if not all(isinstance(token_id, int) for token_id in ends):
+        raise ValueError(f"model: {directory} says that {eos!r} ends an answer; expected token ids (eos_token_id)")
+    return tuple(ends)

@@ -45,5 +45,7 @@ class RankInfo:
     load_s: float
     replays_graphs: bool = False
     """Whether steps are to be padded to buckets, so that it can replay them as graphs."""
+    most_gathered_slots: int | None = None
+    """Context slots that a padded step may gather at most; None where it attends to them in place."""
     bytes_per_expert: list[int] = field(default_factory=list)
     """Bytes that an expert takes here, and between ranks, per MoE layer."""

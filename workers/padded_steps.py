@@ -90,6 +90,10 @@ class PaddedSteps:
         payload_bytes = self.dispatcher.payload_bytes_per_row
         return LaunchedStep(plan, answer.has_arrived, lambda: answer.read().computed(plan, logits, payload_bytes))
 
+    def has_run(self, plan: RankPlan) -> bool:
+        """Whether a step like ``plan``, which is padded, has been computed before."""
+        return self.graphs.has_run(_shape(plan))
+
     def is_ready(self, plan: RankPlan) -> bool:
         """Whether launching ``plan``, which is padded, waits for nothing."""
         return self.graphs.is_ready(_shape(plan))

@@ -117,6 +117,11 @@ class StepPlan:
     step_id: int
     ranks: list[RankPlan]
 
+    @property
+    def is_warm_up(self) -> bool:
+        """Whether nobody has a row in it: it is run for the sake of its shape."""
+        return not any(rank.requests for rank in self.ranks)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCounts:
@@ -196,6 +201,10 @@ class RankResult:
     """By request, for those with budgeted rows."""
     expert_loads: ExpertLoads | None = None
     """If the plan asks for them."""
+    num_graphs: int = 0
+    """Shapes of steps that the rank can replay by now; told of steps in which it has no requests."""
+    graph_bytes: int = 0
+    """Memory of its device that those take; likewise."""
 
 
 @dataclass(frozen=True, slots=True)

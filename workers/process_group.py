@@ -16,6 +16,13 @@ from .collective_guard import CollectiveGuard
 from .collectives import Collectives
 
 logger = logging.getLogger(__name__)
+_NEVER = timedelta(days=1)
+_WITHOUT_WATCHDOGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +84,10 @@ def join(
     if device.type != "cuda" or through_host:
         dist.init_process_group("gloo", store=client, rank=rank, world_size=num_ranks, timeout=timeout)
         return Collectives(through_host=through_host)
-    # torch's own watchdogs would end this process, and the weights with it
-    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
-    dist.init_process_group("nccl", store=client, rank=rank, world_size=num_ranks, timeout=timeout)
+    # torch's own watchdogs would end this process, and the weights with it, or sleep for a minute with locks held
+    os.environ |= _WITHOUT_WATCHDOGS
+    # Nothing is left to them, nor is the communicator to be made in the first step
+    dist.init_process_group("nccl", store=client, rank=rank, world_size=num_ranks, timeout=_NEVER, device_id=device)
     watched = dist.TCPStore(store.host, store.port, is_master=False, timeout=timeout)
     return Collectives(guard=CollectiveGuard(watched, timeout_s, dist.distributed_c10d._abort_process_group))
 

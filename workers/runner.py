@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-import psutil
 import torch
 
 from ..kernels.fused_moe import kernel
@@ -25,17 +25,18 @@ from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
 from .expert_mover import ExpertMover
 from .expert_parallel import ExpertParallel
 from .gpu_routing import LaunchedRouting
-from .kv_budget import fixed_pool_bytes, gpu_pool_bytes
+from .kv_budget import GATHERED_BYTES, gathered_slot_bytes
 from .kv_cache import PagedKVCache
 from .launched_step import LaunchedStep, can_be_followed, can_follow
 from .loader import DenseModel, LoadedModel, build, inspect, load_dense, load_experts, resolve_dtype
 from .logprobs import target_logprobs, token_logprobs
-from .model_config import num_experts_of, num_experts_per_tok
+from .model_config import longest_context, num_experts_of, num_experts_per_tok
 from .model_info import ModelInfo, RankInfo
 from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
 from .padded_steps import PaddedSteps
 from .plan import Logprobs, RankPlan, RankResult
+from .pool_size import pool_bytes_on
 from .rebalance_plan import RebalancePlan
 from .rows import PackedRows, largest_step, pack
 from .sampler import accept, sample
@@ -68,6 +69,7 @@ class ModelRunner:
         block_size: int = 16,
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        max_num_seqs: int = 256,
         max_num_batched_tokens: int = 512,
         enforce_eager: bool = False,
         placement: Placement | None = None,
@@ -85,9 +87,7 @@ class ModelRunner:
         self.dtype = resolve_dtype(config, dtype)
         num_experts = num_experts_of(text_config)
         self.top_k = num_experts_per_tok(text_config)
-        limit = int(text_config.max_position_embeddings)
-        if max_model_len is not None and max_model_len > limit:
-            raise ValueError(f"max_model_len: {max_model_len} is not in [1, {limit}], the model's longest context")
+        self.max_model_len = longest_context(text_config, max_model_len)
         if directory is not None:
             dense = dense or load_dense(directory, build(config, self.dtype), self.device)
             placement = placement or contiguous(len(dense.empty.expert_modules), num_experts, num_ranks)
@@ -117,9 +117,21 @@ class ModelRunner:
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
-        pool_bytes = self._pool_bytes(kv_cache_bytes, gpu_memory_utilization, max_num_batched_tokens)
+        replays_graphs = self.experts.is_capturable and not enforce_eager
+        slot_bytes = gathered_slot_bytes(
+            self.cache.most_kept_numbers, self.cache.most_attended_numbers, self.dtype.itemsize
+        )
+        pool_bytes = pool_bytes_on(
+            self.device,
+            self.cache,
+            partial(self._run_largest_step, max_num_batched_tokens),
+            requested=kv_cache_bytes,
+            utilization=gpu_memory_utilization,
+            gathered_bytes=slot_bytes,
+            most_gathered=max_num_seqs * self.max_model_len,
+            replays_graphs=replays_graphs,
+        )
         self.cache.allocate(pool_bytes, self.device)
-        self.max_model_len = max_model_len or limit
         self.padded = PaddedSteps(
             self.model,
             (*loaded.expert_modules, *loaded.routers),
@@ -132,7 +144,6 @@ class ModelRunner:
             self.device,
             self.max_model_len,
         )
-        replays_graphs = self.experts.is_capturable and not enforce_eager
         if replays_graphs:
             self.padded.choose_attention()
             self.padded.compile_layers()
@@ -179,6 +190,7 @@ class ModelRunner:
             kv_block_bytes=self.cache.block_bytes,
             load_s=time.perf_counter() - started,
             replays_graphs=replays_graphs,
+            most_gathered_slots=GATHERED_BYTES // slot_bytes if replays_graphs and self.padded.objection else None,
             bytes_per_expert=[shard.bytes_per_expert for shard in self.experts.shards],
         )
 
@@ -227,7 +239,12 @@ class ModelRunner:
         self.padded.connect(StaticAllToAll(*shared), captures=not collectives.through_host)
 
     def disconnect(self) -> None:
-        """Hold nothing of the present process group: NCCL waits for graphs with its collectives before it leaves."""
+        """Hold nothing of the present process group: NCCL waits for graphs with its collectives before it leaves.
+
+        Its collectives have ended, or are being aborted.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         self.padded.graphs.clear()
 
     def check_device(self) -> None:
@@ -242,6 +259,10 @@ class ModelRunner:
     def can_follow(self, plan: RankPlan, running: LaunchedStep) -> bool:
         """Return whether ``plan`` can be launched behind ``running`` at once: right and without waiting for it."""
         return self.is_asynchronous and can_follow(plan, running.plan) and self.padded.is_ready(plan)
+
+    def has_to_compile(self, plan: RankPlan) -> bool:
+        """Return whether launching ``plan`` takes as long as compilers do: it is padded, and the first of its kind."""
+        return plan.bucket is not None and not self.padded.has_run(plan)
 
     def can_be_followed(self, running: LaunchedStep) -> bool:
         """Return whether there are plans of which `can_follow` would say so."""
@@ -322,6 +343,8 @@ class ModelRunner:
             kept_weights=computed.kept_weights,
             expert_loads=self.experts.take_loads() if plan.rebalance and plan.rebalance.wants_loads else None,
             thread_time_s=step.thread_time_s + time.thread_time() - started,
+            num_graphs=0 if plan.requests else self.padded.graphs.num_graphs,
+            graph_bytes=0 if plan.requests else self.padded.graphs.num_bytes,
         )
 
     def _launched(self, plan: RankPlan) -> ComputedStep:
@@ -394,17 +417,7 @@ class ModelRunner:
         for router in self.routers:
             router.audit = False
 
-    def _pool_bytes(self, requested: int | None, utilization: float, max_rows: int) -> int:
-        if self.device.type == "cpu":
-            return fixed_pool_bytes(requested, psutil.virtual_memory().available)
-        if requested is not None:
-            return fixed_pool_bytes(requested, torch.cuda.mem_get_info(self.device)[0])
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        with torch.inference_mode(), self.experts.uncounted():
+    @torch.inference_mode()
+    def _run_largest_step(self, max_rows: int) -> None:
+        with self.experts.uncounted():
             self._forward(largest_step(max_rows, self.num_ranks, self.cache.block_size))
-        activation_bytes = torch.cuda.max_memory_allocated(self.device) - before
-        torch.cuda.empty_cache()
-        return gpu_pool_bytes(total=total, free=free, activation_bytes=activation_bytes, utilization=utilization)

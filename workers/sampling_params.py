@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_STOP_CHARS = 1024
+"""Longest stop string: each choice of a request has a copy of all, on its way to the engine and in its detokenizer."""
 MAX_LISTED_TOKENS = 1024
 """Most token ids a request may list in one field: they travel with every step."""
 
@@ -97,7 +99,7 @@ class SamplingParams:
     min_tokens: int = 0
     """EOS, stop tokens and stop strings do not end the output before it has this many; in [0, max_tokens]."""
     stop: tuple[str, ...] = ()
-    """Up to 16 non-empty strings; output ends before the first that appears."""
+    """Up to 16 strings of 1 to 1024 characters; output ends before the first that appears."""
     include_stop_str_in_output: bool = False
     """Keep the stop string, or the token that ended the output, in the text."""
     stop_token_ids: tuple[int, ...] = ()
@@ -136,11 +138,7 @@ class SamplingParams:
             raise ValueError(f"min_tokens: {self.min_tokens} is not in [0, max_tokens={self.max_tokens}]")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        if not isinstance(self.stop, list | tuple):
-            raise ValueError(f"stop: expected at most 16 non-empty strings, got {self.stop!r}")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if len(self.stop) > 16 or not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop: expected at most 16 non-empty strings, got {self.stop!r}")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, 0))
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
@@ -198,6 +196,16 @@ class SamplingParams:
             raise ValueError("allowed_token_ids: expected one that does not end the output, as min_tokens is above 0")
         if self.min_tokens and len(late) >= vocab_size:
             raise ValueError("stop_token_ids: expected fewer than the vocabulary, as min_tokens is above 0")
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) > 16
+        or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARS for text in value)
+    ):
+        raise ValueError(f"stop: expected at most 16 strings of 1 to {MAX_STOP_CHARS} characters, got {value!r:.200}")
+    return tuple(value)
 
 
 def _logit_bias(value: object) -> dict[int, float]:

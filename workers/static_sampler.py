@@ -52,7 +52,8 @@ def choose_tokens(
     scores = torch.where(is_greedy[:, None], scores, scores + _noise(scores.shape[1], seeds, choices, positions))
     is_best = scores == scores.amax(dim=-1, keepdim=True)
     ids = torch.arange(scores.shape[1], device=logits.device)
-    return torch.where(is_best, ids, scores.shape[1]).amin(dim=-1)
+    # Of numbers that are none, none is the largest: the last id is still one that can be embedded
+    return torch.where(is_best, ids, scores.shape[1] - 1).amin(dim=-1)
 
 
 def _noise(vocab_size: int, seeds: torch.Tensor, choices: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

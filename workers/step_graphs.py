@@ -36,6 +36,8 @@ class StepGraphs:
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph | None] = {}
         """None for a shape that could not be captured."""
         self._pool: Any = None
+        self.num_bytes = 0
+        """Memory that the device's allocator has taken for captures."""
         self.captures = True
         """Whether steps can be captured: not where collectives go by way of the host."""
 
@@ -43,7 +45,16 @@ class StepGraphs:
         """Forget all graphs; the next step of each shape is captured anew."""
         self._steps.clear()
         self._graphs.clear()
-        self._pool = None
+        self._pool, self.num_bytes = None, 0
+
+    @property
+    def num_graphs(self) -> int:
+        """How many shapes can be replayed."""
+        return sum(graph is not None for graph in self._graphs.values())
+
+    def has_run(self, shape: StepShape) -> bool:
+        """Whether a step of ``shape`` has been launched before."""
+        return shape in self._steps
 
     def is_ready(self, shape: StepShape) -> bool:
         """Whether launching a step of ``shape`` waits for nothing: it has run before, and a GPU has its graph."""
@@ -66,7 +77,9 @@ class StepGraphs:
             step = self._steps[shape] = self._make(shape)
         step.fill(plan, tables, places)
         if self._device.type == "cuda" and self.captures and shape not in self._graphs:
+            before = torch.cuda.memory_reserved(self._device)
             self._graphs[shape] = self._capture(step)
+            self.num_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
         graph = self._graphs.get(shape)
         if graph is None:
             step.run()

@@ -114,14 +114,19 @@ class ChatTokenizer:
             raise ValueError(f"{field}: expected text that can be written as UTF-8") from error
 
 
-def _load(source: str, revision: str | None) -> Any:
-    from transformers import AutoTokenizer  # takes seconds
-
+def check_tokenizer_files(source: str) -> None:
+    """Raise ``ValueError`` as `ChatTokenizer` does, if a look at the directory ``source`` shows that there is none."""
     path = Path(source)
     if path.is_dir() and not any(path.glob("*token*")):
         raise ValueError(f"tokenizer: {source} holds no tokenizer files (tokenizer.json is missing)")
     if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~"))):
         raise ValueError(f"tokenizer: {source} is not a directory")
+
+
+def _load(source: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer  # takes seconds
+
+    check_tokenizer_files(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     # files that are damaged raise whatever the parser raises

@@ -122,10 +122,8 @@ class _StopString:
     def __init__(self, text: str) -> None:
         self.text = text
         self._matched = 0
-        self._border = [0] * len(text)
-        """Length of the longest proper prefix of ``text`` that also ends at each place."""
-        for i in range(1, len(text)):
-            self._border[i] = self._extend(self._border[i - 1], text[i])
+        self._border = [0]
+        """Length of the longest proper prefix of ``text`` that also ends at each place, as far as it has matched."""
 
     @property
     def is_complete(self) -> bool:
@@ -140,6 +138,8 @@ class _StopString:
     def advance(self, char: str) -> None:
         """Append ``char`` to the text."""
         self._matched = self._extend(self.num_begun, char)
+        if self._matched > len(self._border):
+            self._border.append(self._extend(self._border[-1], char))
 
     def _extend(self, matched: int, char: str) -> int:
         while matched and self.text[matched] != char:

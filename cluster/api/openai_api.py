@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -186,9 +187,9 @@ async def _respond(
 
 
 def _client(request: Request, body: GenerationRequest) -> str:
-    """Return whose request it is, as far as can be told."""
+    """Return whose request it is, as far as can be told: a user's name may be of any length, and is remembered."""
     if body.user:
-        return body.user
+        return hashlib.sha256(body.user.encode()).hexdigest()
     return request.client.host if request.client else ""
 
 

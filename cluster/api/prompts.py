@@ -124,7 +124,8 @@ def _truncate(state: ServingState, body: GenerationRequest, token_ids: list[int]
     if limit is None:
         return token_ids
     if limit == -1:
-        limit = max(1, state.max_model_len - (body.limit if body.limit is not None else 1))
+        output = body.limit if body.limit is not None else body.default_max_tokens or 1
+        limit = max(1, state.max_model_len - output)
     if not 1 <= limit <= state.max_model_len:
         message = f"truncate_prompt_tokens: {limit} is not -1 or in [1, {state.max_model_len}]"
         raise ApiError(400, message, param="truncate_prompt_tokens", code="invalid_value")

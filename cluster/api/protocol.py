@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from ...workers.sampling_params import MAX_CHOICES, MAX_LISTED_TOKENS, MAX_LOGPROBS, SamplingParams
+from ...workers.sampling_params import MAX_CHOICES, MAX_LISTED_TOKENS, MAX_LOGPROBS, MAX_STOP_CHARS, SamplingParams
 from ..speculation.options import BUDGETS, MAX_DRAFT_LEN, MODES, SpeculationOptions
 from .prediction import prediction_text
 
@@ -101,14 +101,9 @@ _PROMPT_SCHEMA = WithJsonSchema(
         ]
     }
 )
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 _STOP_SCHEMA = WithJsonSchema(
-    {
-        "anyOf": [
-            {"type": "string", "minLength": 1},
-            {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16},
-            {"type": "null"},
-        ]
-    }
+    {"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": 16}, {"type": "null"}]}
 )
 _BIAS_SCHEMA = _schema(
     "object",

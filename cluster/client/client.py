@@ -62,8 +62,8 @@ class Client(Protocol):
 
     ``max_tokens`` defaults as in the HTTP API: 16 for text and token ids, the rest of ``max_model_len`` for a chat.
     Raises ``ValueError`` naming the field the server refuses, ``EngineDeadError`` if the engine cannot serve,
-    ``QueueFullError`` if too many requests wait, ``ConnectionError`` if nobody answers and ``TimeoutError`` if the
-    answer is not complete in time.
+    ``QueueFullError`` if too many requests wait, ``ConnectionError`` if nobody answers, or somebody who is no Penstock
+    server, ``TimeoutError`` if the answer is not complete in time and ``RequestFailedError`` if the server failed.
     """
 
     def generate(self, prompt: Prompt, **sampling: Any) -> Generation:

@@ -9,7 +9,12 @@ from ..api.generation import Generation, GenerationStats, TokenLogprob
 
 
 def read_choices(answer: Any, num_top: int) -> list[Generation]:
-    """Return the outputs of an answer that was not streamed; ``num_top``: the likeliest tokens that were asked for."""
+    """Return the outputs of an answer that was not streamed; ``num_top``: the likeliest tokens that were asked for.
+
+    Raises ``ConnectionError`` if it is not the answer of a Penstock server.
+    """
+    if not getattr(answer, "choices", None):
+        raise ConnectionError("the server is not Penstock: its answer has no choices")
     extra = answer.model_extra or {}
     generations = []
     for number, choice in enumerate(answer.choices):
@@ -84,7 +89,7 @@ class StreamedAnswer:
 
 def _stats(extra: dict[str, Any]) -> GenerationStats:
     if "penstock" not in extra:
-        raise RuntimeError("the server is not Penstock: its answer has no statistics")
+        raise ConnectionError("the server is not Penstock: its answer has no statistics")
     return GenerationStats(**extra["penstock"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import openai
 
 from ..api.generation import Generation
 from ..api.metrics import parse_samples
+from ..api.text_stream import RequestFailedError
 from ..config import API_KEY_VARIABLE
 from ..engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
 from .client import Prompt
@@ -32,6 +34,7 @@ _OPENAI_FIELDS = {
     "top_p",
 }
 """Sampling parameters that are OpenAI's too."""
+_BASE_URL = re.compile(r"https?://[^/]")
 
 
 class HttpClient:
@@ -51,6 +54,8 @@ class HttpClient:
         timeout_s: float = 600.0,
         max_retries: int = 2,
     ) -> None:
+        if not _BASE_URL.match(base_url):
+            raise ValueError(f"base_url: {base_url!r} does not begin with http://HOST or https://HOST")
         self._root = base_url.rstrip("/").removesuffix("/v1")
         self._options: dict[str, Any] = {
             "base_url": f"{self._root}/v1",
@@ -98,8 +103,7 @@ class HttpClient:
     def events(self) -> list[dict[str, Any]]:
         """Return the server's faults and recoveries, oldest first: the fields of `Event`, and ``gang``."""
         with _plain_errors():
-            answer: Any = self._sync.get(f"{self._root}/events", cast_to=object)
-        return list(answer["data"])
+            return _listed(self._sync.get(f"{self._root}/events", cast_to=object), self._root)
 
     def models(self) -> list[str]:
         """Return the names of the models served."""
@@ -108,7 +112,7 @@ class HttpClient:
     def model_cards(self) -> list[dict[str, Any]]:
         """Return what /v1/models says of each model served: id, max_model_len and more."""
         with _plain_errors():
-            return [model.model_dump(exclude_unset=True) for model in self._sync.models.list()]
+            return _listed(self._sync.get(f"{self._root}/v1/models", cast_to=object), self._root)
 
     def close(self) -> None:
         """Let go of connections."""
@@ -145,7 +149,8 @@ class HttpClient:
     async def amodels(self) -> list[str]:
         """Return the names of the models served."""
         with _plain_errors():
-            return [model.id async for model in self._client().models.list()]
+            answer = await self._client().get(f"{self._root}/v1/models", cast_to=object)
+            return [card["id"] for card in _listed(answer, self._root)]
 
     async def aclose(self) -> None:
         """Let go of this event loop's connections and of those that need none."""
@@ -313,6 +318,14 @@ def _is_chat(prompt: Prompt) -> bool:
     raise ValueError("prompt: expected text, a non-empty list of token ids or a non-empty list of messages")
 
 
+def _listed(answer: Any, root: str) -> list[dict[str, Any]]:
+    """Return what an answer lists; raise ``ConnectionError`` if it is not one of ours."""
+    items = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ConnectionError(f"what answers at {root} is no Penstock server")
+    return items
+
+
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Turn the library's errors into the `Client`'s."""
@@ -333,6 +346,8 @@ def _plain_errors() -> Iterator[None]:
             raise QueueFullError(message, float(error.response.headers.get("Retry-After", 1))) from error
         if status in (401, 403):
             raise PermissionError(message) from error
+        if not (isinstance(error.body, dict) and "message" in error.body):
+            raise ConnectionError(f"{error.request.url} answers {status}, and not as a Penstock server does") from error
         if 400 <= status < 500:
             raise ValueError(message) from error
-        raise RuntimeError(message) from error
+        raise RequestFailedError(message) from error

@@ -15,7 +15,7 @@ from ..api.generation import Generation, TokenLogprob
 from ..api.text_stream import RequestText
 from ..calibration.gate import check_budget_profile
 from ..config import EngineConfig
-from ..engine.backend import RequestTimeoutError
+from ..engine.backend import EngineDeadError, RequestTimeoutError
 from ..engine.engine import Engine
 from ..engine.output import STOP, EngineStats, RequestStats
 from ..engine.prompt_check import check_prompt
@@ -86,9 +86,11 @@ class LLM:
         ranks = make_ranks(self.config)
         try:
             self._engine = Engine(self.config, ranks, budgets=served.known)
+            self._engine.warm_up()
         except BaseException:
             ranks.close()
             raise
+        self._is_closed = False
 
     def __enter__(self) -> LLM:
         return self
@@ -97,7 +99,8 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Let go of the ranks."""
+        """Let go of the ranks; nothing can be generated from then on."""
+        self._is_closed = True
         self._engine.ranks.close()
 
     def generate(
@@ -116,8 +119,10 @@ class LLM:
         ``max_draft_len``) and ``prediction`` (the output that is expected, to draft from) hold for every prompt and
         change no token. ``expert_budget``: ``off`` for exact answers where the engine has a budget. All prompts are
         checked before any is run; ``ValueError`` names the field at fault. Raises ``RequestTimeoutError`` if one takes
-        longer than ``request_timeout_s``.
+        longer than ``request_timeout_s``, ``EngineDeadError`` after `close`.
         """
+        if self._is_closed:
+            raise EngineDeadError("the engine is closed")
         if sampling is not None and params:
             raise ValueError(f"sampling: given together with {', '.join(sorted(params))}; give one or the other")
         asked = RequestParams.from_kwargs(
@@ -142,8 +147,8 @@ class LLM:
     def _encode(self, prompt: Prompt, index: int) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        token_ids = list(prompt)
-        if not all(isinstance(token, int) for token in token_ids):
+        token_ids: list[Any] | None = list(prompt) if isinstance(prompt, Sequence) else None
+        if token_ids is None or not all(isinstance(token, int) for token in token_ids):
             raise ValueError(f"prompts[{index}]: expected a string or a list of token ids")
         return token_ids
 
@@ -202,6 +207,9 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return a list of prompts, whether one or several were given."""
     if isinstance(prompts, str):
         return [prompts]
+    # of a mapping the keys would be taken, of a set the order is anyone's
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts: expected a string, a list of token ids or a list of these, got {type(prompts)}")
     if len(prompts) and all(isinstance(item, int) for item in prompts):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

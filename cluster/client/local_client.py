@@ -34,6 +34,7 @@ class LocalClient:
         ranks = make_ranks(config)
         try:
             engine = Engine(config, ranks, budgets=served.known)
+            engine.warm_up()
         except BaseException:
             ranks.close()
             raise

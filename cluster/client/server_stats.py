@@ -32,8 +32,9 @@ class ServerStats:
     @classmethod
     def read(cls, client: HttpClient) -> ServerStats:
         """Ask the server; raises what `Client` raises."""
+        cards = client.model_cards()  # first: it knows a server that is not ours
         text = client.metrics_text()
-        return cls(client.model_cards(), parse_samples(text), _histograms(text))
+        return cls(cards, parse_samples(text), _histograms(text))
 
     def as_json(self) -> dict[str, Any]:
         """Return what `penstock stats --json` prints."""

@@ -31,6 +31,7 @@ from .request import Request
 from .scheduler import Scheduler
 from .stats import Counters
 from .stepper import RanStep, Stepper
+from .warm_up import padding_of, warm_up, warm_ups
 
 _PHASES_S = 1.0
 """Requests are counted by phase at most this often: it asks the controller about each."""
@@ -82,11 +83,10 @@ class Engine:
         self.clock = clock
         self.events = EventLog() if events is None else events
         pools = [BlockPool(info.num_kv_blocks, config.block_size) for info in ranks.infos]
-        pads_to = self.model.max_model_len if all(info.replays_graphs for info in ranks.infos) else 0
-        self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens, pads_to)
-        self._proposer = Proposer(
-            self.controller, self._drafting, self.scheduler, [entry.budget for entry in known], self._max_draft_len
-        )
+        self._padding = padding_of(config, ranks.infos, self._max_draft_len)
+        self.scheduler = Scheduler(pools, config.max_num_seqs, config.max_num_batched_tokens, self._padding)
+        self._budgets = [entry.budget for entry in known]
+        self._proposer = Proposer(self.controller, self._drafting, self.scheduler, self._budgets, self._max_draft_len)
         self._rebalancer: Rebalancer | None = None
         if config.enable_eplb:
             assert isinstance(ranks, MovableRanks), "ranks in processes of their own can hand experts to each other"
@@ -109,6 +109,15 @@ class Engine:
         """Requests (`Request.key`) that decoded in the last step, until `learn` has been called."""
         self._phases: Counter[str] = Counter()
         self._phases_due_s = 0.0
+
+    def warm_up(self) -> None:
+        """Have ranks that replay graphs capture those that requests will need; nothing where they do not.
+
+        Before the first request, by whoever says that the engine is ready. Raises ``EngineDeadError`` after
+        ``max_step_retries`` failures in a row.
+        """
+        if self._padding is not None:
+            warm_up(self._stepper, warm_ups(self._padding.first(), self._budgets))
 
     @property
     def has_requests(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...router.expert_budget import ExpertBudget
-from ...workers.bucket import bucket_of
+from ...workers.bucket import Padding
 from ...workers.plan import RankPlan, RequestPlan, StepPlan
 from ..speculation.prediction import PREDICTION
 from .block_pool import BlockPool
@@ -51,12 +51,16 @@ class Scheduler:
     are computed in chunks within ``max_num_batched_tokens``; decoding requests (their last token and drafts) come
     first, so a long prompt never stalls them.
 
-    Every pool must hold the longest request. ``pads_to``: the longest context that steps are padded to (`bucket_of`);
-    0 for ranks that run rows as they are.
+    Every pool must hold the longest request. ``padding``: what steps are padded to; None for ranks that run rows as
+    they are.
     """
 
     def __init__(
-        self, pools: Sequence[BlockPool], max_num_seqs: int, max_num_batched_tokens: int, pads_to: int = 0
+        self,
+        pools: Sequence[BlockPool],
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        padding: Padding | None = None,
     ) -> None:
         self.pools = list(pools)
         self.running: list[list[Request]] = [[] for _ in pools]
@@ -66,7 +70,7 @@ class Scheduler:
         self.num_replays = 0
         """Times a running request lost its KV with its rank."""
         self._released: list[list[int]] = [[] for _ in pools]
-        self._max_num_seqs, self._max_rows, self._pads_to = max_num_seqs, max_num_batched_tokens, pads_to
+        self._max_num_seqs, self._max_rows, self._padding = max_num_seqs, max_num_batched_tokens, padding
 
     @property
     def num_running(self) -> int:
@@ -197,7 +201,7 @@ class Scheduler:
             return None
         if all(request.first_budgeted_row is None for requests in planned for request in requests):
             budget = None
-        bucket = bucket_of(planned, self.pools[0].block_size, self._pads_to) if self._pads_to else None
+        bucket = None if self._padding is None else self._padding.bucket_of(planned)
         ranks = [
             RankPlan(generation, step_id, bucket, requests, self._released[rank], budget)
             for rank, requests in enumerate(planned)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from ...workers.plan import StepFailedError, StepPlan, StepResult
+from ...router.expert_budget import ExpertBudget
+from ...workers.plan import Bucket, RankPlan, StepFailedError, StepPlan, StepResult
 from ..config import EngineConfig
 from ..speculation.batch import Batch
 from .backend import EngineDeadError
@@ -117,6 +118,26 @@ class Stepper:
         if self._rebalancer is not None:
             self._rebalancer.commit(result)
         return RanStep(step.plan, result, step.started_s, step.planning_s, step.waited_s)
+
+    def run_padding(self, bucket: Bucket, budget: ExpertBudget | None) -> StepResult | None:
+        """Run a step of nothing but padding, on all ranks; None if it failed. Raises as `step` does.
+
+        It counts nowhere but as a failed step if it fails.
+        """
+        assert self._ahead is None, "nothing runs"
+        if self._must_recover:
+            self._recover()
+        header = self._generation, self._step_id
+        plan = StepPlan(*header, [RankPlan(*header, bucket, budget=budget) for _ in self._ranks.infos])
+        try:
+            result = self._ranks.step(plan)
+            _check_lock_step(result)
+        except StepFailedError as error:
+            self._discard(error)
+            return None
+        self._step_id += 1
+        self._failures_in_row = 0
+        return result
 
     def recover(self) -> None:
         """Bring the ranks back together between steps; for a caller that knows that one is lost."""

@@ -86,6 +86,8 @@ class Coordinator:
         summary = load_summary(self._ranks.infos, self._config.block_size)
         logger.info("loaded\n%s\n%s", summary, rank_summary(await self.nodes()))
         self._engine = Engine(self._config, self._ranks, budgets=self._budgets, events=events)
+        if not self._adopt:  # those that wait for the coordinator that was lost wait no longer than they must
+            await asyncio.to_thread(self._engine.warm_up)
         self._thread = EngineThread(self._engine, self._deliver, overlap=True, tend=self._tend)
         self._ranks.meanwhile = self._thread.meanwhile
         self._requests = RequestServer(host, self._thread)

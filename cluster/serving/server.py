@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ...workers.loader import inspect
+from ..api.chat_tokenizer import check_tokenizer_files
 from ..api.generation import Generation
 from ..api.metric import PREFIX
 from ..calibration.gate import check_budget_profile
@@ -51,10 +52,13 @@ def run_server(
         raise ValueError(f"shutdown_timeout_s: {shutdown_timeout_s:g} is not 0 or more")
     # Refuse before Ray starts what can be refused
     drafter_factory(config.drafter)
-    inspect(config.model, config.revision)
+    inspect(config.model, config.revision, config.max_model_len)
+    check_tokenizer_files(config.tokenizer_source)
     served = check_budget_profile(config)
     config = served.config
     placement_of(config)
+    if not 1 <= port <= 65535:  # nobody could be told which one the system had chosen instead of 0
+        raise ValueError(f"port: {port} is not in [1, 65535]")
     if address is None:
         check_port(host, port)
     finish: Callable[[float], None] | None = None

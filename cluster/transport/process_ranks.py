@@ -56,7 +56,10 @@ class ProcessRanks(RemoteRanks):
             raise
 
     def _launch(self, settings: RankSettings) -> _ChildProcess:
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, env={**_ENVIRONMENT, **os.environ})
+        # In a group of its own: Ctrl-C on a terminal is for whoever drives the ranks, who may go on after it
+        process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, env={**_ENVIRONMENT, **os.environ}, process_group=0
+        )
         self.processes.append(process)
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended already, which is noticed as such

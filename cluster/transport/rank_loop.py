@@ -132,7 +132,8 @@ class RankLoop:
         if running is not None and not runner.can_follow(plan, running):
             self._answer(plane)
             running = None
-        self._arm()
+        if self._guard is not None and not runner.has_to_compile(plan):
+            self._guard.arm()
         try:
             self._refuse(plan)
             step = runner.launch(plan, running)
@@ -142,7 +143,8 @@ class RankLoop:
             return
         self._answer(plane)
         self._running = step
-        self._arm()  # what launching took may have been the compiler's
+        if self._guard is not None:
+            self._guard.arm()
         if plan.generation == self._failed_generation or not runner.can_be_followed(step):
             self._answer(plane)
 
@@ -166,10 +168,6 @@ class RankLoop:
             if self._guard is not None:
                 self._guard.disarm()
 
-    def _arm(self) -> None:
-        if self._guard is not None:
-            self._guard.arm()
-
     def _has_ended(self) -> bool:
         assert self._running is not None, "one runs"
         try:
@@ -185,15 +183,17 @@ class RankLoop:
         self._failed_generation = plan.generation
         # A device that no longer computes never will again in this process: raised here, that ends it
         self._loaded().check_device()
+        if self._guard is not None and self._guard.reason is not None:
+            self._loaded().disconnect()  # its abort waits for that
         message = f"{type(error).__name__}: {error}"
         return Failed(RankError(plan.generation, plan.step_id, self._loaded().rank, message))
 
     def _regroup(self, settings: RankSettings, command: Regroup) -> Answer:
         runner = self._loaded()
         try:
+            self._leave()
             if command.placed is not None:
                 runner.settle(command.placed)
-            self._leave()
             collectives = process_group.join(
                 command.store,
                 runner.rank - sum(rank < runner.rank for rank in command.absent),
@@ -210,9 +210,11 @@ class RankLoop:
 
     def _leave(self) -> None:
         """Leave the process group, once nothing holds it that it would wait for."""
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.give_up()
         if self._runner is not None:
             self._runner.disconnect()
-        guard, self._guard = self._guard, None
         if guard is not None:
             guard.close()
         process_group.leave()

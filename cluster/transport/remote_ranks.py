@@ -170,7 +170,9 @@ class RemoteRanks:
         def take(member: Member, _: Any) -> RankResult | RankError | None:
             return None if member.rank is None else step.answers.get(member.rank)
 
-        answers = self._round(take, "answer a step", known=step.answers)
+        # The first step of a shape compiles and captures: a part of loading
+        timeout_s = self._config.load_timeout_s if plan.is_warm_up else None
+        answers = self._round(take, "answer a step", known=step.answers, timeout_s=timeout_s)
         results = results_of(answers, self._present, {rank: loss.what for rank, loss in self._lost.items()})
         for rank in self._absent:
             results.insert(rank, nothing_of(rank, results[0]))
@@ -315,10 +317,17 @@ class RemoteRanks:
         return next((f"rank {rank}: {said.error}" for rank, said in answers.items() if said.error), None)
 
     def _round(
-        self, take: Callable[[Member, Any], Any], what: str, known: Mapping[int, Any] | None = None
+        self,
+        take: Callable[[Member, Any], Any],
+        what: str,
+        known: Mapping[int, Any] | None = None,
+        timeout_s: float | None = None,
     ) -> dict[int, Any]:
-        """Collect the answer of every rank to what they were told; ``known``: those that have come already, by rank."""
-        deadline = Deadline(self._config.step_timeout_s, time.monotonic(), alone=self._num_ranks == 1)
+        """Collect the answer of every rank to what they were told; ``known``: those that have come already, by rank.
+
+        ``timeout_s``: that of a step where absent.
+        """
+        deadline = Deadline(timeout_s or self._config.step_timeout_s, time.monotonic(), alone=self._num_ranks == 1)
         answers = dict(known or {})
         if answers:
             deadline.answered(time.monotonic())
@@ -384,6 +393,9 @@ class RemoteRanks:
         elif member.rank in self._absent:
             self._hear_absent(member, answer)
         elif isinstance(answer, Done | Failed) and member.rank is not None:
+            if isinstance(answer, Failed):
+                # Ranks that wait for it in a collective need not wait for their timeout
+                self._store = None
             self._steps.hear(member.rank, answer)
         return member, answer
 
