@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import takewhile
 
 from ...workers.model_info import ModelInfo
-from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan, StepPlan, StepResult
+from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan
 from ...workers.sampling_params import SamplingParams
 from ..config import EngineConfig
 from ..speculation.controller import PHASES, Controller, RequestReport
@@ -30,7 +30,7 @@ from .rebalancer import Rebalancer
 from .request import Request
 from .scheduler import Scheduler
 from .stats import Counters
-from .stepper import Stepper
+from .stepper import RanStep, Stepper
 from .warm_up import padding_of, warm_up, warm_ups
 
 _PHASES_S = 1.0
@@ -194,7 +194,7 @@ class Engine:
         if step is None:
             return self._expire()
         self.learn()
-        return self._commit(step.plan, step.result, step.started_s) + self._expire()
+        return self._commit(step) + self._expire()
 
     def learn(self) -> None:
         """Learn what drafts and time of the last step teach.
@@ -256,8 +256,8 @@ class Engine:
         """Bring the ranks back together between steps; for a caller that knows that one is lost."""
         self._stepper.recover()
 
-    def _commit(self, plan: StepPlan, result: StepResult, started: float) -> list[RequestOutput]:
-        now = self.clock()
+    def _commit(self, step: RanStep) -> list[RequestOutput]:
+        plan, result, now = step.plan, step.result, self.clock()
         outputs, outcomes = [], []
         for rank_plan, rank_result in zip(plan.ranks, result.ranks, strict=True):
             for part, tokens in self._parts(rank_plan, rank_result):
@@ -280,7 +280,7 @@ class Engine:
                     outcomes.append(RequestOutcome(request.key, part.num_sampled_rows - 1, accepted, num_kept))
                     self.counters.draft_len.observe(part.num_sampled_rows - 1)
         self.counters.add_step(plan, result, sum(len(output.token_ids) for output in outputs))
-        self.controller.observe(self._observation(plan, result, outcomes, now - started))
+        self.controller.observe(self._observation(step, outcomes, now - step.started_s))
         self._unlearned = [outcome.key for outcome in outcomes]
         # Only now does the controller know of the requests' last steps
         return [self._ended(output, now) if output.finish_reason is not None else output for output in outputs]
@@ -289,9 +289,8 @@ class Engine:
         assert output.finish_reason is not None
         return replace(output, stats=self._finish(self._requests[output.request_id], output.finish_reason, now))
 
-    def _observation(
-        self, plan: StepPlan, result: StepResult, outcomes: list[RequestOutcome], step_s: float
-    ) -> StepObservation:
+    def _observation(self, step: RanStep, outcomes: list[RequestOutcome], step_s: float) -> StepObservation:
+        plan, result = step.plan, step.result
         num_layers = max(self.model.num_moe_layers, 1)
         return StepObservation(
             step_s=step_s,
@@ -307,6 +306,8 @@ class Engine:
                 for part in rank.requests
                 if part.first_budgeted_row is not None
             ),
+            waited_s=step.waited_s,
+            planning_s=step.planning_s,
         )
 
     @staticmethod

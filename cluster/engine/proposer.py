@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ...router.expert_budget import ExpertBudget
 from ..speculation.batch import Batch, RequestView
@@ -41,14 +42,22 @@ class Proposer:
         return batch if self._controller.rests(batch) else None
 
     def propose_nothing(self, batch: Batch) -> None:
-        """Make the decision of a step that was foreseen, once the step before it has committed."""
+        """Make the decision of a step that was foreseen, once the step before it has committed.
+
+        It runs already, without drafts. Those that it might have verified teach their controller all the same.
+        """
         self._index_prompts()
-        live = {request.key for requests in self._scheduler.running for request in requests}
+        live = {request.key: request for requests in self._scheduler.running for request in requests}
         if batch.requests and not any(view.key in live for view in batch.requests):
             return  # the controller has forgotten them all
-        wanted = self._controller.max_draft_lens(batch)
-        assert not any(wanted), "a controller that rests drafts nothing"
-        self._controller.draft_lens(batch, [NOTHING] * len(wanted))
+        batch = replace(batch, is_sent=True)
+        proposals = [
+            self._drafting.propose(view.key, live[view.key].token_ids, most)
+            if most > 0 and view.key in live
+            else NOTHING
+            for view, most in zip(batch.requests, self._controller.max_draft_lens(batch), strict=True)
+        ]
+        self._controller.draft_lens(batch, proposals)
 
     def _batch_of(self, decoding: Sequence[Request]) -> Batch:
         views = [

@@ -33,6 +33,11 @@ class PlannedStep:
     """When its planning began, or, if it was sent ahead, when the result of the step before came; engine's clock."""
     batch: Batch | None = None
     """What was foreseen of a step that was sent ahead: the controller has yet to be asked, as for any other."""
+    planning_s: float = 0.0
+    """How long planning took; 0 for a step that was sent ahead."""
+    waited_s: float | None = None
+    """How long ranks had nothing to do before it, if they had run another one right before, and could have been sent
+    this one while they did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class RanStep:
     plan: StepPlan
     result: StepResult
     started_s: float
+    planning_s: float
+    waited_s: float | None
 
 
 class Stepper:
@@ -72,6 +79,8 @@ class Stepper:
         self._failures_in_row = 0
         self._must_recover = False
         self._ahead: PlannedStep | None = None
+        self._ended_s: float | None = None
+        """When ranks had run the step before, if no moment without one came since."""
 
     @property
     def is_under_way(self) -> bool:
@@ -89,6 +98,7 @@ class Stepper:
         try:
             step = self._next()
             if step is None:
+                self._ended_s = None
                 return None
             ahead = self._send_ahead(step)
             result = self._ranks.step(step.plan) if self._queue is None else self._queue.collect(step.plan)
@@ -100,14 +110,14 @@ class Stepper:
             # Interrupted: ranks may still answer these steps, so their numbers must not come again
             self._void()
             raise
-        self._ahead = ahead
+        self._ahead, self._ended_s = ahead, self._clock()
         if ahead is not None:
-            ahead.started_s = self._clock()
+            ahead.started_s = self._ended_s
         self._step_id += 1
         self._failures_in_row = 0
         if self._rebalancer is not None:
             self._rebalancer.commit(result)
-        return RanStep(step.plan, result, step.started_s)
+        return RanStep(step.plan, result, step.started_s, step.planning_s, step.waited_s)
 
     def run_padding(self, bucket: Bucket, budget: ExpertBudget | None) -> StepResult | None:
         """Run a step of nothing but padding, on all ranks; None if it failed. Raises as `step` does.
@@ -144,7 +154,14 @@ class Stepper:
         started_s = self._clock()
         drafts, budget, reach = self._proposer.propose()
         plan = self._scheduler.schedule(self._generation, self._step_id, drafts, budget, reach)
-        return None if plan is None else self._sent(PlannedStep(plan, started_s))
+        if plan is None:
+            return None
+        step = self._sent(PlannedStep(plan, started_s))
+        sent_s = self._clock()
+        step.planning_s = sent_s - started_s
+        if self._ended_s is not None and self._queue is not None:
+            step.waited_s = sent_s - self._ended_s
+        return step
 
     def _send_ahead(self, step: PlannedStep) -> PlannedStep | None:
         """Plan and send the step after ``step``, if nothing of it depends on what that one yields.
@@ -190,7 +207,7 @@ class Stepper:
     def _void(self) -> None:
         """Nothing of the steps under way counts; the next one starts by bringing the ranks back together."""
         self._generation += 1
-        self._ahead = None
+        self._ahead = self._ended_s = None
         self._scheduler.forget_ranks()
         if self._rebalancer is not None:
             self._rebalancer.void()

@@ -42,6 +42,8 @@ class Batch:
     """Ranks that run in lock-step."""
     prompt_rows: Sequence[int] = ()
     """Rows of prompts that each rank is also expected to compute; empty where no rank has any."""
+    is_sent: bool = False
+    """Its step has been sent already, and verifies no drafts."""
 
     @property
     def may_draft(self) -> bool:

@@ -34,17 +34,18 @@ class Controller(Protocol):
     step has committed, and `learn` once the next one was planned. A step that failed is planned again with the same
     calls and no `observe`, so none may depend on how often it was called.
 
-    Where `rests` promises that nothing will be drafted, the next step is sent while one runs; its `max_draft_lens` and
-    `draft_lens` follow the `observe` of that one all the same, with the batch as it was foreseen.
+    Where `rests` says so, the next step is sent while one runs, without drafts; its `max_draft_lens` and `draft_lens`
+    follow the `observe` of that one all the same, with the batch as it was foreseen and ``is_sent``. What they return
+    is for learning: nothing is verified.
     """
 
     wants_trials: bool
     """Whether `learn` is given trials, so that proposals must be kept until the text has followed."""
 
     def rests(self, batch: Batch) -> bool:
-        """Whether `max_draft_lens` will be 0 for all of ``batch``, whatever `observe` brings of the step that runs.
+        """Whether no drafts of ``batch`` are worth waiting for the end of the step that runs, whatever that brings.
 
-        Asked before that, and changes nothing. False where drafters are to be called even if nothing is verified.
+        Asked before `observe` of that step, and changes nothing.
         """
         ...
 

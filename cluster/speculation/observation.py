@@ -55,3 +55,8 @@ class StepObservation:
     """Index of the budget of experts that rows of the step kept to; None if none did."""
     num_budgeted_rows: int = 0
     """Rows of the requests, on all ranks, that kept to it."""
+    waited_s: float | None = None
+    """How long ranks had nothing to do between the step before and this one, its planning included; None where it was
+    sent before that one had ended, where there was none right before, and where steps are never sent ahead."""
+    planning_s: float = 0.0
+    """The part of ``step_s`` that drafting and planning took; 0 where that was done while the step before ran."""

@@ -14,6 +14,7 @@ from .batch import Batch, RequestView
 from .budget_level import BudgetLevel
 from .controller import RequestReport
 from .observation import ShadowTrial, StepObservation
+from .overlap import Overlap
 from .proposal import Proposal
 from .step_cost import Level, StepCost
 
@@ -89,6 +90,10 @@ class ShadowController:
 
     Requests with a length of their own keep it and count as rows that run anyway. Beside prompt rows, which read most
     experts anyway, drafts are cheaper; such steps teach no cost.
+
+    A step without drafts can be planned and sent while the one before runs. `rests` says that it should where that
+    saves more time than the drafts that such evidence leads to (`Overlap`). Time counts as if all steps were planned
+    after the one before, so that the two can be compared.
     """
 
     wants_trials = True
@@ -104,12 +109,15 @@ class ShadowController:
         self._max_draft_len = max_draft_len
         self._acceptance = AcceptanceModel()
         self._cost = StepCost(num_experts, num_experts_per_tok, num_ranks, levels)
+        self._overlap = Overlap()
         self._levels: list[Level] = [None, *range(len(levels))]
         self._level: Level = None
         self._allowance_s = 0.0
         """Time that drafts may still lose."""
         self._plain_step_s: float | None = None
         """Expected time of the planned step without drafts."""
+        self._saved: dict[int, float] = {}
+        """Plain steps' worth that the chosen drafts are expected to save, by place in the batch."""
         self._beside: tuple[float, float] | None = None
         """Of drafts beside prompts: the time they are expected to add, and what a token of theirs is worth."""
         self._unlearned: StepObservation | None = None
@@ -118,8 +126,27 @@ class ShadowController:
         self._draft_lens: dict[int, int] = {}
 
     def rests(self, batch: Batch) -> bool:
-        """Whether no request may draft: otherwise proposals are wanted, which teach if they are not verified too."""
-        return not batch.may_draft
+        """Whether no request may draft, or what drafts are expected to save is less than what waiting for them takes.
+
+        Sizes that are to be measured are waited for.
+        """
+        if not batch.may_draft:
+            return True
+        if batch.has_prefill or any(request.is_fixed and request.max_draft_len for request in batch.requests):
+            return False
+        rows = [0] * batch.num_ranks
+        for request in batch.requests:
+            rows[request.rank] += 1
+        sizes = sum(rows), max(rows)
+        if not self._cost.is_known or self._is_unsure(sizes[0]):
+            return False
+        plain_s = self._cost.step_s(*sizes)
+        if self._cost.num_seen(sizes[0] + 1) < _ENOUGH:
+            longer_s = self._cost.step_s(sizes[0] + 1, sizes[1] + 1)
+            if longer_s - plain_s <= self._allowance_s:
+                return False
+        may_draft = [request.key for request in batch.requests if request.max_draft_len]
+        return self._overlap.expected(may_draft) * plain_s < self._overlap.wait_s
 
     def max_draft_lens(self, batch: Batch) -> list[int]:
         """Return each request's limit: a proposal is worth its comparison with the text even if never verified."""
@@ -132,6 +159,7 @@ class ShadowController:
         """Return the lengths with the best expected tokens per second; a step without measured time has none."""
         fixed = [len(p) if r.is_fixed else 0 for r, p in zip(batch.requests, proposals, strict=True)]
         self._plain_step_s = self._beside = self._level = None
+        self._saved = {}
         if not batch.requests or not self._cost.is_known:
             return fixed
         base_rows, num_budgeted = [0] * batch.num_ranks, 0
@@ -141,7 +169,16 @@ class ShadowController:
         step = _Step(
             [self._chain(r, p) for r, p in zip(batch.requests, proposals, strict=True)], base_rows, num_budgeted
         )
-        chosen = self._choose_beside(step, batch.prompt_rows) if batch.has_prefill else self._choose(step)
+        if batch.has_prefill:
+            chosen = self._choose_beside(step, batch.prompt_rows)
+        else:
+            chosen = self._choose(step, [p for r, p in zip(batch.requests, proposals, strict=True) if r.max_draft_len])
+        keys = [request.key for request in batch.requests]
+        if not batch.has_prefill:
+            self._overlap.note(keys, proposals, {keys[place]: saved for place, saved in self._saved.items()})
+        if batch.is_sent:
+            self._beside = self._level = None
+            return step.nothing
         return [length + own for length, own in zip(chosen, fixed, strict=True)]
 
     def budget_level(self) -> int | None:
@@ -150,7 +187,8 @@ class ShadowController:
 
     def observe(self, step: StepObservation) -> None:
         """Settle the allowance and the requests' ledgers; what the step teaches is left to `learn`."""
-        self._unlearned = step
+        self._overlap.observe(step)
+        self._unlearned = step = self._overlap.as_if_after(step)
         if step.has_prefill:
             self._account_beside(step)
         if step.has_prefill or not step.requests:
@@ -176,6 +214,7 @@ class ShadowController:
     def forget(self, key: int) -> None:
         """Drop the request's own estimates; what all requests taught stays."""
         self._acceptance.forget(key)
+        self._overlap.forget(key)
         self._ledgers.pop(key, None)
         self._draft_lens.pop(key, None)
 
@@ -199,22 +238,31 @@ class ShadowController:
         draft_len = min(len(proposal), self._max_draft_len, request.max_draft_len)
         return Chain(request.rank, self.reach(request.key, proposal, draft_len), request.keeps_to_budget(proposal))
 
-    def _choose(self, step: _Step) -> list[int]:
+    def _choose(self, step: _Step, proposals: Sequence[Proposal]) -> list[int]:
         sizes = step.num_rows, step.max_rows
         base = self._base_level(step)
         self._level = base
         self._plain_step_s = self._cost.least_s(*sizes, base, step.num_budgeted)
         plain_s = self._cost.step_s(*sizes, base, step.num_budgeted)
         error = self._cost.relative_error(step.num_rows, base)
-        is_stale = self._cost.steps_since(step.num_rows, base) * error**2 > _REFRESH
-        if self._cost.num_seen(step.num_rows, base) < _ENOUGH or is_stale:
+        if self._is_unsure(step.num_rows, base):
             return step.nothing
         level, best = self._best(step, [self._cost.price(level) for level in self._priced])
         margin = MARGIN + error
-        if best.num_tokens * plain_s > (1 + margin) * step.num_tokens * best.step_s:
+        saved = best.num_tokens / step.num_tokens - best.step_s / plain_s
+        # Behind drafts no step can be sent ahead
+        gain_s = self._overlap.gain_s(proposals, plain_s)
+        if saved * plain_s > gain_s and best.num_tokens * plain_s > (1 + margin) * step.num_tokens * best.step_s:
+            self._saved = _shares(step, best, saved)
             self._level = self._paired(step, best, level)
             return best.draft_lens
         return self._explore(step, plain_s)
+
+    def _is_unsure(self, num_rows: int, base: Level = None) -> bool:
+        """Whether the plain step of a batch is to be measured, for the first times or again."""
+        error = self._cost.relative_error(num_rows, base)
+        is_stale = self._cost.steps_since(num_rows, base) * error**2 > _REFRESH
+        return self._cost.num_seen(num_rows, base) < _ENOUGH or is_stale
 
     @property
     def _priced(self) -> Sequence[Level]:
@@ -315,3 +363,10 @@ class ShadowController:
         self._beside = None
         self._allowance_s += token_s * sum(outcome.num_accepted for outcome in step.requests) - extra_s
         self._allowance_s = min(self._allowance_s, MAX_ALLOWANCE_STEPS * token_s * len(step.requests))
+
+
+def _shares(step: _Step, best: Allocation, saved: float) -> dict[int, float]:
+    """Return what of ``saved`` is each chain's, by its number: in proportion to the tokens that it is to gain."""
+    gains = [sum(chain.gains[:length]) for chain, length in zip(step.chains, best.draft_lens, strict=True)]
+    total = sum(gains)
+    return {place: saved * gain / total for place, gain in enumerate(gains) if gain}
