@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("msgspec")
-pytest.importorskip("zmq")
+pytest.importorskip("msgspec", exc_type=ImportError)
+pytest.importorskip("zmq", exc_type=ImportError)
 
+from penstock.benchmarks.echo_rank import EchoRunner, answer
 from penstock.cluster.transport.messages import Close, Done, Failed, Loaded, Ping, Pong, Regroup, Run
 from penstock.cluster.transport.rank_loop import RankLoop, RankSettings
 from penstock.cluster.transport.step_plane import CoordinatorPlane
@@ -15,6 +16,7 @@ __all__ = [
     "Close",
     "CoordinatorPlane",
     "Done",
+    "EchoRunner",
     "Failed",
     "Loaded",
     "Ping",
@@ -23,4 +25,5 @@ __all__ = [
     "RankSettings",
     "Regroup",
     "Run",
+    "answer",
 ]

@@ -142,6 +142,23 @@ def test_nothing_is_launched_behind_drafts(asynchronous: ModelRunner) -> None:
     assert len(ranks.pairs) < 3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+def test_graphs_replayed_one_behind_the_other_give_the_same_tokens(
+    checkpoint: Callable[[str], Path], params: SamplingParams
+) -> None:
+    config = config_of(checkpoint("qwen3_moe"), device="cuda", **SMALL, **BATCH)
+    runner = make_runner(config, 0)
+    assert runner.is_asynchronous
+    expected = generate(Engine(replace(config, async_scheduling=False), LocalRanks(runner)), PROMPTS, params)
+    runner.generation = -1
+    engine = Engine(config, ranks := Launching(runner))
+    engine.warm_up()
+    assert generate(engine, PROMPTS, params) == expected
+    assert len(ranks.pairs) > 10
+
+
 def test_tokens_are_taken_from_where_the_step_before_left_them() -> None:
     """By request, whatever its place there and here, and from nowhere else."""
     device, left = torch.device("cpu"), torch.full((8,), 77)

@@ -6,17 +6,15 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from penstock.benchmarks.echo_rank import EchoRunner, answer
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.output import RequestOutput
-from penstock.cluster.engine.ranks import LaunchingRanks, LocalRanks, make_runner, ranks_of
+from penstock.cluster.engine.ranks import LaunchingRanks, LocalRanks, ranks_of
 from penstock.router.expert_budget import ExpertBudget
 from penstock.workers.launched_step import LaunchedStep, can_be_followed, can_follow
 from penstock.workers.plan import SAMPLED_LAST, Bucket, RankPlan, RequestPlan, StepPlan, StepResult
@@ -27,9 +25,23 @@ from penstock.workers.sampling_params import LogitAdjustments, SamplingParams, T
 from penstock.workers.static_rows import StaticRows
 from penstock.workers.static_step import StaticStep, StepShape
 
-from .step_plane import Close, CoordinatorPlane, Done, Failed, Loaded, Ping, Pong, RankLoop, RankSettings, Regroup, Run
+from .step_plane import (
+    Close,
+    CoordinatorPlane,
+    Done,
+    EchoRunner,
+    Failed,
+    Loaded,
+    Ping,
+    Pong,
+    RankLoop,
+    RankSettings,
+    Regroup,
+    Run,
+    answer,
+)
 from .test_static_step import BLOCK, OnTheDevice, blind_runner
-from .tiny_engine import GREEDY, PROMPTS, config_of, generate
+from .tiny_engine import GREEDY, PROMPTS, generate
 
 __all__ = ["blind_runner"]
 BUCKET = Bucket(2, 1, 256)
@@ -479,19 +491,3 @@ def test_ranks_that_meet_again_do_not_wait_for_a_step_that_was_given_up(
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mix", MIXES)
-def test_graphs_replayed_one_behind_the_other_give_the_same_tokens(checkpoint: Callable[[str], Path], mix: str) -> None:
-    config = replace(config_of(checkpoint("qwen3_moe"), block_size=4, max_model_len=96, **OPTIONS), device="cuda")
-    runner = make_runner(config, 0)
-    assert runner.is_asynchronous
-    found = []
-    for ahead in (False, True, True):
-        runner.generation, runner.is_asynchronous = -1, ahead
-        ranks = Launches(LocalRanks(runner))
-        found.append(serve(Engine(config, ranks), MIXES[mix]))
-        assert (ranks.num_behind > 0) == ahead
-    assert found[0] == found[1] == found[2]
