@@ -30,7 +30,7 @@ app.command(bench)
 app.command(calibrate)
 app.command(trace)
 app.command(place)
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
+errors = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 def _config(model: str | None, file: Path | None, flags: Any) -> EngineConfig:

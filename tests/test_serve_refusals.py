@@ -26,6 +26,13 @@ def test_a_port_in_use_is_refused_with_one_line(penstock, without_ray):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_an_empty_host_opens_no_server_to_everybody(penstock, without_ray):
+    done = penstock("serve", str(DEMO), "--host", "")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: host: it is empty")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("port", [0, 65536])
 def test_a_port_that_is_none_is_refused(penstock, without_ray, port):
     done = penstock("serve", str(DEMO), "--port", str(port))

@@ -24,7 +24,7 @@ from .load_summary import budget_summary, load_summary, rank_summary
 from .local_ray import LocalRay, check_port
 from .resources import num_ranks
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, emoji=False)
 SAMPLE_QUESTION = "438 + 275"
 SHUTDOWN_TIMEOUT_S = 30.0
 _WATCH_S = 2.0
@@ -59,6 +59,8 @@ def run_server(
     placement_of(config)
     if not 1 <= port <= 65535:  # nobody could be told which one the system had chosen instead of 0
         raise ValueError(f"port: {port} is not in [1, 65535]")
+    if not host:  # a variable that was not set must not open a server to everybody
+        raise ValueError("host: it is empty; 0.0.0.0 is every interface, 127.0.0.1 this machine alone")
     if address is None:
         check_port(host, port)
     finish: Callable[[float], None] | None = None
