@@ -100,15 +100,10 @@ def placement_of(config: EngineConfig) -> Placement | None:
     """Return the placement that ``config`` names, None if it names none and experts stay where they are.
 
     Raises ``ValueError`` naming ``placement`` for a file that cannot be read or does not fit model and ranks, or
-    ``num_redundant_experts`` for more copies than ranks have places for, or ``expert_parallel_size`` for more ranks
-    than there are experts.
+    ``num_redundant_experts`` for more copies than ranks have places for.
     """
     if config.placement is None:
-        if config.enable_eplb:
-            return _to_begin_with(config)
-        _, model_config = inspect(config.model, config.revision)
-        check_num_ranks(num_experts_of(model_config.get_text_config()), config.expert_parallel_size)
-        return None
+        return _to_begin_with(config) if config.enable_eplb else None
     path = Path(config.placement).expanduser()
     file = PlacementFile.read(path)
     if file.num_ranks != config.expert_parallel_size:
@@ -125,6 +120,12 @@ def placement_of(config: EngineConfig) -> Placement | None:
         return file.placement()
     except ValueError as error:
         raise ValueError(f"placement: {path}: {error}; mend it, or make one with `penstock place`") from error
+
+
+def check_ranks(config: EngineConfig) -> None:
+    """Raise ``ValueError`` naming the field for a model that is not there, or for more ranks than it has experts."""
+    _, model_config = inspect(config.model, config.revision, config.max_model_len)
+    check_num_ranks(num_experts_of(model_config.get_text_config()), config.expert_parallel_size)
 
 
 def _to_begin_with(config: EngineConfig) -> Placement:

@@ -12,11 +12,10 @@ from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve import Application
 
-from ...workers.loader import inspect
 from ..api.chat_tokenizer import check_tokenizer_files
 from ..calibration.gate import check_budget_profile
 from ..config import API_KEY_VARIABLE, EngineConfig
-from ..placement_file import placement_of
+from ..placement_file import check_ranks, placement_of
 from ..speculation.drafter import drafter_factory
 from .autoscaling import autoscaling
 from .gang import Gang
@@ -40,7 +39,7 @@ def build_app(args: Mapping[str, Any] | EngineConfig, *, address: Address | None
     """
     config = args if isinstance(args, EngineConfig) else EngineConfig.from_mapping(args)
     drafter_factory(config.drafter)
-    inspect(config.model, config.revision, config.max_model_len)
+    check_ranks(config)
     check_tokenizer_files(config.tokenizer_source)
     served = check_budget_profile(config)
     placement = placement_of(config)

@@ -9,7 +9,6 @@ from contextlib import ExitStack, suppress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ...workers.loader import inspect
 from ..api.chat_tokenizer import check_tokenizer_files
 from ..api.generation import Generation
 from ..api.metric import PREFIX
@@ -17,7 +16,7 @@ from ..calibration.gate import check_budget_profile
 from ..client.http_client import HttpClient
 from ..config import EngineConfig
 from ..engine.budget import make_budgets
-from ..placement_file import placement_of
+from ..placement_file import check_ranks, placement_of
 from ..speculation.drafter import drafter_factory
 from .interrupts import interruptible, uninterruptible
 from .load_summary import budget_summary, load_summary, rank_summary
@@ -52,7 +51,7 @@ def run_server(
         raise ValueError(f"shutdown_timeout_s: {shutdown_timeout_s:g} is not 0 or more")
     # Refuse before Ray starts what can be refused
     drafter_factory(config.drafter)
-    inspect(config.model, config.revision, config.max_model_len)
+    check_ranks(config)
     check_tokenizer_files(config.tokenizer_source)
     served = check_budget_profile(config)
     config = served.config
