@@ -83,7 +83,6 @@ def _rows(name: str, config: EngineConfig, ranks: CountingRanks, options: Option
         for policy in POLICIES
         for ahead in (False, True)
     }
-    ranks.recover(0)
     runs: dict[tuple[str, str, bool], list[tuple[PolicyRun, float]]] = {}
     for number in range(3 if options.quick else NUM_REQUESTS):
         for family in FAMILIES:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from penstock.cluster.engine.engine import Engine
-from penstock.cluster.engine.ranks import LaunchingRanks, LocalRanks, make_runner, ranks_of
+from penstock.cluster.engine.ranks import LaunchingRanks, LocalRanks, make_runner
 from penstock.workers.collective_guard import CollectiveGuard
 from penstock.workers.launched_step import LaunchedStep
 from penstock.workers.plan import SAMPLED_LAST, Bucket, RankPlan, RequestPlan
@@ -115,14 +115,6 @@ def test_a_step_that_fails_takes_the_one_behind_it_along(
     assert len(ranks.pairs) > 30
 
 
-def test_how_a_rank_is_driven_is_its_device_s_to_say(
-    asynchronous: ModelRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert type(ranks_of(asynchronous)) is LaunchingRanks
-    monkeypatch.setattr(asynchronous, "is_asynchronous", False)
-    assert type(ranks_of(asynchronous)) is LocalRanks
-
-
 @pytest.mark.parametrize("params", [replace(SAMPLED, top_p=0.9), replace(SAMPLED, logprobs=1)])
 def test_what_the_host_samples_is_not_launched_ahead(asynchronous: ModelRunner, params: SamplingParams) -> None:
     config = config_of(Path("m"), **SMALL, **BATCH)
@@ -201,12 +193,15 @@ def test_two_ranks_launch_ahead_and_survive_a_failure(
     ranks = process_ranks(config, [sys.executable, str(Path(__file__).with_name("faulty_rank.py"))])
     try:
         ranks.infos[:] = [replace(info, replays_graphs=True) for info in ranks.infos]
+        recover, gave_up = ranks.recover, []
+        ranks.recover = lambda generation: gave_up.append(ranks._store is None) or recover(generation)
         engine = Engine(config, ranks)
         assert generate(engine, PROMPTS, SAMPLED) == expected
         stats = engine.stats()
     finally:
         ranks.close()
     assert stats.num_failed_steps == 1
+    assert gave_up == [True], "what guards the other rank hears of the failure at once"
     for rank in range(2):
         assert (tmp_path / f"launched.{rank}").stat().st_size > 10, "steps launched behind others"
 

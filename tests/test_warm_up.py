@@ -58,6 +58,8 @@ def test_steps_find_their_shape_among_the_first(padding: Padding) -> None:
 
 def test_tables_are_short_or_whole() -> None:
     """A step's copy of block ids stays small while contexts are short."""
+    assert len(Padding(16, 8192, 256, 8).first()) == 22
+    assert len(Padding(16, 131072, 256, 8).first()) == 28
     by_requests = {}
     for bucket in Padding(16, 131072, 256, 8).first():
         by_requests.setdefault(bucket.num_requests, set()).add(bucket.num_slots)
