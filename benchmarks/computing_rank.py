@@ -80,7 +80,7 @@ class ComputingRunner(EchoRunner):
         """Wait for it and answer; ``thread_time_s`` is the time in which the device had nothing to do."""
         step.ended.wait()
         tokens = [[1] * request.num_sampled_rows for request in step.plan.requests]
-        return replace(answer(step.plan, self.rank), token_ids=tokens, thread_time_s=step.idle_s)
+        return replace(answer(step.plan, self.rank), token_ids=tokens, thread_time_s=step.idle_s, ran_s=self._compute_s)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def answer(plan: RankPlan, rank: int) -> RankResult:
         num_collectives=3 * NUM_MOE_LAYERS,
         collectives_crc=0,
         thread_time_s=0.0,
+        ran_s=0.0,
     )
 
 

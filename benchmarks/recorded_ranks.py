@@ -264,4 +264,4 @@ class RecordedRanks:
         payload = [8 * self._computer.info.hidden_size * count for count in sent]
         own = [sum(len(records) for records in rows)] * len(sent)
         counts = LayerCounts(own, experts, sent, payload, payload)
-        return RankResult(plan.generation, plan.step_id, rank, tokens, counts, 0, 0, 0.0)
+        return RankResult(plan.generation, plan.step_id, rank, tokens, counts, 0, 0, 0.0, 0.0)

@@ -83,12 +83,18 @@ class Bench:
             drafter=drafter,
         )
         self._runner = make_runner(self.config, 0)
-        self._info: RankInfo = self._runner.info
-        self.computer = RowComputer(DEMO, self._info.model)
-        self._times = StepTimes.load()
-        self.maker = JobMaker(ChatTokenizer(str(DEMO)), self._info.model.eos_token_ids, seed)
+        self.info: RankInfo = self._runner.info
+        self.computer = RowComputer(DEMO, self.info.model)
+        self.times = StepTimes.load()
+        self.maker = JobMaker(ChatTokenizer(str(DEMO)), self.info.model.eos_token_ids, seed)
         self._num_tokens = num_tokens
         self._lengths: dict[tuple[str, int, str], int] = {}
+
+    @property
+    def plain_step_s(self) -> float:
+        """The price of a step of one row on one rank."""
+        top_k, layers = self.info.model.num_experts_per_tok, self.info.model.num_moe_layers
+        return self.times.step_s([1], [[top_k] * layers], top_k)
 
     def prepare(self, jobs: Sequence[Job]) -> None:
         """Let the engine serve ``jobs`` without speculation, and compute all rows of those texts and their drafts."""
@@ -108,7 +114,7 @@ class Bench:
 
     def ranks(self, num_ranks: int, jobs: Sequence[Job]) -> RecordedRanks:
         """Return new ranks at time 0 for these requests."""
-        ranks = RecordedRanks(self.computer, self._info, num_ranks, self._times)
+        ranks = RecordedRanks(self.computer, self.info, num_ranks, self.times)
         ranks.jobs = list(jobs)
         return ranks
 

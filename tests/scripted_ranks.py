@@ -101,6 +101,7 @@ class ScriptedRanks:
             num_collectives=0,
             collectives_crc=0,
             thread_time_s=0.0,
+            ran_s=0.0,
         )
 
     def _sample(self, rank: int, request: RequestPlan) -> list[int]:

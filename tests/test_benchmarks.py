@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from penstock.benchmarks import step_gaps
+from penstock.benchmarks import priced_waits, step_gaps
 from penstock.benchmarks.churn import slope
 from penstock.benchmarks.harness import Measurement, Options, Target, quantile, run
 from penstock.benchmarks.http_stream import COMPLETED, LEFT, LOST, REFUSED, Answer, ask
@@ -21,6 +21,7 @@ from penstock.benchmarks.stream_peer import EnginePeer, HttpPeer, Job, Report
 from penstock.benchmarks.time_budget import TimeBudget, process_age_s
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.backend import QueueFullError
+from penstock.demo.records import FAMILIES
 
 from .scripted_backend import ScriptedBackend, save_tokenizer
 from .test_http_client import MODEL, served
@@ -227,6 +228,14 @@ def test_both_ends_of_the_serving_benchmark_count_the_same_tokens(tokenizer):
     for report in reports:
         assert [request.num_tokens for request in report.requests] == [6] * 5
         assert all(0 < request.ttft_s <= request.total_s <= report.wall_s for request in report.requests)
+
+
+def test_the_default_policy_loses_nothing_where_steps_are_sent_ahead(monkeypatch):
+    """By a clock that repeats exactly, so that its targets bind here too."""
+    monkeypatch.setattr(priced_waits, "QUICK_TOKENS", {1: 512})
+    found = priced_waits.measure(Options(quick=True, seed=0))
+    assert [target.name for target in found.targets if not target.reached] == []
+    assert {row["family"] for row in found.rows if 0 < row["ahead"] < 1} == set(FAMILIES)
 
 
 @pytest.mark.conformance

@@ -112,7 +112,7 @@ def test_counts_have_a_series_for_each_rank_and_for_each_layer() -> None:
         LayerCounts([2, 2], [4, 5], [1, 0], [80, 0], [96, 16], [2, 2], [1.5, 2.0]),
         LayerCounts([3, 3], [6, 1], [2, 3], [160, 240], [170, 250]),
     ]
-    ranks = [RankResult(0, 0, rank, [], found, 0, 0, 0.0) for rank, found in enumerate(counts)]
+    ranks = [RankResult(0, 0, rank, [], found, 0, 0, 0.0, 0.0) for rank, found in enumerate(counts)]
     budget = ExpertBudget(experts=5)
     counters = Counters(2, 2)
     for _ in range(3):

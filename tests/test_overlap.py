@@ -13,8 +13,8 @@ from penstock.cluster.speculation.proposal import NOTHING, Evidence, Proposal
 from penstock.cluster.speculation.shadow import ShadowController
 
 MATCH = Proposal([1, 2], Evidence("suffix", 5))
-PLAIN = StepObservation(0.010, [RequestOutcome(7, 0, 0, 1)], [1], False, [4.0], [0.0], waited_s=0.003, planning_s=0.001)
-AHEAD = replace(PLAIN, step_s=0.0085, waited_s=None, planning_s=0.0)
+PLAIN = StepObservation(0.010, [RequestOutcome(7, 0, 0, 1)], [1], False, [4.0], [0.0], waited_s=0.003)
+AHEAD = replace(PLAIN, step_s=0.0075, waited_s=0.0005, was_ahead=True)
 
 
 def test_what_drafts_save_is_learned_by_the_evidence_of_the_position_before() -> None:
@@ -29,6 +29,15 @@ def test_what_drafts_save_is_learned_by_the_evidence_of_the_position_before() ->
     overlap.note([7], [MATCH], {7: 0.4})
     assert overlap.expected([7]) == pytest.approx(0.0, abs=0.05)
     assert overlap.expected([7, 8]) > 0.9, "of a request that nothing is known of, much is expected"
+
+
+def test_of_evidence_that_was_never_seen_as_much_is_expected_as_of_all() -> None:
+    overlap = Overlap()
+    for _ in range(200):
+        overlap.note([7], [NOTHING], {7: 0.3})
+        overlap.observe(PLAIN)
+    overlap.note([7], [MATCH], {})
+    assert overlap.expected([7]) == pytest.approx(0.3, abs=0.05)
 
 
 def test_a_position_behind_drafts_is_not_the_next_one() -> None:
@@ -53,15 +62,15 @@ def test_a_decision_that_is_made_again_teaches_once() -> None:
 
 def test_times_are_those_of_steps_that_could_have_been_sent_ahead() -> None:
     overlap = Overlap()
-    assert overlap.as_if_after(AHEAD) is AHEAD
+    assert overlap.as_if_after(AHEAD) == AHEAD
     for _ in range(8):
         overlap.observe(replace(PLAIN, waited_s=None))
     assert overlap.wait_s == 0.0, "nobody waited"
     for waited_s in (0.003, 9.0, 0.003, 0.003):
         overlap.observe(replace(PLAIN, waited_s=waited_s))
     overlap.observe(AHEAD)
-    assert overlap.wait_s == pytest.approx(0.003), "a moment without requests is no wait"
-    assert overlap.as_if_after(AHEAD).step_s == pytest.approx(AHEAD.step_s + PLAIN.planning_s)
+    assert overlap.wait_s == pytest.approx(0.0025), "a moment without requests is no wait"
+    assert overlap.as_if_after(AHEAD).step_s == pytest.approx(PLAIN.step_s)
     assert overlap.as_if_after(PLAIN) is PLAIN
 
 
@@ -76,9 +85,7 @@ def controller_after(waited_s: float | None, match_is_right: bool, num_steps: in
         accepted = drafted if match_is_right else 0
         step_s = 0.010 + 0.001 * drafted
         outcome = RequestOutcome(7, drafted, accepted, accepted + 1)
-        controller.observe(
-            StepObservation(step_s, [outcome], [1 + drafted], False, [4.0], [0.0], None, 0, waited_s, 0.0005)
-        )
+        controller.observe(StepObservation(step_s, [outcome], [1 + drafted], False, [4.0], [0.0], None, 0, waited_s))
         right = len(proposal) if match_is_right else 0
         controller.learn(
             [ShadowTrial(7, proposal.evidence, 0, right, min(right + 1, len(proposal)))] if proposal else []

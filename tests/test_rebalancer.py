@@ -71,7 +71,7 @@ class Gang:
         self.time_s += self.wall_s
         loads = ExpertLoads(self.loads.tolist(), [0] * L) if part.wants_loads else None
         results = [
-            RankResult(0, 0, rank, [], LayerCounts([], [], [], [], []), 0, 0, 0.0, expert_loads=loads)
+            RankResult(0, 0, rank, [], LayerCounts([], [], [], [], []), 0, 0, 0.0, 0.0, expert_loads=loads)
             for rank in range(R)
         ]
         self.rebalancer.commit(StepResult(results, self.wall_s))
@@ -223,7 +223,7 @@ def test_a_window_keeps_the_last_steps() -> None:
     def result(number: int | None) -> StepResult:
         loads = None if number is None else ExpertLoads([[number, 0]], [number])
         other = None if number is None else ExpertLoads([[0, 0]], [0])
-        empty = RankResult(0, 0, 0, [], LayerCounts([], [], [], [], []), 0, 0, 0.0)
+        empty = RankResult(0, 0, 0, [], LayerCounts([], [], [], [], []), 0, 0, 0.0, 0.0)
         return StepResult([replace(empty, expert_loads=loads), replace(empty, expert_loads=other)], 0.0)
 
     window = LoadWindow(32)

@@ -215,8 +215,10 @@ class Timed(ScriptedRanks):
     now_s = 0.0
 
     def step(self, plan: StepPlan) -> StepResult:
-        self.now_s += sum(len(request.token_ids) for rank in plan.ranks for request in rank.requests)
-        return super().step(plan)
+        ran_s = float(sum(len(request.token_ids) for rank in plan.ranks for request in rank.requests))
+        self.now_s += ran_s
+        result = super().step(plan)
+        return replace(result, ranks=[replace(rank, ran_s=ran_s) for rank in result.ranks])
 
 
 @pytest.mark.parametrize("num_requests", [1, 3])

@@ -22,6 +22,8 @@ class LaunchedStep:
     """Waits for the device; to be called once, before a step is launched behind the one that follows."""
     thread_time_s: float = 0.0
     """CPU time of the thread that launched it, for that."""
+    started_s: float = 0.0
+    """When it began to be computed, unless a step before it still was; by ``time.perf_counter``."""
 
 
 def can_be_followed(plan: RankPlan) -> bool:

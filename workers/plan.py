@@ -193,6 +193,8 @@ class RankResult:
     """Checksum of the sequence of collectives; equal on all ranks, or the step has failed."""
     thread_time_s: float
     """CPU time of the rank's thread in this step."""
+    ran_s: float
+    """Time by the clock that it was computed: since it had been launched, or the step before had ended."""
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     """By request, for those that ask: of the tokens in ``token_ids``."""
     prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)

@@ -151,6 +151,8 @@ class ModelRunner:
         """Whether padded steps that have been launched run while this thread does something else."""
         self.texts = Texts()
         self.generation = -1
+        self._ended_s = 0.0
+        """When the step before had ended."""
         self._sampled: dict[int, int] = {}
         """The last token of each request that the step before sampled."""
         # One block is scratch for padding rows
@@ -275,7 +277,7 @@ class ModelRunner:
         ``behind``: the one before, if it has not been, and the plan `can_follow` it. A step that was launched may be
         let go without `finish`, when nothing that follows it counts either.
         """
-        started = time.thread_time()
+        started, started_s = time.thread_time(), time.perf_counter()
         if behind is None:
             plan = replace(plan, requests=[request.filled_in(self._sampled) for request in plan.requests])
         if plan.generation != self.generation and self.device.type == "cuda":
@@ -294,6 +296,8 @@ class ModelRunner:
                 # for it, so that all ranks' devices run them in one order; the host waits only with gloo
                 self.mover.finish()
             step = self.padded.launch(plan, None if behind is None else behind.plan)
+        # A device that computes by itself begins when it has been told to
+        step.started_s = time.perf_counter() if self.is_asynchronous and plan.bucket is not None else started_s
         step.thread_time_s = time.thread_time() - started
         return step
 
@@ -330,6 +334,8 @@ class ModelRunner:
         }
         if self.mover is not None:
             self.mover.finish()
+        begun_s = max(step.started_s, self._ended_s)
+        self._ended_s = ended_s = time.perf_counter()
         return RankResult(
             generation=plan.generation,
             step_id=plan.step_id,
@@ -343,6 +349,7 @@ class ModelRunner:
             kept_weights=computed.kept_weights,
             expert_loads=self.experts.take_loads() if plan.rebalance and plan.rebalance.wants_loads else None,
             thread_time_s=step.thread_time_s + time.thread_time() - started,
+            ran_s=ended_s - begun_s,
             num_graphs=0 if plan.requests else self.padded.graphs.num_graphs,
             graph_bytes=0 if plan.requests else self.padded.graphs.num_bytes,
         )

@@ -307,7 +307,7 @@ class Engine:
                 if part.first_budgeted_row is not None
             ),
             waited_s=step.waited_s,
-            planning_s=step.planning_s,
+            was_ahead=step.was_ahead,
         )
 
     @staticmethod

@@ -33,11 +33,6 @@ class PlannedStep:
     """When its planning began, or, if it was sent ahead, when the result of the step before came; engine's clock."""
     batch: Batch | None = None
     """What was foreseen of a step that was sent ahead: the controller has yet to be asked, as for any other."""
-    planning_s: float = 0.0
-    """How long planning took; 0 for a step that was sent ahead."""
-    waited_s: float | None = None
-    """How long ranks had nothing to do before it, if they had run another one right before, and could have been sent
-    this one while they did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +42,10 @@ class RanStep:
     plan: StepPlan
     result: StepResult
     started_s: float
-    planning_s: float
+    was_ahead: bool
     waited_s: float | None
+    """How long ranks had nothing to do since the result of the step before, if that was right before and they can be
+    sent steps while they run others."""
 
 
 class Stepper:
@@ -110,14 +107,18 @@ class Stepper:
             # Interrupted: ranks may still answer these steps, so their numbers must not come again
             self._void()
             raise
-        self._ahead, self._ended_s = ahead, self._clock()
+        before_s, ended_s = self._ended_s, self._clock()
+        waited_s = None
+        if before_s is not None and self._queue is not None:
+            waited_s = ended_s - before_s - max(rank.ran_s for rank in result.ranks)
+        self._ahead, self._ended_s = ahead, ended_s
         if ahead is not None:
-            ahead.started_s = self._ended_s
+            ahead.started_s = ended_s
         self._step_id += 1
         self._failures_in_row = 0
         if self._rebalancer is not None:
             self._rebalancer.commit(result)
-        return RanStep(step.plan, result, step.started_s, step.planning_s, step.waited_s)
+        return RanStep(step.plan, result, step.started_s, step.batch is not None, waited_s)
 
     def run_padding(self, bucket: Bucket, budget: ExpertBudget | None) -> StepResult | None:
         """Run a step of nothing but padding, on all ranks; None if it failed. Raises as `step` does.
@@ -156,12 +157,7 @@ class Stepper:
         plan = self._scheduler.schedule(self._generation, self._step_id, drafts, budget, reach)
         if plan is None:
             return None
-        step = self._sent(PlannedStep(plan, started_s))
-        sent_s = self._clock()
-        step.planning_s = sent_s - started_s
-        if self._ended_s is not None and self._queue is not None:
-            step.waited_s = sent_s - self._ended_s
-        return step
+        return self._sent(PlannedStep(plan, started_s))
 
     def _send_ahead(self, step: PlannedStep) -> PlannedStep | None:
         """Plan and send the step after ``step``, if nothing of it depends on what that one yields.

@@ -56,7 +56,7 @@ class StepObservation:
     num_budgeted_rows: int = 0
     """Rows of the requests, on all ranks, that kept to it."""
     waited_s: float | None = None
-    """How long ranks had nothing to do between the step before and this one, its planning included; None where it was
-    sent before that one had ended, where there was none right before, and where steps are never sent ahead."""
-    planning_s: float = 0.0
-    """The part of ``step_s`` that drafting and planning took; 0 where that was done while the step before ran."""
+    """How long ranks had nothing to do between the results of the step before and of this one: messages and, unless it
+    was sent ahead, planning; None where no step was right before, and where steps are never sent ahead."""
+    was_ahead: bool = False
+    """Whether it was sent while the step before ran."""

@@ -24,6 +24,8 @@ _NUM_TIMES = 17
 
 _Class = tuple[str, int, int]
 """Drafter and classes of match length and of the first token's frequency; all of them nothing without a proposal."""
+_ALL: _Class = "", -1, -1
+"""What all classes have seen."""
 
 
 class Overlap:
@@ -41,8 +43,8 @@ class Overlap:
         """Of each request in the step that was decided last: the evidence there, and what its drafts save."""
         self._before: dict[int, _Class] = {}
         """Evidence at the position before, of requests that got one token since."""
-        self._waits_s: deque[float] = deque(maxlen=_NUM_TIMES)
-        self._planning_s: deque[float] = deque(maxlen=_NUM_TIMES)
+        self._waits_s: dict[bool, deque[float]] = {ahead: deque(maxlen=_NUM_TIMES) for ahead in (False, True)}
+        """How long ranks had nothing to do between two results, by whether the later step was sent ahead."""
 
     def note(self, keys: Sequence[int], proposals: Sequence[Proposal], saved: Mapping[int, float]) -> None:
         """Take a decision; ``saved``: plain steps' worth that the drafts of a request save, if any."""
@@ -53,8 +55,7 @@ class Overlap:
     def observe(self, step: StepObservation) -> None:
         """Learn from the step that was decided last."""
         if step.waited_s is not None:
-            self._waits_s.append(step.waited_s)
-            self._planning_s.append(step.planning_s)
+            self._waits_s[step.was_ahead].append(step.waited_s)
         noted, self._noted = self._noted, {}
         for outcome in step.requests:
             found = noted.get(outcome.key)
@@ -62,9 +63,10 @@ class Overlap:
             if found is None:
                 continue
             if before is not None:
-                total, weight = self._classes.get(before, (_PRIOR * _PRIOR_WEIGHT, _PRIOR_WEIGHT))
-                kept = min(1.0, _MEMORY / (weight + 1))
-                self._classes[before] = total * kept + found[1], weight * kept + 1
+                for evidence in (_ALL, before):
+                    total, weight = self._classes.get(evidence, (0.0, 0.0))
+                    kept = min(1.0, _MEMORY / (weight + 1))
+                    self._classes[evidence] = total * kept + found[1], weight * kept + 1
             if outcome.num_tokens == 1:
                 self._before[outcome.key] = found[0]
 
@@ -88,18 +90,25 @@ class Overlap:
 
     @property
     def wait_s(self) -> float:
-        """How long ranks wait for a step that is planned after the one before; 0 where none could be sent ahead."""
-        return median(self._waits_s) if self._waits_s else 0.0
+        """How much longer ranks wait for a step that is planned after the one before than for one that was sent ahead.
+
+        0 where none could be, and before a wait was measured.
+        """
+        after_s, ahead_s = (self._waits_s[ahead] for ahead in (False, True))
+        if not after_s:
+            return 0.0
+        return max(0.0, median(after_s) - (median(ahead_s) if ahead_s else 0.0))
 
     def as_if_after(self, step: StepObservation) -> StepObservation:
         """Return ``step`` with the time that it would have taken, had it been planned after the one before."""
-        if step.planning_s or not self._planning_s:
-            return step
-        return replace(step, step_s=step.step_s + median(self._planning_s))
+        return replace(step, step_s=step.step_s + self.wait_s) if step.was_ahead else step
 
     def _mean(self, evidence: _Class) -> float:
-        total, weight = self._classes.get(evidence, (_PRIOR, 1.0))
-        return total / weight
+        mean = _PRIOR
+        for address in (_ALL, evidence):
+            total, weight = self._classes.get(address, (0.0, 0.0))
+            mean = (total + mean * _PRIOR_WEIGHT) / (weight + _PRIOR_WEIGHT)
+        return mean
 
 
 def _class_of(proposal: Proposal) -> _Class:

@@ -253,7 +253,7 @@ class ShadowController:
         # Behind drafts no step can be sent ahead
         gain_s = self._overlap.gain_s(proposals, plain_s)
         if saved * plain_s > gain_s and best.num_tokens * plain_s > (1 + margin) * step.num_tokens * best.step_s:
-            self._saved = _shares(step, best, saved)
+            self._saved = _shares(step, best, saved - gain_s / plain_s)
             self._level = self._paired(step, best, level)
             return best.draft_lens
         return self._explore(step, plain_s)
