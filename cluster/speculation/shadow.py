@@ -16,7 +16,7 @@ from .controller import RequestReport
 from .observation import ShadowTrial, StepObservation
 from .overlap import Overlap
 from .proposal import Proposal
-from .step_cost import Level, StepCost
+from .step_cost import ENOUGH, Level, StepCost
 
 MARGIN = 0.01
 """Expected gain in tokens per second below which nothing is drafted, beside the error of the plain step's time: where
@@ -31,8 +31,6 @@ MAX_ALLOWANCE_STEPS = 8.0
 """Plain steps' worth of past gains that may be lost again."""
 _LEAST_SHARE = 0.1
 """Of a plain step's time, that drafts beside prompts take at least."""
-_ENOUGH = 4
-"""Measured steps of a size after which its cost counts as known."""
 _REFRESH = 0.3
 """The plain step of a batch is measured again after this many steps over its squared relative error: 32 steps after
 four measurements by a clock with 20 % noise, hundreds where time is steady."""
@@ -141,7 +139,7 @@ class ShadowController:
         if not self._cost.is_known or self._is_unsure(sizes[0]):
             return False
         plain_s = self._cost.step_s(*sizes)
-        if self._cost.num_seen(sizes[0] + 1) < _ENOUGH:
+        if self._cost.num_seen(sizes[0] + 1) < ENOUGH:
             longer_s = self._cost.step_s(sizes[0] + 1, sizes[1] + 1)
             if longer_s - plain_s <= self._allowance_s:
                 return False
@@ -262,7 +260,7 @@ class ShadowController:
         """Whether the plain step of a batch is to be measured, for the first times or again."""
         error = self._cost.relative_error(num_rows, base)
         is_stale = self._cost.steps_since(num_rows, base) * error**2 > _REFRESH
-        return self._cost.num_seen(num_rows, base) < _ENOUGH or is_stale
+        return not self._cost.is_measured(num_rows, base) or is_stale
 
     @property
     def _priced(self) -> Sequence[Level]:
@@ -307,7 +305,7 @@ class ShadowController:
         They read most experts already, so drafts beside them are cheaper; what they cost themselves is left out. The
         step's own size need not have been measured: what is asked is only how much longer drafts make it.
         """
-        if self._cost.num_measured < _ENOUGH:
+        if self._cost.num_measured < ENOUGH:
             return step.nothing
         rows = [base + prompt for base, prompt in zip(step.base_rows, prompt_rows, strict=True)]
         num_prompt, fullest = sum(prompt_rows), max(rows) - step.max_rows
@@ -332,7 +330,7 @@ class ShadowController:
         likeliest = max(range(len(chains)), key=lambda i: chains[i].gains[0] if chains[i].gains else 0.0)
         chain = chains[likeliest]
         num_rows = step.num_rows + 1
-        if not chain.gains or self._cost.num_seen(num_rows, self._level) >= _ENOUGH:
+        if not chain.gains or self._cost.num_seen(num_rows, self._level) >= ENOUGH:
             return nothing
         max_rows = max(*step.base_rows, step.base_rows[chain.rank] + 1)
         step_s = self._cost.step_s(num_rows, max_rows, self._level, step.num_budgeted)

@@ -26,6 +26,12 @@ _CLIP_SPREADS = 3.0
 _CLIP_FACTOR = 2.5
 _SHIFT_STEPS = 4
 """Outliers in a row, on one side, that are taken for the truth."""
+ENOUGH = 4
+"""Measured steps of a size after which its cost counts as known."""
+_NEAR = 0.5
+"""Share of its rows by which a size may differ from one whose measured steps speak for it."""
+_SLOPE_ERROR = 0.2
+"""Relative error of a time by the relative difference in rows over which the fit extends it."""
 _MIN_MISFIT = 0.01
 """Least relative error of the fitted form that is reckoned with."""
 _TRUSTED_WEIGHT = 8.0
@@ -94,6 +100,8 @@ class StepCost:
         ]
         self._bins: dict[tuple[int, Level], _Bin] = {}
         self._coefficients = [0.0] * 5
+        self._misfit = 1.0
+        """Relative error of the fitted form at a size that it was not fitted to."""
         self._sent_per_row = 0.0
         self._sent_kept = [level.ranks_kept for level in levels]
         """Per level: the share of rows sent that is left where all rows keep to it."""
@@ -119,14 +127,42 @@ class StepCost:
         return min(found.time_s, expected) if found else expected
 
     def steps_since(self, num_rows: int, level: Level = None) -> float:
-        """Return how many steps ago one of about this size was measured; infinity if none was."""
-        found = self._bins.get((_bin_of(num_rows), level))
+        """Return how many steps ago what `relative_error` rests on was measured; infinity if nothing was."""
+        found, _ = self._witness(num_rows, level)
         return self._num_steps - found.last_step if found else math.inf
 
     def relative_error(self, num_rows: int, level: Level = None) -> float:
-        """Return the standard error of the mean time of steps of about this size, relative to it; 1 if none was."""
-        found = self._bins.get((_bin_of(num_rows), level))
-        return found.spread / found.time_s / math.sqrt(found.weight) if found else 1.0
+        """Return the standard error of the expected time of steps of about this size, relative to it; 1 if unknown.
+
+        Of a size that was not measured enough, that of the nearest one that was, if one is near, and what the fit
+        misses between sizes.
+        """
+        found, distance = self._witness(num_rows, level)
+        if found is None:
+            return 1.0
+        error = found.spread / found.time_s / math.sqrt(found.weight)
+        return math.hypot(error, self._misfit, _SLOPE_ERROR * distance) if distance else error
+
+    def is_measured(self, num_rows: int, level: Level = None) -> bool:
+        """Whether enough steps of about this size were, or of one that is near."""
+        found, _ = self._witness(num_rows, level)
+        return found is not None and found.weight >= ENOUGH
+
+    def _witness(self, num_rows: int, level: Level) -> tuple[_Bin | None, float]:
+        """Return what says most of steps of a size, and how far from it that is, relative to it."""
+        number = _bin_of(num_rows)
+        own = self._bins.get((number, level))
+        if own is not None and own.weight >= ENOUGH:
+            return own, 0.0
+        near = [
+            (abs(other - number), found)
+            for (other, under), found in self._bins.items()
+            if under == level and found.weight >= ENOUGH and abs(other - number) <= _NEAR * number
+        ]
+        if not near:
+            return own, 0.0
+        distance, found = min(near, key=lambda pair: pair[0])
+        return found, distance / number
 
     def num_seen(self, num_rows: int, level: Level = None) -> float:
         """Return how often steps of about this size were measured lately."""
@@ -255,6 +291,7 @@ class StepCost:
         total = sum(found.weight for found in bins)
         excess = [m * m * b.weight - noise for m, noise, b in zip(misfits, noises, bins, strict=True)]
         misfit_variance = max(sum(excess) / total, _MIN_MISFIT**2)
+        self._misfit = math.sqrt(misfit_variance)
         for found, misfit, noise in zip(bins, misfits, noises, strict=True):
             found.residual = misfit * found.time_s * found.weight / (found.weight + noise / misfit_variance)
 
