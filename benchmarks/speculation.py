@@ -2,8 +2,8 @@
 
 Eight workloads, batches of 1, 4 and 16, answers and requests of 64 to 512 tokens, one and two expert-parallel ranks.
 The demo model's own routing, tokens and drafts; the engine's own scheduler, drafters and controllers. The clock is
-priced: exact counts of every step (rows and distinct experts per rank) at the prices of results/step_times.json, which
-`benchmarks/step_times` measured. It repeats exactly, and controllers see this clock and nothing else.
+priced: exact counts of every step (rows and distinct experts per rank) at the prices that `benchmarks/step_times`
+measured, results/step_times.json. It repeats exactly, and controllers see this clock and nothing else.
 `benchmarks/speculation_time` measures a subset by CPU time.
 
 Every output is compared with that of no speculation. Rates are relative to no speculation on the same requests,
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -34,7 +35,7 @@ from .decode import DEMO
 from .harness import Measurement, Options, Row, Target, run
 from .policy_run import FIXED, POLICIES, TABLE, PolicyRun, make_engine, serve, trace
 from .recorded_ranks import Job, RecordedRanks, RowComputer
-from .step_times import StepTimes
+from .step_times import PRICES, StepTimes
 from .workloads import MIX, WORKLOADS, JobMaker
 
 BATCHES = (1, 4, 16)
@@ -72,7 +73,7 @@ class Cell:
 class Bench:
     """Serves cells under policies, remembering rows and outputs between them."""
 
-    def __init__(self, drafter: str, seed: int, num_tokens: dict[int, int]) -> None:
+    def __init__(self, drafter: str, seed: int, num_tokens: dict[int, int], prices: Path = PRICES) -> None:
         self.config = EngineConfig(
             model=str(DEMO),
             dtype="float32",
@@ -85,7 +86,7 @@ class Bench:
         self._runner = make_runner(self.config, 0)
         self.info: RankInfo = self._runner.info
         self.computer = RowComputer(DEMO, self.info.model)
-        self.times = StepTimes.load()
+        self.times = StepTimes.load(prices)
         self.maker = JobMaker(ChatTokenizer(str(DEMO)), self.info.model.eos_token_ids, seed)
         self._num_tokens = num_tokens
         self._lengths: dict[tuple[str, int, str], int] = {}
@@ -168,7 +169,8 @@ def cells(options: Options) -> list[Cell]:
 def measure(options: Options) -> Measurement:
     """Serve every cell under every policy."""
     torch.set_num_threads(1)
-    bench = Bench(options.given.drafter, options.seed, QUICK_TOKENS if options.quick else NUM_TOKENS)
+    num_tokens = QUICK_TOKENS if options.quick else NUM_TOKENS
+    bench = Bench(options.given.drafter, options.seed, num_tokens, options.given.prices)
     todo = cells(options)
     bench.prepare_all(todo)
     fixed: dict[Cell, dict[str, PolicyRun]] = {}
@@ -267,6 +269,7 @@ def _column(rows: Sequence[Row], name: str) -> list[float]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what this benchmark alone takes."""
     parser.add_argument("--drafter", default="ngram", help="drafter of all policies: ngram or suffix")
+    parser.add_argument("--prices", type=Path, default=PRICES, help="results of step_times whose prices are to hold")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ..workers.sampling_params import TokenSampling
 from .harness import Measurement, Options, Row, Target, run
 from .inflated import inflated_runner
 
-TABLE = Path(__file__).parent / "results" / "step_times.json"
+PRICES = Path(__file__).parent / "results" / "step_times.json"
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 EXPERTS = (4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
 MANY_ROWS = 64
@@ -46,9 +46,9 @@ class StepTimes:
         self._experts = {n: sorted(e for rows, e in self._seconds if rows == n) for n in self._rows}
 
     @classmethod
-    def load(cls) -> StepTimes:
-        """Read the committed table."""
-        return cls(json.loads(TABLE.read_text(encoding="utf-8"))["rows"])
+    def load(cls, file: Path = PRICES) -> StepTimes:
+        """Read what this benchmark has written to a file."""
+        return cls(json.loads(file.read_text(encoding="utf-8"))["rows"])
 
     def seconds(self, num_rows: int, experts: float) -> float:
         """Return the time of a step, linear between grid points; a count outside the grid takes its edge."""

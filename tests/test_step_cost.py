@@ -104,8 +104,27 @@ def test_it_says_how_well_a_size_is_known() -> None:
     cost = taught(Machine(noise=0.2), [1], 20)
     assert (cost.is_known, cost.num_seen(1), cost.steps_since(1)) == (True, 20, 0)
     assert 0.02 < cost.relative_error(1) < 0.08
-    assert cost.steps_since(2) == float("inf")
+    assert cost.steps_since(4) == float("inf")
     assert cost.least_s(1, 1) <= cost.step_s(1, 1)
+
+
+def test_a_size_is_vouched_for_by_one_that_is_near() -> None:
+    cost = taught(Machine(noise=0.1), [16], 20)
+    assert cost.is_measured(12)
+    assert cost.steps_since(12) == 0
+    assert cost.relative_error(16) < cost.relative_error(15) < cost.relative_error(12) < 0.5
+    assert not cost.is_measured(8), "half of it is too far"
+    assert cost.relative_error(8) == 1
+
+
+def test_the_error_of_a_size_between_knows_of_steps_in_time() -> None:
+    """As padded graphs make them: half a size on, a step takes as long, or half as long again."""
+    smooth, padded = (
+        taught(Machine(per_row_s=1e-3, row_buckets=buckets), [4, 5, 8, 9, 16, 17], 400)
+        for buckets in ((), (4, 8, 16, 32))
+    )
+    assert padded.relative_error(12) > 1.3 * smooth.relative_error(12)
+    assert padded.relative_error(16) == pytest.approx(smooth.relative_error(16), abs=0.01)
 
 
 def test_powers_of_two_end_a_bin() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,6 +26,13 @@ BUDGET_MARGIN = 0.02
 """Expected gain in tokens per second that a budget must bring over none, or over one that comes before it."""
 LOSS_SHARE = 0.005
 """Share of all time that drafts may lose in the long run, whatever happens."""
+RESERVE_STEPS = 2.0
+"""Plain steps' worth that they may lose besides, where much is expected of drafts that the allowance does not pay for:
+else it takes long to come back from a loss, in texts that drafts have become right for."""
+RESERVE_SHARE = 0.0025
+"""Share of all time that the reserve gains, up to where it began."""
+LENT_SHARE = 0.1
+"""Of the gain that is expected of such drafts: what the reserve lends them in a step."""
 LOSS_GRANT_STEPS = 2.0
 """Plain steps' worth of time that they may lose from the start."""
 MAX_ALLOWANCE_STEPS = 8.0
@@ -80,7 +88,7 @@ class ShadowController:
 
     Loss is bounded whatever the estimates are worth: an allowance pays for the time that drafts add to a step and
     receives what their accepted tokens were worth; it gains a small share of all time, and no draft is verified that
-    it could not pay for.
+    it could not pay for. A reserve lends to it, no more than another small share, where much is expected.
 
     With ``levels`` of budget, lengths and level are chosen together: under none and each level, the lengths with the
     best rate by the experts and rows sent that are expected there; then, of none and the levels in their order, the
@@ -114,6 +122,10 @@ class ShadowController:
         """Time that drafts may still lose."""
         self._plain_step_s: float | None = None
         """Expected time of the planned step without drafts."""
+        self._reserve = RESERVE_STEPS
+        """Plain steps' worth that the allowance has not been lent yet."""
+        self._forgone = 0.0
+        """Gain in tokens per second, relative to plain, expected of drafts that the allowance did not pay for."""
         self._saved: dict[int, float] = {}
         """Plain steps' worth that the chosen drafts are expected to save, by place in the batch."""
         self._beside: tuple[float, float] | None = None
@@ -157,7 +169,7 @@ class ShadowController:
         """Return the lengths with the best expected tokens per second; a step without measured time has none."""
         fixed = [len(p) if r.is_fixed else 0 for r, p in zip(batch.requests, proposals, strict=True)]
         self._plain_step_s = self._beside = self._level = None
-        self._saved = {}
+        self._saved, self._forgone = {}, 0.0
         if not batch.requests or not self._cost.is_known:
             return fixed
         base_rows, num_budgeted = [0] * batch.num_ranks, 0
@@ -254,7 +266,15 @@ class ShadowController:
             self._saved = _shares(step, best, saved - gain_s / plain_s)
             self._level = self._paired(step, best, level)
             return best.draft_lens
+        self._forgone = self._gain_forgone(step, plain_s, margin + gain_s / plain_s)
         return self._explore(step, plain_s)
+
+    def _gain_forgone(self, step: _Step, plain_s: float, margin: float) -> float:
+        if self._allowance_s > plain_s:
+            return 0.0
+        price = self._cost.price(None)
+        (best,) = allocate(step.chains, step.base_rows, step.num_tokens, [price], math.inf, step.num_budgeted)
+        return max(0.0, best.num_tokens * plain_s / (step.num_tokens * best.step_s) - 1 - margin)
 
     def _is_unsure(self, num_rows: int, base: Level = None) -> bool:
         """Whether the plain step of a batch is to be measured, for the first times or again."""
@@ -344,7 +364,9 @@ class ShadowController:
         if plain_s is None:
             self._allowance_s = LOSS_GRANT_STEPS * step.step_s
             return
-        self._allowance_s += LOSS_SHARE * plain_s
+        lent = min(LENT_SHARE * self._forgone, self._reserve)
+        self._reserve = min(self._reserve - lent + RESERVE_SHARE, RESERVE_STEPS)
+        self._allowance_s += (LOSS_SHARE + lent) * plain_s
         if any(outcome.num_drafted for outcome in step.requests):
             num_tokens = sum(outcome.num_tokens for outcome in step.requests)
             # One hiccup of the machine is no loss of the drafts'
