@@ -40,6 +40,11 @@ def pool_bytes_beside(num_bytes: int, *, slot_bytes: int, gathered_bytes: int, m
     return num_bytes - gathered_bytes * most_gathered
 
 
+def gathered_beside(num_bytes: int, *, slot_bytes: int, gathered_bytes: int, most_gathered: int) -> int:
+    """Return the most that steps gather in a layer, of a pool of ``num_bytes``; see `pool_bytes_beside`."""
+    return gathered_bytes * min(2 * num_bytes // slot_bytes, most_gathered)
+
+
 def gpu_pool_bytes(*, total: int, free: int, activation_bytes: int, utilization: float) -> int:
     """Return the pool's bytes on a GPU: its share of the memory less weights, activations and what others hold.
 

@@ -36,7 +36,7 @@ from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
 from .padded_steps import PaddedSteps
 from .plan import Logprobs, RankPlan, RankResult
-from .pool_size import pool_bytes_on
+from .pool_size import pool_size_on
 from .rebalance_plan import RebalancePlan
 from .rows import PackedRows, largest_step, pack
 from .sampler import accept, sample
@@ -121,7 +121,7 @@ class ModelRunner:
         slot_bytes = gathered_slot_bytes(
             self.cache.most_kept_numbers, self.cache.most_attended_numbers, self.dtype.itemsize
         )
-        pool_bytes = pool_bytes_on(
+        pool_bytes, graph_room = pool_size_on(
             self.device,
             self.cache,
             partial(self._run_largest_step, max_num_batched_tokens),
@@ -143,6 +143,7 @@ class ModelRunner:
             self.log,
             self.device,
             self.max_model_len,
+            graph_room,
         )
         if replays_graphs:
             self.padded.choose_attention()
