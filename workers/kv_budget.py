@@ -9,14 +9,19 @@ GRAPH_SHARE = 2
 """Memory that graphs keep, in what the largest step takes: their rows, of all shapes together, are about as many as
 that one's, without a budget and once more under one. An estimate."""
 
+_WIDENED_BYTES = 8
+"""Of a number in float32, and of the same scaled."""
 
-def gathered_slot_bytes(kept_numbers: int, attended_numbers: int, itemsize: int) -> int:
+
+def gathered_slot_bytes(kept_numbers: int, attended_numbers: int, itemsize: int, *, widens: bool = False) -> int:
     """Return what a context slot takes in a layer that gathers it for torch's attention.
 
     ``kept_numbers``: what the pool has of it. Beside a copy of those, its keys and values for every head of queries,
-    ``attended_numbers``: latents are expanded to them, and torch may copy shared ones so.
+    ``attended_numbers``: latents are expanded to them, and torch may copy shared ones so. ``widens``: where torch holds
+    all scores, it makes those again in float32, and scales them.
     """
-    return itemsize * (kept_numbers + attended_numbers)
+    widened = _WIDENED_BYTES * attended_numbers if widens else 0
+    return itemsize * (kept_numbers + attended_numbers) + widened
 
 
 def fixed_pool_bytes(requested: int | None, available: int) -> int:

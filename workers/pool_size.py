@@ -8,6 +8,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from .attention_pieces import most_score_bytes
 from .graph_room import GraphRoom
 from .kv_budget import GRAPH_SHARE, fixed_pool_bytes, gathered_beside, gpu_pool_bytes, pool_bytes_beside
 from .kv_cache import PagedKVCache
@@ -29,14 +30,14 @@ def pool_size_on(
     requested: int | None,
     utilization: float,
     gathered_bytes: int,
-    most_gathered: int,
+    max_num_seqs: int,
+    max_model_len: int,
     replays_graphs: bool,
 ) -> PoolSize:
     """Return how many bytes the pool of ``cache``, which has been probed, gets on ``device``, and graphs beside it.
 
     ``requested`` of them, if given, or on a GPU what is left, once ``run_largest_step`` has shown what a step takes.
-    ``gathered_bytes`` and ``most_gathered``: see `pool_bytes_beside`. Raises ``ValueError`` naming the field if the
-    device has not so many.
+    ``gathered_bytes``: see `gathered_slot_bytes`. Raises ``ValueError`` naming the field if the device has not so many.
     """
     if device.type == "cpu":
         return PoolSize(fixed_pool_bytes(requested, psutil.virtual_memory().available), GraphRoom())
@@ -46,16 +47,19 @@ def pool_size_on(
     if num_bytes is not None and not replays_graphs:
         return PoolSize(num_bytes, GraphRoom())
     step_bytes = _most_bytes(device, run_largest_step)
+    # Of long contexts, which that step has not
+    score_bytes = most_score_bytes(cache.most_heads, max_model_len) if cache.holds_scores else 0
     slot_bytes = cache.block_bytes // cache.block_size
+    most_gathered = max_num_seqs * max_model_len
     sizes = {"slot_bytes": slot_bytes, "gathered_bytes": gathered_bytes, "most_gathered": most_gathered}
     graph_bytes = None
     if num_bytes is None:
         graph_bytes = GRAPH_SHARE * step_bytes if replays_graphs else 0
-        left = gpu_pool_bytes(
-            total=total, free=free, activation_bytes=step_bytes + graph_bytes, utilization=utilization
-        )
+        needed = step_bytes + score_bytes + graph_bytes
+        left = gpu_pool_bytes(total=total, free=free, activation_bytes=needed, utilization=utilization)
         num_bytes = pool_bytes_beside(left, **sizes)
-    return PoolSize(num_bytes, GraphRoom(graph_bytes, step_bytes + gathered_beside(num_bytes, **sizes)))
+    reserved = step_bytes + score_bytes + gathered_beside(num_bytes, **sizes)
+    return PoolSize(num_bytes, GraphRoom(graph_bytes, reserved))
 
 
 def _most_bytes(device: torch.device, run_largest_step: Callable[[], object]) -> int:

@@ -119,7 +119,10 @@ class ModelRunner:
         self._probe()
         replays_graphs = self.experts.is_capturable and not enforce_eager
         slot_bytes = gathered_slot_bytes(
-            self.cache.most_kept_numbers, self.cache.most_attended_numbers, self.dtype.itemsize
+            self.cache.most_kept_numbers,
+            self.cache.most_attended_numbers,
+            self.dtype.itemsize,
+            widens=self.cache.widens,
         )
         pool_bytes, graph_room = pool_size_on(
             self.device,
@@ -128,7 +131,8 @@ class ModelRunner:
             requested=kv_cache_bytes,
             utilization=gpu_memory_utilization,
             gathered_bytes=slot_bytes,
-            most_gathered=max_num_seqs * self.max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_model_len=self.max_model_len,
             replays_graphs=replays_graphs,
         )
         self.cache.allocate(pool_bytes, self.device)
