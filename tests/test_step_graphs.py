@@ -202,3 +202,23 @@ def test_a_gpu_that_runs_out_of_memory_in_a_capture_serves_on(
         assert runner.step(padded(plan, runner)).token_ids == expected
     assert runner.padded.graphs.num_graphs == 1
     assert runner.padded.graphs.num_bytes > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_write_to_no_memory_but_their_own(checkpoint: Callable[[str], Path]) -> None:
+    """What cuBLAS works in is let go, as torch's own graphs do, and everything that is free is another's then."""
+    runner = ModelRunner(
+        model=str(checkpoint("qwen3_moe")), device="cuda", block_size=BLOCK, max_model_len=64, kv_cache_bytes=1 << 20
+    )
+    runner.step(prompts())
+    plans = [padded(RankPlan(0, 1, requests=STEPS[step]), runner) for step in ("mixed", "one", "plain")]
+    expected = [runner.step(plan).token_ids for plan in plans]
+    assert runner.padded.graphs.num_graphs == len(plans)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    others = [torch.full((size,), 0x5A, dtype=torch.uint8, device="cuda") for size in [1 << 20] * 64 + [40 << 20] * 4]
+    # Replayed alone: a step that is launched works in memory that is new by then
+    for plan, tokens in zip(plans, expected, strict=True):
+        assert runner.step(plan).token_ids == tokens
+    assert all(bool((other == 0x5A).all()) for other in others)

@@ -59,7 +59,6 @@ class CudaCapturer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # One for all: cuBLAS takes 32 MiB for each stream that it has seen, and torch has 32 of them
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
 
@@ -88,6 +87,7 @@ class CudaCapturer:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        _let_cublas_go()
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # or what it gives back as it begins would hide by how much memory grows
         before = torch.cuda.memory_reserved(self._device), torch.cuda.memory_allocated(self._device)
@@ -99,6 +99,8 @@ class CudaCapturer:
             end_capture(self._pool)
             self._pool = None
             raise
+        finally:
+            _let_cublas_go()
         after = torch.cuda.memory_reserved(self._device), torch.cuda.memory_allocated(self._device)
         grown, kept = (max(0, now - then) for now, then in zip(after, before, strict=True))
         return Captured(graph, grown, kept)
@@ -106,6 +108,17 @@ class CudaCapturer:
     def clear(self) -> None:
         """Take another pool from now on."""
         self._pool = None
+
+
+def _let_cublas_go() -> None:
+    """Have cuBLAS take new memory to work in when it is called next.
+
+    torch keeps 32 MiB of it for each stream, for good, and a graph holds the address. Taken before a capture it would
+    be no part of the graphs' memory: whatever lets it go (torch's own graphs, of ``torch.compile``'s mode
+    reduce-overhead) would give it to others, under a graph that writes there. Kept behind a capture, it would take as
+    much of each pool.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
