@@ -17,7 +17,7 @@ from penstock.workers import attention_pieces
 from penstock.workers.attention import _attend
 from penstock.workers.attention_pieces import SCORE_BYTES, most_score_bytes
 from penstock.workers.graph_room import GraphRoom
-from penstock.workers.kv_budget import GRAPH_SHARE, gathered_slot_bytes
+from penstock.workers.kv_budget import GRAPH_SHARE, gathered_slot_bytes, mask_bytes
 from penstock.workers.plan import RankPlan
 from penstock.workers.pool_size import pool_size_on
 
@@ -166,7 +166,13 @@ def test_all_that_a_rank_needs_is_within_its_share(
 ) -> None:
     cache, memory, longest = runner_of(checkpoint(model_type)).cache, Memory(monkeypatch), 1 << 20
     gathered = gathered_slot_bytes(cache.most_kept_numbers, cache.most_attended_numbers, 4, widens=cache.widens)
-    sizes = {"gathered_bytes": gathered, "max_num_seqs": 512, "max_model_len": longest, "utilization": 0.9}
+    sizes = {
+        "gathered_bytes": gathered,
+        "max_num_seqs": 512,
+        "max_num_rows": 256,
+        "max_model_len": longest,
+        "utilization": 0.9,
+    }
 
     def size(requested: int | None = None, *, replays_graphs: bool = True) -> tuple[int, GraphRoom]:
         device = torch.device("cuda", 0)
@@ -177,6 +183,7 @@ def test_all_that_a_rank_needs_is_within_its_share(
     pool, room = size()
     assert room.most_bytes == GRAPH_SHARE << 31
     scores = most_score_bytes(cache.most_heads, longest) if model_type == "gpt_oss" else 0
+    scores += mask_bytes(256, longest, 4)
     in_layer = room.reserve_bytes - (2 << 30) - scores
     assert in_layer == gathered * (2 * pool * cache.block_size // cache.block_bytes)
     share = int(0.9 * (80 << 30)) - (30 << 30)

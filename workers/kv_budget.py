@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .rows import WIDE_ROWS
+
 DEFAULT_BYTES = 256 << 20
 GATHERED_BYTES = 1 << 30
 """Most that a padded step may gather in a layer: graphs of larger ones are not worth their padding."""
@@ -18,10 +20,18 @@ def gathered_slot_bytes(kept_numbers: int, attended_numbers: int, itemsize: int,
 
     ``kept_numbers``: what the pool has of it. Beside a copy of those, its keys and values for every head of queries,
     ``attended_numbers``: latents are expanded to them, and torch may copy shared ones so. ``widens``: where torch holds
-    all scores, it makes those again in float32, and scales them.
+    all scores, it makes those again in float32, and scales them. Requests of few rows are padded to `WIDE_ROWS`.
     """
     widened = _WIDENED_BYTES * attended_numbers if widens else 0
-    return itemsize * (kept_numbers + attended_numbers) + widened
+    return itemsize * (kept_numbers + attended_numbers) + widened + mask_bytes(WIDE_ROWS, 1, itemsize)
+
+
+def mask_bytes(num_rows: int, num_slots: int, itemsize: int) -> int:
+    """Return what it takes to say which of ``num_slots`` each row sees: with a window and without, and for torch.
+
+    torch makes numbers of what is true, and pads them.
+    """
+    return num_rows * num_slots * (2 + 2 * itemsize)
 
 
 def fixed_pool_bytes(requested: int | None, available: int) -> int:

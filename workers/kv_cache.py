@@ -54,7 +54,12 @@ class PagedKVCache(Cache):
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
         numbers = sum(k[0] * k[1] + v[0] * v[1] for k, v in self._token_shapes.values())
-        return self.block_size * numbers * torch.empty((), dtype=self._dtype).element_size()
+        return self.block_size * numbers * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return self._dtype.itemsize
 
     @property
     def scratch_slot(self) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from .attention_pieces import most_score_bytes
 from .graph_room import GraphRoom
-from .kv_budget import GRAPH_SHARE, fixed_pool_bytes, gathered_beside, gpu_pool_bytes, pool_bytes_beside
+from .kv_budget import GRAPH_SHARE, fixed_pool_bytes, gathered_beside, gpu_pool_bytes, mask_bytes, pool_bytes_beside
 from .kv_cache import PagedKVCache
 
 
@@ -31,13 +31,15 @@ def pool_size_on(
     utilization: float,
     gathered_bytes: int,
     max_num_seqs: int,
+    max_num_rows: int,
     max_model_len: int,
     replays_graphs: bool,
 ) -> PoolSize:
     """Return how many bytes the pool of ``cache``, which has been probed, gets on ``device``, and graphs beside it.
 
     ``requested`` of them, if given, or on a GPU what is left, once ``run_largest_step`` has shown what a step takes.
-    ``gathered_bytes``: see `gathered_slot_bytes`. Raises ``ValueError`` naming the field if the device has not so many.
+    ``gathered_bytes``: see `gathered_slot_bytes`; ``max_num_rows``: of a step. Raises ``ValueError`` naming the field
+    if the device has not so many.
     """
     if device.type == "cpu":
         return PoolSize(fixed_pool_bytes(requested, psutil.virtual_memory().available), GraphRoom())
@@ -48,17 +50,18 @@ def pool_size_on(
         return PoolSize(num_bytes, GraphRoom())
     step_bytes = _most_bytes(device, run_largest_step)
     # Of long contexts, which that step has not
-    score_bytes = most_score_bytes(cache.most_heads, max_model_len) if cache.holds_scores else 0
+    context_bytes = mask_bytes(max_num_rows, max_model_len, cache.itemsize)
+    context_bytes += most_score_bytes(cache.most_heads, max_model_len) if cache.holds_scores else 0
     slot_bytes = cache.block_bytes // cache.block_size
     most_gathered = max_num_seqs * max_model_len
     sizes = {"slot_bytes": slot_bytes, "gathered_bytes": gathered_bytes, "most_gathered": most_gathered}
     graph_bytes = None
     if num_bytes is None:
         graph_bytes = GRAPH_SHARE * step_bytes if replays_graphs else 0
-        needed = step_bytes + score_bytes + graph_bytes
+        needed = step_bytes + context_bytes + graph_bytes
         left = gpu_pool_bytes(total=total, free=free, activation_bytes=needed, utilization=utilization)
         num_bytes = pool_bytes_beside(left, **sizes)
-    reserved = step_bytes + score_bytes + gathered_beside(num_bytes, **sizes)
+    reserved = step_bytes + context_bytes + gathered_beside(num_bytes, **sizes)
     return PoolSize(num_bytes, GraphRoom(graph_bytes, reserved))
 
 

@@ -132,6 +132,7 @@ class ModelRunner:
             utilization=gpu_memory_utilization,
             gathered_bytes=slot_bytes,
             max_num_seqs=max_num_seqs,
+            max_num_rows=max_num_batched_tokens,
             max_model_len=self.max_model_len,
             replays_graphs=replays_graphs,
         )
