@@ -96,6 +96,25 @@ def test_pieces_are_the_whole_and_take_what_they_say(
         assert most < 0.7 * whole
 
 
+@pytest.mark.parametrize("at_once", [1, ROW_SCORES, 2 * ROW_SCORES, 100 * ROW_SCORES])
+def test_no_piece_has_more_scores_than_one_row_or_so_many(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_pieces, "MOST_SCORES", at_once)
+    seen: list[int] = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        assert mask is not None
+        assert mask.shape == (len(query), 1, query.shape[2], S)
+        seen.append(query.shape[:3].numel() * key.shape[2])
+        return query + value.sum(dim=2, keepdim=True)
+
+    query, key, value = torch.randn(R, HEADS, N, D), torch.randn(R, HEADS, S, D), torch.randn(R, HEADS, S, D)
+    found = attention_pieces.attend_in_pieces(attend, query, key, value, torch.ones(R, 1, N, S, dtype=torch.bool))
+    torch.testing.assert_close(found, query + value.sum(dim=2, keepdim=True))
+    assert max(seen) <= max(at_once, ROW_SCORES)
+    assert sum(seen) == R * N * ROW_SCORES
+    assert len(seen) <= -(-R * N * ROW_SCORES // max(at_once, ROW_SCORES)) * 2
+
+
 def test_what_torch_computes_without_scores_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_pieces, "MOST_SCORES", ROW_SCORES)
     calls: list[int] = []
