@@ -28,7 +28,19 @@ lint: $(STAMP)
 # The last test fills half of the GPU, so it runs by itself.
 GPU_TESTS = $(shell grep -lE '^(@|on_gpu = .)pytest.mark.gpu|triton_device import' tests/test_*.py)
 GPU_PYTEST = PYTHONPATH="$(CURDIR)/$(VENV)/tree" $(PYTHON) -m pytest -o addopts=--import-mode=importlib -ra --disable-warnings -m gpu
+define GPU_CHECK
+import sys
+from importlib.util import find_spec
+needed = ("torch", "triton", "transformers", "psutil", "pytest", "xdist", "pytest_timeout")
+if missing := [name for name in needed if find_spec(name) is None]:
+    sys.exit(f"gpu-test: {sys.executable} lacks {', '.join(missing)}")
+import torch
+if not torch.cuda.is_available():
+    sys.exit("gpu-test: torch finds no CUDA device here")
+endef
+export GPU_CHECK
 gpu-test:
+	@$(PYTHON) -c "$$GPU_CHECK"
 	@mkdir -p $(VENV)/tree && ln -sfn "$(CURDIR)" $(VENV)/tree/penstock
 	$(GPU_PYTEST) --numprocesses 8 $(filter-out tests/test_kv_budget.py, $(GPU_TESTS)); first=$$?; \
 		$(GPU_PYTEST) tests/test_kv_budget.py && exit $$first

@@ -15,7 +15,8 @@ requests, prompts included. Medians by CUDA events; what runs first, captures an
 
 The roofline is the fewest bytes that a step must read (`step_bytes`) at the rate of a copy on this GPU. ``device_ms``
 is the step's graph replayed back to back, with no host between; ``host_share`` is what the step takes beyond it.
-``--profile FILE`` writes torch's profiler's table of steps of one row.
+``--profile FILE`` writes torch's profiler's table of steps of one row. ``--list`` says what each model needs of a GPU's
+memory, by the function that leaves models out (`model_needs`), and takes no GPU.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from pathlib import Path
 import torch
 
 from .. import demo
-from . import time_budget
+from . import model_needs, time_budget
 from .harness import Measurement, Options, Row, Target, run
 from .inflated_decode import NAME as INFLATED
 from .inflated_decode import InflatedDemo
-from .model_shapes import SHAPES, ModelShape
+from .model_needs import needs_of
+from .model_shapes import SHAPES
 from .random_model import SKEWS
 from .replayed_time import copy_rate
 from .time_budget import TimeBudget
@@ -47,12 +49,15 @@ MOST_HOST = 0.05
 MOST_OVER_BYTES = 1.2
 LEAST_SAVED = 0.4
 ROWS = 8
-_SPARE_BYTES = 8 << 30
-"""For KV, activations and captured graphs, beside the weights."""
+_DEMO = Path(demo.__file__).parent / "model"
+_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 def measure(options: Options) -> Measurement:
     """Measure the models that were asked for, one after the other."""
+    if options.given.list:
+        dtype = str(model_needs.DTYPE).removeprefix("torch.")
+        return Measurement(list(model_needs.rows(_DEMO, max(_BATCHES))), [], dtype, 1)
     device = torch.device("cuda")
     bench = bench_of(options, device, copy_rate(device))
     named = options.given.model or (QUICK_MODEL if options.quick else None)
@@ -63,6 +68,12 @@ def measure(options: Options) -> Measurement:
         found = [*rows, *growth(rows)]
         return Measurement(found, targets(found), str(bench.dtype).removeprefix("torch."), 1, bench.budget.left_out)
 
+    def has_room(name: str) -> bool:
+        reason = needs_of(name, _DEMO).objection(torch.cuda.mem_get_info(device)[0])
+        if reason is not None:
+            print(f"{name}: {reason}", file=sys.stderr)
+        return reason is None
+
     def take(found: Iterable[Row]) -> None:
         for row in found:
             rows.append(row)
@@ -72,10 +83,7 @@ def measure(options: Options) -> Measurement:
     for shape in SHAPES:
         if named not in (None, shape.name):
             continue
-        if (reason := lacks_room(shape, torch.cuda.mem_get_info(device)[0])) is not None:
-            print(f"{shape.name}: {reason}", file=sys.stderr)
-            continue
-        if not bench.budget.allows(shape.name):
+        if not has_room(shape.name) or not bench.budget.allows(shape.name):
             continue
         model = WholeModel(shape, bench)
         take(model.rows())
@@ -87,15 +95,15 @@ def measure(options: Options) -> Measurement:
         take(model.peer_rows())
         del model
         _let_go()
-    if named in (None, INFLATED) and bench.budget.allows(INFLATED):
-        take(InflatedDemo(Path(demo.__file__).parent / "model", bench).rows())
+    if named in (None, INFLATED) and has_room(INFLATED) and bench.budget.allows(INFLATED):
+        take(InflatedDemo(_DEMO, bench).rows())
     return measured()
 
 
 def bench_of(options: Options, device: torch.device, copy_gb_per_s: float) -> Bench:
     """Return how to measure, as the options say."""
     given = options.given
-    batches, draft_lens = ((1, 8), (0, 7)) if options.quick else ((1, 2, 4, 8, 16, 32), (0, 1, 3, 7))
+    batches, draft_lens = ((1, 8), (0, 7)) if options.quick else (_BATCHES, (0, 1, 3, 7))
     return Bench(
         device=device,
         copy_gb_per_s=copy_gb_per_s,
@@ -108,14 +116,6 @@ def bench_of(options: Options, device: torch.device, copy_gb_per_s: float) -> Be
         peer=not given.no_peer,
         budget=TimeBudget(given.budget_s),
     )
-
-
-def lacks_room(shape: ModelShape, free_bytes: int) -> str | None:
-    """Return why the model cannot be measured beside ``free_bytes`` of memory; None if it can."""
-    needed = shape.num_parameters * torch.bfloat16.itemsize + _SPARE_BYTES
-    if needed <= free_bytes:
-        return None
-    return f"left out, since it needs {needed / 1e9:.0f} GB and {free_bytes / 1e9:.0f} are free"
 
 
 def _let_go() -> None:
@@ -205,6 +205,7 @@ def _numbers(low: int, high: int) -> object:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what this benchmark alone takes."""
     names = [*(shape.name for shape in SHAPES), INFLATED]
+    parser.add_argument("--list", action="store_true", help="say what models need of a GPU, which need not be there")
     parser.add_argument("--model", choices=names, help="only this one")
     parser.add_argument("--batches", type=_numbers(1, 64), metavar="N,N", help="requests at once")  # type: ignore[arg-type]
     parser.add_argument("--draft-lens", type=_numbers(0, 7), metavar="N,N", help="drafts of each")  # type: ignore[arg-type]
@@ -216,8 +217,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> int:
-    """Run from the command line; refuse where there is no GPU."""
-    if not torch.cuda.is_available():
+    """Run from the command line; refuse where there is no GPU, unless none is needed."""
+    if "--list" not in sys.argv[1:] and not torch.cuda.is_available():
         print("gpu_decode: there is no CUDA device here, and a CPU's figures would say nothing of one", file=sys.stderr)
         return 2
     return run("gpu_decode", measure, add_options=add_options)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from penstock.benchmarks import model_needs
 from penstock.benchmarks.fixed_steps import FixedSteps
 from penstock.benchmarks.generate_peer import GeneratePeer
-from penstock.benchmarks.gpu_decode import add_options, bench_of, growth, lacks_room, targets
+from penstock.benchmarks.gpu_decode import add_options, bench_of, growth, targets
 from penstock.benchmarks.harness import Options, Row
 from penstock.benchmarks.inflated_decode import InflatedDemo
+from penstock.benchmarks.model_needs import needs_of
 from penstock.benchmarks.model_shapes import SHAPES, ModelShape
 from penstock.benchmarks.random_model import DEMO, NUM_TOPICS, UNEQUAL, random_model, tokens_of
 from penstock.benchmarks.routing_skew import MODEL, choices, of_demo, of_random, unevenness
@@ -63,12 +67,26 @@ def test_a_shape_has_the_parameters_that_were_published(shape: ModelShape) -> No
 
 
 def test_a_model_that_does_not_fit_is_left_out_with_a_reason() -> None:
-    mixtral = next(shape for shape in SHAPES if shape.name == "Mixtral-8x7B")
-    assert lacks_room(mixtral, 140 << 30) is None
-    reason = lacks_room(mixtral, 80_000_000_000)
+    mixtral = needs_of("Mixtral-8x7B", MODEL)
+    assert mixtral.objection(140 << 30) is None
+    reason = mixtral.objection(80_000_000_000)
     assert reason is not None
     assert "needs 102 GB" in reason
     assert "80 are free" in reason
+
+
+def test_what_models_need_is_what_the_committed_table_says() -> None:
+    results = Path(model_needs.__file__).parent / "results" / "gpu_decode_needs.json"
+    kept = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    assert list(model_needs.rows(MODEL, 32)) == kept
+    assert len(kept) == len(SHAPES) + 1
+    for row in kept:
+        shape = next((shape for shape in SHAPES if shape.name == row["model"]), None)
+        needs = needs_of(row["model"], MODEL)
+        assert shape is None or needs.weight_bytes == 2 * shape.num_parameters
+        # What the table says is where a model begins to fit
+        assert needs.objection(int(1e9 * row["free_gb"] + 1e8)) is None
+        assert needs.objection(int(1e9 * row["free_gb"] - 1e8)) is not None
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

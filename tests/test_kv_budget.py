@@ -12,6 +12,7 @@ from penstock.workers.kv_budget import (
     fixed_pool_bytes,
     gathered_slot_bytes,
     gpu_pool_bytes,
+    mask_bytes,
     pool_bytes_beside,
 )
 from penstock.workers.rows import largest_step
@@ -65,7 +66,8 @@ def test_a_slot_that_is_gathered_has_keys_and_values_for_every_head(checkpoint: 
             kept = config.kv_lora_rank + config.qk_rope_head_dim
             attended = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
         assert (cache.most_kept_numbers, cache.most_attended_numbers) == (kept, attended)
-        assert gathered_slot_bytes(kept, attended, 4) == 4 * (kept + attended)
+        assert gathered_slot_bytes(kept, attended, 4) == 4 * (kept + attended) + mask_bytes(32, 1, 4)
+        assert gathered_slot_bytes(kept, attended, 4, widens=True) > 4 * (kept + 3 * attended)
 
 
 def test_a_pool_larger_than_the_machine_is_refused_before_it_is_taken(checkpoint: Callable[[str], Path]) -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from penstock.cluster.engine.ranks import LocalRanks, make_runner
 from penstock.router.expert_budget import ExpertBudget
-from penstock.workers import attention, page_attention
+from penstock.workers import page_attention
 from penstock.workers.attention import attend_with_sinks
 from penstock.workers.context_pages import ContextPages
 from penstock.workers.kv_cache import PagedKVCache
@@ -340,17 +340,3 @@ def test_a_replayed_graph_reads_the_blocks_of_its_inputs(num_heads: int, has_sin
                 for r, part in enumerate(requests):
                     n = len(part.token_ids)
                     torch.testing.assert_close(output[r, :, :n].cpu(), expected[r, :, :n], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("at_once", [1, 3, 7])
-def test_rows_with_sinks_attend_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    query, key, value = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
-    mask, sinks = torch.rand(2, 1, 7, 40) < 0.7, torch.randn(4)
-    expected = attend_with_sinks(query, key, value, mask, sinks, None)
-    seen = []
-    softmax = torch.softmax
-    monkeypatch.setattr(torch, "softmax", lambda scores, dim: seen.append(scores.shape[2]) or softmax(scores, dim))
-    monkeypatch.setattr(attention, "_MOST_SCORES", at_once * 2 * 4 * 40)
-    torch.testing.assert_close(attend_with_sinks(query, key, value, mask, sinks, None), expected)
-    assert max(seen) == at_once
-    assert sum(seen) == 7

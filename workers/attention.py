@@ -8,6 +8,7 @@ layers of latent attention then leave latents as they are (`latent_attention`).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from . import page_attention
+from .attention_pieces import attend_in_pieces, holds_scores, is_large
 from .kv_cache import PagedKVCache
 from .latent_attention import Absorbed
 from .rows import PackedRows
 
 ATTENTION = "penstock"
-
-_MOST_SCORES = 32 << 20
-"""Of attention with sinks, in one piece: those of 64 heads of a row over 512 Ki tokens, 128 MiB in float32."""
 
 # What layers pass on and what changes nothing here: positions and visibility follow from the plan
 _IGNORED = {
@@ -78,7 +77,8 @@ def paged_attention(
         if given is not None and name not in _IGNORED:
             raise ValueError(f"model: its attention uses {name}, which is not supported")
     cache: PagedKVCache = module.penstock_cache  # type: ignore[assignment]
-    cache.note_attended(query, key, value)
+    if cache.is_probing:
+        _note(cache, query, key, value, s_aux)
     assert cache.rows is not None
     rows: PackedRows = cache.rows
     if rows.pages is not None:
@@ -107,6 +107,27 @@ def paged_attention(
     return output[None], None
 
 
+def _note(
+    cache: PagedKVCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+) -> None:
+    """Have ``cache`` learn from the probing forward what attention is, and what it takes."""
+    mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    shared_key, shared_value, grouped = _shared(query, key, value, mask)
+    is_plain = sinks is None and holds_scores(query, shared_key, shared_value, mask, grouped=grouped)
+    cache.note_attended(query, key, value, holds_scores=is_plain or sinks is not None, widens=is_plain)
+
+
+def _shared(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Return keys and values as torch's attention is to take them, and whether heads of queries share them."""
+    repeats = query.shape[1] // key.shape[1]
+    if repeats == 1 or not query.is_cuda or mask is None:
+        return key, value, repeats > 1
+    # There, torch has masks and shared heads together only where it holds all scores
+    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1), False
+
+
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -117,12 +138,12 @@ def _attend(
 ) -> torch.Tensor:
     if sinks is not None:
         return attend_with_sinks(query, key, value, mask, sinks, scaling)
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda and mask is not None:
-        # There, torch has masks and shared heads together only where it holds all scores
-        repeats, grouped = query.shape[1] // key.shape[1], False
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    key, value, grouped = _shared(query, key, value, mask)
+
+    attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=grouped)
+    if is_large(query, key) and holds_scores(query, key, value, mask, grouped=grouped):
+        return attend_in_pieces(attend, query, key, value, mask)
+    return attend(query, key, value, attn_mask=mask)
 
 
 def attend_with_sinks(
@@ -141,18 +162,16 @@ def attend_with_sinks(
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    num_scores = query.shape[0] * query.shape[1] * key.shape[2]
-    at_once = max(1, _MOST_SCORES // num_scores)  # rows, whose scores are all there at a time
-    results = []
-    for first in range(0, query.shape[2], at_once):
-        rows = slice(first, first + at_once)
-        scores = query[:, :, rows] @ key.transpose(-1, -2) * scale
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        scores = query @ key.transpose(-1, -2) * scale
         if mask is not None:
-            scores = scores.masked_fill(~mask[:, :, rows], -torch.inf)
+            scores = scores.masked_fill(~mask, -torch.inf)
         place = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         weights = torch.softmax(torch.cat([scores, place], dim=-1).float(), dim=-1)[..., :-1]
-        results.append(weights.to(value.dtype) @ value)
-    return results[0] if len(results) == 1 else torch.cat(results, dim=2)
+        return weights.to(value.dtype) @ value
+
+    return attend_in_pieces(attend, query, key, value, mask)
 
 
 def keep_whole() -> None:

@@ -57,6 +57,10 @@ class Dispatcher(Protocol):
         """Sum ``scores`` of experts over all ranks, in place."""
         ...
 
+    def agree(self, answer: bool) -> bool:
+        """Return whether all ranks answer yes, which waits for them; no part of a step."""
+        ...
+
 
 class LocalDispatcher:
     """One rank that owns every expert: nothing moves."""
@@ -73,6 +77,10 @@ class LocalDispatcher:
 
     def sum_scores(self, scores: torch.Tensor) -> None:
         """Leave them as they are."""
+
+    def agree(self, answer: bool) -> bool:
+        """Return this rank's."""
+        return answer
 
 
 class CollectiveLog:
@@ -201,3 +209,9 @@ class AllToAllDispatcher:
         self.collectives.all_reduce(scores)
         # As a ring sends it
         self._score_bytes += 2 * (self.num_ranks - 1) * scores.nbytes // self.num_ranks
+
+    def agree(self, answer: bool) -> bool:
+        """Count those who say no; one collective."""
+        against = torch.tensor([not answer], dtype=torch.int32, device=self.owner.device)
+        self.collectives.all_reduce(against)
+        return int(against) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .rows import WIDE_ROWS
+
 DEFAULT_BYTES = 256 << 20
 GATHERED_BYTES = 1 << 30
 """Most that a padded step may gather in a layer: graphs of larger ones are not worth their padding."""
@@ -9,14 +11,27 @@ GRAPH_SHARE = 2
 """Memory that graphs keep, in what the largest step takes: their rows, of all shapes together, are about as many as
 that one's, without a budget and once more under one. An estimate."""
 
+_WIDENED_BYTES = 8
+"""Of a number in float32, and of the same scaled."""
 
-def gathered_slot_bytes(kept_numbers: int, attended_numbers: int, itemsize: int) -> int:
+
+def gathered_slot_bytes(kept_numbers: int, attended_numbers: int, itemsize: int, *, widens: bool = False) -> int:
     """Return what a context slot takes in a layer that gathers it for torch's attention.
 
     ``kept_numbers``: what the pool has of it. Beside a copy of those, its keys and values for every head of queries,
-    ``attended_numbers``: latents are expanded to them, and torch may copy shared ones so.
+    ``attended_numbers``: latents are expanded to them, and torch may copy shared ones so. ``widens``: where torch holds
+    all scores, it makes those again in float32, and scales them. Requests of few rows are padded to `WIDE_ROWS`.
     """
-    return itemsize * (kept_numbers + attended_numbers)
+    widened = _WIDENED_BYTES * attended_numbers if widens else 0
+    return itemsize * (kept_numbers + attended_numbers) + widened + mask_bytes(WIDE_ROWS, 1, itemsize)
+
+
+def mask_bytes(num_rows: int, num_slots: int, itemsize: int) -> int:
+    """Return what it takes to say which of ``num_slots`` each row sees: with a window and without, and for torch.
+
+    torch makes numbers of what is true, and pads them.
+    """
+    return num_rows * num_slots * (2 + 2 * itemsize)
 
 
 def fixed_pool_bytes(requested: int | None, available: int) -> int:
@@ -38,6 +53,11 @@ def pool_bytes_beside(num_bytes: int, *, slot_bytes: int, gathered_bytes: int, m
     if 2 * num_bytes <= (slot_bytes + padded_bytes) * most_gathered:
         return num_bytes * slot_bytes // (slot_bytes + padded_bytes)
     return num_bytes - gathered_bytes * most_gathered
+
+
+def gathered_beside(num_bytes: int, *, slot_bytes: int, gathered_bytes: int, most_gathered: int) -> int:
+    """Return the most that steps gather in a layer, of a pool of ``num_bytes``; see `pool_bytes_beside`."""
+    return gathered_bytes * min(2 * num_bytes // slot_bytes, most_gathered)
 
 
 def gpu_pool_bytes(*, total: int, free: int, activation_bytes: int, utilization: float) -> int:

@@ -34,6 +34,12 @@ class PagedKVCache(Cache):
         self._probed: list[weakref.ref[torch.Tensor]] = []
         self.most_attended_numbers = 0
         """Numbers of a token's keys and values, of the layer with most, if every head of queries has its own."""
+        self.most_heads = 0
+        """Of queries, of the layer with most."""
+        self.holds_scores = False
+        """Some layer's attention holds all scores of the rows that it computes at once."""
+        self.widens = False
+        """Where torch does, beside keys and values in float32."""
         self.attends_to_what_it_keeps = True
         """Layers attend to what `update` returns as it is, which latent attention does not."""
         self.tables: dict[int, np.ndarray] = {}
@@ -48,7 +54,12 @@ class PagedKVCache(Cache):
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
         numbers = sum(k[0] * k[1] + v[0] * v[1] for k, v in self._token_shapes.values())
-        return self.block_size * numbers * torch.empty((), dtype=self._dtype).element_size()
+        return self.block_size * numbers * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return self._dtype.itemsize
 
     @property
     def scratch_slot(self) -> int:
@@ -116,14 +127,31 @@ class PagedKVCache(Cache):
             keys, values = self._latents[layer_idx], keys
         return self._context(keys).transpose(0, 1)[None], self._context(values).transpose(0, 1)[None]
 
-    def note_attended(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Learn from the probing forward whether ``key`` and ``value`` are what `update` returned, and how large."""
-        if not self._pools:
-            width = key.shape[-1] + value.shape[-1]
-            self.most_attended_numbers = max(self.most_attended_numbers, query.shape[1] * width)
-            known = [reference() for reference in self._probed]
-            is_kept = all(any(states is one for one in known) for states in (key, value))
-            self.attends_to_what_it_keeps = self.attends_to_what_it_keeps and is_kept
+    @property
+    def is_probing(self) -> bool:
+        """There is no pool yet."""
+        return not self._pools
+
+    def note_attended(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        holds_scores: bool = False,
+        widens: bool = False,
+    ) -> None:
+        """Learn from the probing forward whether ``key`` and ``value`` are what `update` returned, and how large.
+
+        ``holds_scores``, ``widens``: of attention to them.
+        """
+        width = key.shape[-1] + value.shape[-1]
+        self.most_attended_numbers = max(self.most_attended_numbers, query.shape[1] * width)
+        self.most_heads = max(self.most_heads, query.shape[1])
+        self.holds_scores, self.widens = self.holds_scores or holds_scores, self.widens or widens
+        known = [reference() for reference in self._probed]
+        is_kept = all(any(states is one for one in known) for states in (key, value))
+        self.attends_to_what_it_keeps = self.attends_to_what_it_keeps and is_kept
 
     def _context(self, pool: torch.Tensor) -> torch.Tensor:
         """Return the slots the rows read [slots, heads, D], as a view where they lie together."""

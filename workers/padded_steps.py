@@ -20,6 +20,8 @@ from .computed_step import ComputedStep
 from .dispatch import CollectiveLog, Dispatcher
 from .expert_parallel import ExpertParallel
 from .gpu_routing import LaunchedRouting
+from .graph_capture import CudaCapturer
+from .graph_room import GraphRoom
 from .known_routers import known_routers
 from .kv_cache import PagedKVCache
 from .latent_attention import LatentLayers
@@ -38,7 +40,7 @@ class PaddedSteps:
     """All of one rank, whose ``forward`` computes rows that are laid out, over pools that have been allocated.
 
     ``opaque``: routers and experts, which no compiler is to look into. ``layers``: where budgets take experts to be,
-    which may change between steps, in place.
+    which may change between steps, in place. ``room``: what their graphs may take.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class PaddedSteps:
         log: CollectiveLog,
         device: torch.device,
         max_model_len: int,
+        room: GraphRoom,
     ) -> None:
         self._model, self._opaque, self._plain = model, tuple(opaque), forward
         self._cache, self._experts, self._layers, self._log = cache, experts, layers, log
@@ -61,7 +64,8 @@ class PaddedSteps:
         """What they dispatch over."""
         self.last_tokens = torch.zeros(MAX_ROWS, dtype=torch.int64, device=device)
         """Of the latest step's requests, in their order: what a step behind it takes from there."""
-        self.graphs = StepGraphs(self.step_of, device)
+        capturer = CudaCapturer(device) if device.type == "cuda" else None
+        self.graphs = StepGraphs(self.step_of, capturer, room)
         with torch.inference_mode():
             self.known_routers = known_routers(routers, device)
         """Of all layers, where a kernel does what follows their logits; else empty."""
@@ -72,7 +76,7 @@ class PaddedSteps:
 
     def connect(self, dispatcher: Dispatcher, *, captures: bool) -> None:
         """Dispatch over another process group; ``captures``: whether graphs can hold its collectives."""
-        self.dispatcher, self.graphs.captures = dispatcher, captures
+        self.dispatcher, self.graphs.captures, self.graphs.agree = dispatcher, captures, dispatcher.agree
         self.graphs.clear()
 
     def run(self, plan: RankPlan) -> ComputedStep:

@@ -36,7 +36,7 @@ from .norms import fuse_norms
 from .packed_weights import pack_dense, packs_weights
 from .padded_steps import PaddedSteps
 from .plan import Logprobs, RankPlan, RankResult
-from .pool_size import pool_bytes_on
+from .pool_size import pool_size_on
 from .rebalance_plan import RebalancePlan
 from .rows import PackedRows, largest_step, pack
 from .sampler import accept, sample
@@ -119,16 +119,21 @@ class ModelRunner:
         self._probe()
         replays_graphs = self.experts.is_capturable and not enforce_eager
         slot_bytes = gathered_slot_bytes(
-            self.cache.most_kept_numbers, self.cache.most_attended_numbers, self.dtype.itemsize
+            self.cache.most_kept_numbers,
+            self.cache.most_attended_numbers,
+            self.dtype.itemsize,
+            widens=self.cache.widens,
         )
-        pool_bytes = pool_bytes_on(
+        pool_bytes, graph_room = pool_size_on(
             self.device,
             self.cache,
             partial(self._run_largest_step, max_num_batched_tokens),
             requested=kv_cache_bytes,
             utilization=gpu_memory_utilization,
             gathered_bytes=slot_bytes,
-            most_gathered=max_num_seqs * self.max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_rows=max_num_batched_tokens,
+            max_model_len=self.max_model_len,
             replays_graphs=replays_graphs,
         )
         self.cache.allocate(pool_bytes, self.device)
@@ -143,6 +148,7 @@ class ModelRunner:
             self.log,
             self.device,
             self.max_model_len,
+            graph_room,
         )
         if replays_graphs:
             self.padded.choose_attention()
