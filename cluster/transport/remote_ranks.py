@@ -393,8 +393,9 @@ class RemoteRanks:
         elif member.rank in self._absent:
             self._hear_absent(member, answer)
         elif isinstance(answer, Done | Failed) and member.rank is not None:
-            if isinstance(answer, Failed):
-                # Ranks that wait for it in a collective need not wait for their timeout
+            # Ranks that wait for it in a collective need not wait for their timeout; of a step that has been given up
+            # they are on their way to the next group
+            if isinstance(answer, Failed) and answer.error.generation == self._generation:
                 self._store = None
             self._steps.hear(member.rank, answer)
         return member, answer
