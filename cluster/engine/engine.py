@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import takewhile
 
 from ...workers.model_info import ModelInfo
 from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan
@@ -109,6 +109,8 @@ class Engine:
         """Requests (`Request.key`) that decoded in the last step, until `learn` has been called."""
         self._phases: Counter[str] = Counter()
         self._phases_due_s = 0.0
+        self._earliest_s = math.inf
+        """No live request came before this."""
 
     def warm_up(self) -> None:
         """Have ranks that replay graphs capture those that requests will need; nothing where they do not.
@@ -162,6 +164,7 @@ class Engine:
             request.first_token_s = request.last_token_s = self.clock()
             self.counters.num_resumed += 1
         self._next_key += 1
+        self._earliest_s = min(self._earliest_s, request.arrival_s)
         self._requests[request_id] = self._by_key[request.key] = request
         self._drafting.open(
             request.key,
@@ -212,12 +215,14 @@ class Engine:
         )
 
     def _expire(self) -> list[RequestOutput]:
-        """End the requests that have taken too long; those that came first come first."""
-        limit = self.config.request_timeout_s
-        if limit is None:
+        """End the requests that have taken too long."""
+        limit, now = self.config.request_timeout_s, self.clock()
+        if limit is None or now - self._earliest_s <= limit:
             return []
-        now = self.clock()
-        expired = list(takewhile(lambda request: now - request.arrival_s > limit, self._requests.values()))
+        # Not in order of arrival: one that another engine had begun came before those that this one has had longer
+        expired = [request for request in self._requests.values() if now - request.arrival_s > limit]
+        live = (request.arrival_s for request in self._requests.values() if now - request.arrival_s <= limit)
+        self._earliest_s = min(live, default=math.inf)
         return self._end(expired, TIMEOUT, f"the request took longer than request_timeout_s = {limit:g} s")
 
     def fail_all(self, message: str) -> list[RequestOutput]:
