@@ -111,6 +111,7 @@ class Engine:
         self._phases_due_s = 0.0
         self._earliest_s = math.inf
         """No live request came before this."""
+        self._is_given_up = False
 
     def warm_up(self) -> None:
         """Have ranks that replay graphs capture those that requests will need; nothing where they do not.
@@ -124,7 +125,7 @@ class Engine:
     @property
     def has_requests(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return bool(self._requests) or self._stepper.is_under_way
+        return bool(self._requests) or (self._stepper.is_under_way and not self._is_given_up)
 
     def add_request(
         self,
@@ -226,7 +227,8 @@ class Engine:
         return self._end(expired, TIMEOUT, f"the request took longer than request_timeout_s = {limit:g} s")
 
     def fail_all(self, message: str) -> list[RequestOutput]:
-        """End every request with an error; for a caller that gives the engine up."""
+        """End every request with an error, and leave alone what ranks run; for a caller that gives the engine up."""
+        self._is_given_up = True
         return self._end(list(self._requests.values()), ERROR, message)
 
     def _end(self, requests: Sequence[Request], reason: str, message: str) -> list[RequestOutput]:
