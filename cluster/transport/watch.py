@@ -130,9 +130,8 @@ class Watch:
                     answers[member.rank] = taken
                     on_answer(taken)
             elif time.monotonic() >= deadline_s():
-                for rank in waiting:
-                    member = self._roster.of_rank[rank]
-                    self.lose(member, SILENT, f"rank {rank} did not {what} in time", asked_s)
+                for member in [self._roster.of_rank[rank] for rank in waiting if rank not in self.lost]:
+                    self.lose(member, SILENT, f"rank {member.rank} did not {what} in time", asked_s)
         return answers
 
     def receive(self, deadline_s: float) -> tuple[Member, Any] | None:
@@ -177,7 +176,12 @@ class Watch:
             self.lose(member, DIED, f"the process of {_name_of(member)} {how}", time.monotonic())
 
     def lose(self, member: Member, what: str, message: str, since_s: float) -> None:
-        """Take note that a member is lost: how (`Event.what`), why, and since when an answer had been expected."""
+        """Take note that a member is lost: how (`Event.what`), why, and since when an answer had been expected.
+
+        One that is lost already, as its end was noticed when its deadline passed, is not lost again.
+        """
+        if member not in self._roster:
+            return
         now_s = time.monotonic()
         rank = member.rank
         self._roster.lose(member)
