@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.benchmarks.ahead_ranks import AheadRanks
 from penstock.cluster.config import EngineConfig
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.output import ABORT, STOP, RequestOutput
 from penstock.cluster.engine.ranks import LocalRanks
 from penstock.cluster.speculation.controller import Controller
 from penstock.cluster.speculation.options import SpeculationOptions
-from penstock.cluster.transport.process_ranks import ProcessRanks
 from penstock.workers.plan import StepPlan, StepResult
 from penstock.workers.runner import ModelRunner
 from penstock.workers.sampling_params import SamplingParams
@@ -347,29 +347,6 @@ def test_penalties_wait_for_the_text(make_engine: Callable[..., Engine]) -> None
 # --- ranks in processes of their own ---------------------------------------------------------------------------------
 
 
-class Watched(ProcessRanks):
-    """Counts the steps that were sent before the one before them had been collected."""
-
-    num_ahead = num_steps = 0
-    _under_way = 0
-
-    def submit(self, plan: StepPlan) -> None:
-        self.num_steps += 1
-        self.num_ahead += bool(self._under_way)
-        self._under_way += 1
-        super().submit(plan)
-
-    def collect(self, plan: StepPlan) -> StepResult:
-        try:
-            return super().collect(plan)
-        finally:
-            self._under_way -= 1
-
-    def recover(self, generation: int) -> Any:
-        self._under_way = 0
-        return super().recover(generation)
-
-
 SAMPLED = SamplingParams(temperature=1.0, seed=5, max_tokens=40, ignore_eos=True)
 STEP_TIMEOUT_S = 20.0
 
@@ -399,7 +376,7 @@ def test_two_ranks_are_sent_steps_ahead_and_survive_a_failure(
     config = _config(checkpoint("qwen3_moe"))
     if early:
         config = replace(config, step_timeout_s=2.0)
-    ranks = Watched(config, [sys.executable, str(Path(__file__).with_name("faulty_rank.py"))])
+    ranks = AheadRanks(config, [sys.executable, str(Path(__file__).with_name("faulty_rank.py"))])
     try:
         engine = Engine(config, ranks)
         started = time.monotonic()
@@ -425,7 +402,7 @@ def test_a_rank_that_dies_with_a_step_under_way(
     checkpoint: Callable[[str], Path], of_one_rank: list[list[int]]
 ) -> None:
     config = _config(checkpoint("qwen3_moe"))
-    ranks = Watched(config)
+    ranks = AheadRanks(config)
     try:
         for when in ("between steps", "within one"):
             engine, published = Engine(config, ranks), Published()
