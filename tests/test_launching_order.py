@@ -21,7 +21,8 @@ from penstock.workers.sampling_params import LogitAdjustments, SamplingParams, T
 from penstock.workers.static_rows import StaticRows
 from penstock.workers.static_step import StaticStep, StepShape
 
-from .test_static_step import BLOCK, OnTheDevice, blind_runner
+from .blind_runner import OnTheDevice, blind_runner
+from .static_steps import BLOCK
 from .tiny_engine import GREEDY, PROMPTS, generate
 
 __all__ = ["blind_runner"]

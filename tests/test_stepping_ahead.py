@@ -29,7 +29,7 @@ from penstock.workers.sampling_params import SamplingParams
 
 from .queued_ranks import QueuedRanks
 from .scripted_ranks import FIRST, VOCAB, ScriptedRanks, continuation
-from .test_static_step import Padded
+from .static_steps import Padded
 from .tiny_engine import GREEDY, PROMPTS, Published, config_of, drain, generate
 
 MAX_MODEL_LEN = 40
