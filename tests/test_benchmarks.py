@@ -24,7 +24,7 @@ from penstock.cluster.engine.backend import QueueFullError
 from penstock.demo.records import FAMILIES
 
 from .scripted_backend import ScriptedBackend, save_tokenizer
-from .test_http_client import MODEL, served
+from .served_backend import MODEL, served
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 
