@@ -185,6 +185,8 @@ class RemoteRanks:
             for rank, loss in losses.items():
                 replaced[rank] = replace(loss, was_spare=self._fill(rank, deadline_s))
             self._watch.collect(losses, self._take_loaded, lambda: deadline_s)
+            if losses and not self._lost:
+                self._absent.came()
             error = "ranks are lost again" if self._lost else self._regroup()
             if error is None and not self._lost:
                 present = {rank: self._info(rank) for rank in self._watch.present}
