@@ -13,17 +13,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..cluster.api.chat_tokenizer import ChatTokenizer
 from ..cluster.config import EngineConfig
-from ..cluster.transport.process_ranks import ProcessRanks
 from ..demo.inflate import inflate
 from ..demo.records import FAMILIES
-from ..workers.plan import StepPlan, StepResult
+from .ahead_ranks import AheadRanks
 from .decode import DEMO
 from .harness import Measurement, Options, Row, Target, run
 from .policy_run import PolicyRun, make_engine, serve
@@ -36,34 +35,23 @@ POLICIES = ("off", "shadow")
 NO_LOSS = 0.97
 
 
-class CountingRanks(ProcessRanks):
-    """Counts steps that were sent while another ran."""
-
-    num_ahead = num_steps = _under_way = 0
-
-    def submit(self, plan: StepPlan) -> None:
-        """Send a step and count it."""
-        self.num_steps += 1
-        self.num_ahead += bool(self._under_way)
-        self._under_way += 1
-        super().submit(plan)
-
-    def collect(self, plan: StepPlan) -> StepResult:
-        """Wait for the oldest step."""
-        self._under_way -= 1
-        return super().collect(plan)
-
-
 def measure(options: Options) -> Measurement:
     """Serve all families' requests through the four engines, over both models."""
-    rows: list[Row] = []
+    num_requests = 3 if options.quick else NUM_REQUESTS
     with tempfile.TemporaryDirectory() as folder:
         wide = Path(folder) / "wide"
         inflate(DEMO, wide, FACTOR)
-        for name, model in (("demo", DEMO), (f"demo, experts x{FACTOR}", wide)):
-            config = EngineConfig(model=str(model), num_threads=1, max_model_len=1024, kv_cache_bytes=64 << 20)
-            with closing(CountingRanks(config)) as ranks:
-                rows += _rows(name, config, ranks, options)
+        return compared({"demo": DEMO, f"demo, experts x{FACTOR}": wide}, num_requests, LENGTH, options.seed)
+
+
+def compared(models: Mapping[str, Path], num_requests: int, length: int, seed: int) -> Measurement:
+    """Serve ``num_requests`` of ``length`` tokens of each family through the four engines, over each of ``models``."""
+    rows: list[Row] = []
+    for name, model in models.items():
+        config = EngineConfig(model=str(model), num_threads=1, max_model_len=1024, kv_cache_bytes=64 << 20)
+        with closing(AheadRanks(config)) as ranks:
+            jobs = JobMaker(ChatTokenizer(str(DEMO)), ranks.infos[0].model.eos_token_ids, seed)
+            rows += _rows(name, config, ranks, _Work(jobs, num_requests, length))
     targets = [
         Target(
             f"{row['model']}, {row['family']}: shadow with steps sent ahead over shadow without",
@@ -76,17 +64,23 @@ def measure(options: Options) -> Measurement:
     return Measurement(rows, targets, "float32", 1)
 
 
-def _rows(name: str, config: EngineConfig, ranks: CountingRanks, options: Options) -> Iterator[Row]:
-    maker = JobMaker(ChatTokenizer(str(DEMO)), ranks.infos[0].model.eos_token_ids, options.seed)
+@dataclass(frozen=True, slots=True)
+class _Work:
+    jobs: JobMaker
+    num_requests: int
+    length: int
+
+
+def _rows(name: str, config: EngineConfig, ranks: AheadRanks, work: _Work) -> Iterator[Row]:
     engines = {
         (policy, ahead): make_engine(policy, replace(config, async_scheduling=ahead), ranks, time.perf_counter)
         for policy in POLICIES
         for ahead in (False, True)
     }
     runs: dict[tuple[str, str, bool], list[tuple[PolicyRun, float]]] = {}
-    for number in range(3 if options.quick else NUM_REQUESTS):
+    for number in range(work.num_requests):
         for family in FAMILIES:
-            job = maker.long(family, number, LENGTH)
+            job = work.jobs.long(family, number, work.length)
             # Whoever comes later meets another machine, so all do
             for (policy, ahead), engine in list(engines.items())[:: 1 if number % 2 else -1]:
                 before = ranks.num_steps, ranks.num_ahead

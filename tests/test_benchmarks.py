@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from penstock.benchmarks import priced_waits, step_gaps
+from penstock.benchmarks import draft_or_send, priced_waits, step_gaps
 from penstock.benchmarks.churn import slope
 from penstock.benchmarks.harness import Measurement, Options, Target, quantile, run
 from penstock.benchmarks.http_stream import COMPLETED, LEFT, LOST, REFUSED, Answer, ask
@@ -24,7 +24,7 @@ from penstock.cluster.engine.backend import QueueFullError
 from penstock.demo.records import FAMILIES
 
 from .scripted_backend import ScriptedBackend, save_tokenizer
-from .test_http_client import MODEL, served
+from .served_backend import MODEL, served
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 
@@ -132,6 +132,26 @@ def test_step_gaps_times_every_step_of_all_ways():
         assert len(found) == step_gaps.NUM_RANKS * (step_gaps.STEPS - step_gaps.SKIPPED)
         assert min(found) > 0
     assert sum(idle_s[step_gaps.LAUNCHED]) < sum(idle_s[step_gaps.AFTER])
+
+
+@pytest.mark.distributed
+def test_draft_or_send_compares_both_policies_with_steps_sent_ahead_and_without():
+    found = draft_or_send.compared({"small": DEMO}, num_requests=1, length=12, seed=0)
+    cells = [(row["model"], row["family"], row["policy"]) for row in found.rows]
+    assert cells == [("small", family, policy) for family in FAMILIES for policy in draft_or_send.POLICIES]
+    for row in found.rows:
+        assert row["requests"] == 1
+        assert row["altered"] == 0
+        assert min(row["relative"], row["over_no_speculation"], row["over_neither"]) > 0
+        assert (row["drafted"] > 0) <= (row["policy"] == "shadow")
+        assert row["accepted"] <= row["drafted"]
+        assert 0 <= row["ahead"] < 1
+        assert (row["ahead"] > 0.5) or row["policy"] == "shadow"
+    shadow = [row for row in found.rows if row["policy"] == "shadow"]
+    assert [(target.figure, target.at_least) for target in found.targets] == [
+        (row["relative"], draft_or_send.NO_LOSS) for row in shadow
+    ]
+    assert all(row["family"] in target.name for row, target in zip(shadow, found.targets, strict=True))
 
 
 def test_a_bound_from_above_is_kept_by_what_lies_below():

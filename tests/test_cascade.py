@@ -15,7 +15,9 @@ from penstock.cluster.speculation.fixed import FixedController
 from penstock.cluster.speculation.observation import RequestOutcome, StepObservation
 from penstock.cluster.speculation.proposal import Proposal
 
-from .speculation_simulator import MACHINES, NOISY, Job, Machine, Run, bernoulli, jobs_of, simulate
+from .simulated_jobs import Job, bernoulli, jobs_of
+from .simulated_machine import MACHINES, NOISY, Machine
+from .speculation_simulator import Run, simulate
 
 PRICED = Machine()
 

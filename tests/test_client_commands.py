@@ -25,7 +25,7 @@ from penstock.cluster.client_commands import PROMPTS
 from penstock.cluster.engine.events import DIED, FAULT, RECOVERY, Event
 
 from .scripted_backend import LoopbackServer, ScriptedBackend
-from .test_http_client import MODEL, served
+from .served_backend import MODEL, served
 
 pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")
 COMMAND = str(Path(sys.executable).with_name("penstock"))

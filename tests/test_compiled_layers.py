@@ -15,7 +15,7 @@ from torch.nn.attention import flex_attention
 from penstock.router.expert_budget import ExpertBudget
 from penstock.workers.plan import RankPlan
 
-from .test_static_step import STEPS, exact_counts, padded, prompts, runner_of
+from .static_steps import STEPS, exact_counts, padded, prompts, runner_of
 
 
 @pytest.mark.parametrize(

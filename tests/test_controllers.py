@@ -12,7 +12,9 @@ from penstock.cluster.speculation.policy import POLICIES, make_controller
 from penstock.cluster.speculation.proposal import Evidence, Proposal
 from penstock.cluster.speculation.shadow import ShadowController
 
-from .speculation_simulator import Job, Machine, bernoulli, simulate
+from .simulated_jobs import Job, bernoulli
+from .simulated_machine import Machine
+from .speculation_simulator import simulate
 
 
 def controller(policy: str, num_ranks: int = 1, draft_len: int = 3, max_draft_len: int = 7) -> Controller:

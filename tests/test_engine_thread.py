@@ -15,6 +15,7 @@ from penstock.cluster.engine.output import ERROR, LENGTH, RequestOutput
 from penstock.cluster.engine.ranks import Ranks
 from penstock.workers.plan import StepPlan, StepResult
 
+from .queued_ranks import QueuedRanks
 from .tiny_engine import GREEDY, PROMPTS, FailingRanks, Published, generate
 
 
@@ -101,6 +102,34 @@ def test_an_order_that_fails_ends_every_request_with_an_error(
         assert (reader.wait("a").finish_reason, reader.wait("a").error) == (ERROR, "RuntimeError: planted")
         with pytest.raises(EngineDeadError, match="planted"):
             thread.submit("b", PROMPTS[0], GREEDY)
+    finally:
+        thread.close()
+
+
+def test_a_dead_engine_waits_for_no_step(make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, reader = make_engine(QueuedRanks, draft_len=0), _Reader()
+    num_delivered = count()
+
+    def broken(request_id: str, reason: str) -> None:
+        assert engine.has_requests, "ranks run a step"
+        raise RuntimeError("planted")
+
+    def deliver(outputs: list[RequestOutput]) -> None:
+        next(num_delivered)
+        if not any(output.finish_reason for output in outputs):
+            thread.abort("a")  # the next step has been sent
+        reader.deliver(outputs)
+
+    monkeypatch.setattr(engine, "abort", broken)
+    thread = EngineThread(engine, deliver)
+    try:
+        thread.submit("a", PROMPTS[0], GREEDY)
+        assert reader.wait("a").error == "RuntimeError: planted"
+        assert not thread.call(lambda: engine.has_requests).result(10)
+        before = next(num_delivered)
+        for _ in range(5):
+            thread.call(lambda: None).result(10)
+        assert next(num_delivered) == before + 1, "nothing is delivered to nobody"
     finally:
         thread.close()
 

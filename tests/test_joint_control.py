@@ -21,21 +21,9 @@ from penstock.cluster.speculation.shadow import ShadowController
 from penstock.cluster.speculation.step_cost import StepCost
 from penstock.router.expert_budget import ExpertBudget
 
-from .speculation_simulator import (
-    MACHINES,
-    NOISY,
-    NUM_EXPERTS,
-    TOP_K,
-    Job,
-    Machine,
-    Run,
-    TrueLevel,
-    at_most,
-    bernoulli,
-    jobs_of,
-    measured_experts,
-    simulate,
-)
+from .simulated_jobs import Job, bernoulli, jobs_of
+from .simulated_machine import MACHINES, NOISY, NUM_EXPERTS, TOP_K, Machine, TrueLevel, at_most, measured_experts
+from .speculation_simulator import Run, simulate
 
 NO_LOSS = 0.98
 PRICED = MACHINES["priced"]

@@ -22,8 +22,8 @@ from penstock.workers.plan import Bucket, RankPlan
 from penstock.workers.runner import ModelRunner
 from penstock.workers.sampling_params import TokenSampling
 
+from .static_steps import BLOCK, STEPS, chain, padded, prompts, request, runner_of
 from .test_page_attention import LATENT, attend_by_blocks, pages_of
-from .test_static_step import BLOCK, STEPS, chain, padded, prompts, request, runner_of
 from .tiny_configs import settings_of
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}

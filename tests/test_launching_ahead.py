@@ -194,7 +194,7 @@ def test_two_ranks_launch_ahead_and_survive_a_failure(
     try:
         ranks.infos[:] = [replace(info, replays_graphs=True) for info in ranks.infos]
         recover, gave_up = ranks.recover, []
-        ranks.recover = lambda generation: gave_up.append(ranks._store is None) or recover(generation)
+        ranks.recover = lambda generation: gave_up.append(ranks._watch.store is None) or recover(generation)
         engine = Engine(config, ranks)
         assert generate(engine, PROMPTS, SAMPLED) == expected
         stats = engine.stats()

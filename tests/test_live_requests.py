@@ -204,3 +204,17 @@ async def test_patience_ends(planes: list[Plane]) -> None:
     await until(lambda: planes[0].sink.submitted)
     assert ingress.client is not None
     ingress.client.close()
+
+
+async def test_what_a_gang_has_that_is_lost_after_patience_ended_does_not_wait_for_ever(planes: list[Plane]) -> None:
+    ingress = Ingress(timeout_s=0.2)
+    await ingress.attach(planes[0])
+    _, task = ingress.read()
+    await until(lambda: planes[0].sink.submitted)
+    assert ingress.destination is not None
+    ingress.destination.drain()
+    await until(lambda: ingress.live._has_given_up)
+    assert not task.done(), "the gang has it yet"
+    ingress.detach()
+    with pytest.raises(EngineDeadError, match="send it again"):
+        await asyncio.wait_for(task, 5)

@@ -25,7 +25,7 @@ from penstock.workers.plan import RankPlan, StepPlan, StepResult
 from penstock.workers.runner import ModelRunner
 
 from .quantized_checkpoints import fp8_of
-from .test_static_step import BLOCK, STEPS, padded, prompts
+from .static_steps import BLOCK, STEPS, padded, prompts
 from .tiny_engine import GREEDY, config_of, controller_of, generate
 
 if TYPE_CHECKING:

@@ -94,6 +94,19 @@ def test_a_request_over_its_time_ends_wherever_it_is_and_frees_its_blocks() -> N
     assert sum(stats.latencies["time_to_first_token"].counts) == 3
 
 
+def test_a_request_that_another_engine_had_is_in_time_by_when_it_came() -> None:
+    clock = Clock()
+    clock.now = 100.0
+    engine = Engine(make_config(request_timeout_s=10.0), ScriptedRanks([16], BLOCK_SIZE, 200), clock=clock)
+    engine.add_request("new", [4, 5], greedy(100))
+    engine.add_request("old", [4, 5], greedy(100), arrival_s=95.0)
+    ended = []
+    for now in (105.0, 105.5, 110.0, 110.5):
+        clock.now = now
+        ended.append([output.request_id for output in engine.step() if output.finish_reason == TIMEOUT])
+    assert ended == [[], ["old"], [], ["new"]]
+
+
 def test_prompt_tokens_count_when_they_are_computed_and_once() -> None:
     ranks = ScriptedRanks([6], BLOCK_SIZE, 96)
     engine = Engine(make_config(max_num_batched_tokens=32), ranks)

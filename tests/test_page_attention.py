@@ -31,8 +31,8 @@ from penstock.workers.runner import ModelRunner
 from penstock.workers.sampling_params import TokenSampling
 from penstock.workers.static_rows import StaticRows
 
-from .test_static_step import BLOCK, CONTEXT, STEPS, TREE, Padded, blocks, chain, outputs_of, padded, prompts, request
-from .test_static_step import runner_of as make
+from .static_steps import BLOCK, CONTEXT, STEPS, TREE, Padded, blocks, chain, outputs_of, padded, prompts, request
+from .static_steps import runner_of as make
 from .tiny_engine import GREEDY, config_of
 
 WINDOW = 12

@@ -219,6 +219,27 @@ def test_a_switch_that_a_plan_has_named_stays_though_its_step_fails() -> None:
     assert [event.what for event in gang.rebalances()] == [FINISHED]
 
 
+def test_ranks_are_asked_once_where_the_next_step_is_planned_before_they_answer() -> None:
+    gang = Gang(eplb_window_size=64, eplb_step_interval=1000)
+    asked = [gang.plan().wants_loads]
+
+    def commit() -> None:
+        loads = ExpertLoads(HOT.tolist(), [0] * L) if asked[-2] else None
+        empty = RankResult(0, 0, 0, [], LayerCounts([], [], [], [], []), 0, 0, 0.0, expert_loads=loads)
+        gang.rebalancer.commit(StepResult([empty] * R, 0.1))
+
+    for _ in range(20):
+        asked.append(gang.plan().wants_loads)
+        commit()
+    assert asked == [*[False] * 3, True] * 5 + [False], "as often as by turns"
+    asked.append(gang.plan().wants_loads)
+    while not asked[-1]:
+        commit()
+        asked.append(gang.plan().wants_loads)
+    gang.rebalancer.void()
+    assert [gang.plan().wants_loads for _ in range(2)] == [False, True], "two of four steps have been committed"
+
+
 def test_a_window_keeps_the_last_steps() -> None:
     def result(number: int | None) -> StepResult:
         loads = None if number is None else ExpertLoads([[number, 0]], [number])
@@ -231,8 +252,8 @@ def test_a_window_keeps_the_last_steps() -> None:
     assert window.imbalance() is None
     asked = []
     for step in range(100):
-        asked.append(window.is_due)
-        window.add(result(step if window.is_due else None))
+        asked.append(window.ask())
+        window.add(result(step if asked[-1] else None))
     assert asked == [False, True] * 50, "one step in a sixteenth of the window"
     chosen = window.chosen()
     assert chosen is not None

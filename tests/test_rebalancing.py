@@ -157,7 +157,7 @@ def test_another_coordinator_learns_where_experts_are(
     program = str(Path(__file__).with_name("adoptable_rank.py"))
     first = ProcessRanks(config(checkpoint("qwen3_moe"), num_redundant_experts=2), [sys.executable, program])
     try:
-        send, last = first._send, {"number": 0}
+        send, last = first._watch.send, {"number": 0}
 
         def lose_a_switch(rank: int, command: Command) -> None:
             part = command.plan.rebalance if isinstance(command, Run) else None
@@ -166,7 +166,7 @@ def test_another_coordinator_learns_where_experts_are(
                 raise KeyboardInterrupt  # the coordinator is gone in the middle of it
             send(rank, command)
 
-        first._send = lose_a_switch  # type: ignore[method-assign]
+        first._watch.send = lose_a_switch  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             generate(Engine(first._config, first), PROMPTS, SAMPLING)
         second = Successor(first)

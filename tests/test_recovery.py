@@ -37,15 +37,21 @@ class Ranks(ProcessRanks):
     unreachable = False
     killed_at_regroup: int | None = None
 
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        send = self._watch.send
+
+        def send_or_kill(rank: int, command: Command) -> None:
+            if isinstance(command, Regroup) and self.killed_at_regroup == rank:
+                self.killed_at_regroup = None
+                self.process_of(rank).kill()
+                self.process_of(rank).wait()
+            send(rank, command)
+
+        self._watch.send = send_or_kill  # type: ignore[method-assign]
+
     def _launch(self, settings: RankSettings) -> RankProcess:
         return Reach(self, super()._launch(settings))
-
-    def _send(self, rank: int, command: Command) -> None:
-        if isinstance(command, Regroup) and self.killed_at_regroup == rank:
-            self.killed_at_regroup = None
-            self.process_of(rank).kill()
-            self.process_of(rank).wait()
-        super()._send(rank, command)
 
     def process_of(self, rank: int) -> subprocess.Popen[bytes]:
         process: subprocess.Popen[bytes] = self._roster.of_rank[rank].process.process._process  # type: ignore[attr-defined]
@@ -55,7 +61,7 @@ class Ranks(ProcessRanks):
         deadline_s = time.monotonic() + 60
         while not all(spare.is_ready for spare in self._roster.spares):
             assert time.monotonic() < deadline_s
-            self._receive(deadline_s)
+            self._watch.receive(deadline_s)
 
 
 class Reach:

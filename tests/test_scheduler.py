@@ -216,6 +216,17 @@ def test_no_more_run_than_max_num_seqs_on_each_rank() -> None:
     assert scheduler.num_running == 4
 
 
+def test_a_rank_that_the_others_go_on_without_has_no_places() -> None:
+    scheduler = make_scheduler(max_num_seqs=2, num_ranks=2)
+    scheduler.add(make_request(0, 2, 2))
+    scheduler.admit()
+    assert scheduler.num_open == 3
+    scheduler.lose_kv(1, 0)
+    assert scheduler.num_open == 1
+    scheduler.lose_kv(1, 50)
+    assert scheduler.num_open == 3
+
+
 def test_ranks_share_the_load() -> None:
     scheduler = make_scheduler(num_blocks=500, max_num_seqs=30, num_ranks=3)
     for key in range(12):

@@ -23,19 +23,9 @@ from penstock.cluster.speculation.shadow import (
     ShadowController,
 )
 
-from .speculation_simulator import (
-    FAMILIES,
-    MACHINES,
-    NOISY,
-    NUM_EXPERTS,
-    TOP_K,
-    Job,
-    Machine,
-    bernoulli,
-    jobs_of,
-    measured_experts,
-    simulate,
-)
+from .simulated_jobs import FAMILIES, Job, bernoulli, jobs_of
+from .simulated_machine import MACHINES, NOISY, NUM_EXPERTS, TOP_K, Machine, measured_experts
+from .speculation_simulator import simulate
 
 PRICED = Machine()
 NO_LOSS = 0.98

@@ -24,17 +24,16 @@ from penstock.workers.runner import ModelRunner
 from penstock.workers.sampler import accept
 from penstock.workers.sampling_params import TokenSampling
 
-from .test_static_step import (
+from .static_steps import (
     STEPS,
     Padded,
-    config_of,
     exact_counts,
     outputs_of,
     padded,
     prompts,
     runner_of,
 )
-from .tiny_engine import GREEDY
+from .tiny_engine import GREEDY, config_of
 
 if TYPE_CHECKING:
     from penstock.cluster.transport.process_ranks import ProcessRanks

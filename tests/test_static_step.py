@@ -11,77 +11,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from penstock.cluster.engine.engine import Engine
-from penstock.cluster.engine.ranks import LocalRanks, Ranks, make_runner
-from penstock.router.budgeted_choice import LayerRanks
+from penstock.cluster.engine.ranks import LocalRanks, make_runner
 from penstock.router.expert_budget import ExpertBudget
 from penstock.workers import page_attention
-from penstock.workers import runner as runners
 from penstock.workers.bucket import MAX_ROWS, Padding
 from penstock.workers.failed_capture import end_capture
-from penstock.workers.plan import Bucket, LayerCounts, RankPlan, RequestPlan
+from penstock.workers.plan import Bucket, RankPlan, RequestPlan
 from penstock.workers.runner import ModelRunner
 from penstock.workers.sampler import accept
-from penstock.workers.sampling_params import SamplingParams, TokenSampling
 from penstock.workers.static_rows import StaticRows
 from penstock.workers.static_step import StaticStep, StepShape
 
-from .tiny_engine import DRAFT_LENS, GREEDY, PROMPTS, FailingRanks, config_of, controller_of, generate
+from .blind_runner import OnTheDevice, blind_runner
+from .static_steps import (
+    BLOCK,
+    DRAWN,
+    SEEDED,
+    STEPS,
+    Padded,
+    chain,
+    exact_counts,
+    outputs_of,
+    padded,
+    prompts,
+    request,
+    runner_of,
+)
+from .tiny_engine import DRAFT_LENS, GREEDY, config_of
 
 if TYPE_CHECKING:
     from penstock.cluster.transport.process_ranks import ProcessRanks
 
-BLOCK = 4
-SEEDED = TokenSampling(temperature=0.8, seed=(7 << 40) + 11, choice=2)
-DRAWN = SamplingParams(temperature=1.0, seed=5, max_tokens=20, ignore_eos=True)
-TREE = [-1, 0, 0, 1, 2]
-CONTEXT = {0: 21, 1: 8, 2: 30}
-"""Committed tokens of each request."""
-
-
-def runner_of(directory: Path) -> ModelRunner:
-    return ModelRunner(model=str(directory), block_size=BLOCK, max_model_len=64, kv_cache_bytes=1 << 20)
-
-
-def chain(num_rows: int) -> list[int]:
-    return list(range(-1, num_rows - 1))
-
-
-def request(key: int, parents: list[int], sampling: TokenSampling, **options: Any) -> RequestPlan:
-    tokens = [(11 * key + 5 * row + 3) % 90 for row in range(len(parents))]
-    return RequestPlan(key, CONTEXT[key], 12, [], tokens, parents, 0, sampling, **options)
-
-
-def blocks(key: int) -> list[int]:
-    """Twelve of sixteen, out of order."""
-    return [16 * key + (5 * place + 3) % 16 for place in range(12)]
-
-
-def prompts() -> RankPlan:
-    """Contexts of three requests."""
-    tokens = [[(13 * key + 7 * place + 2) % 90 for place in range(length)] for key, length in CONTEXT.items()]
-    requests = [
-        RequestPlan(key, 0, 0, blocks(key), text, chain(len(text)), len(text), TokenSampling())
-        for key, text in enumerate(tokens)
-    ]
-    return RankPlan(0, 0, requests=requests)
-
-
-STEPS = {
-    "plain": [request(0, [-1], TokenSampling()), request(1, [-1], SEEDED), request(2, [-1], TokenSampling())],
-    "one": [request(2, chain(4), SEEDED)],
-    "mixed": [request(0, chain(4), SEEDED), request(1, [-1], TokenSampling()), request(2, TREE, SEEDED)],
-    "filtered": [request(0, chain(3), replace(SEEDED, top_k=3)), request(1, chain(2), SEEDED)],
-}
-
-
-def padded(plan: RankPlan, runner: ModelRunner) -> RankPlan:
-    bucket = Padding(BLOCK, runner.max_model_len).bucket_of([plan.requests])
-    assert bucket is not None
-    return replace(plan, bucket=bucket)
+__all__ = ["blind_runner"]
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +85,6 @@ def test_a_padded_step_is_the_step(
     assert runner.step(padding).token_ids == runner.step(plan).token_ids
 
 
-def exact_counts(counts: LayerCounts) -> list[list[int]]:
-    return [counts.rows, counts.experts, counts.rows_sent, counts.payload_bytes, counts.budgeted_rows]
-
-
 def test_a_number_of_experts_is_an_input_of_the_same_operations(runner_for: Callable[[str], ModelRunner]) -> None:
     runner = runner_for("qwen3_moe")
     runner.step(prompts())
@@ -144,49 +102,6 @@ def test_a_number_of_experts_is_an_input_of_the_same_operations(runner_for: Call
 
 
 # --- nothing for the host to wait for --------------------------------------------------------------------------------
-
-
-class OnTheDevice(TorchDispatchMode):
-    """Records operations; none may read or make a tensor on another device than the one that stands for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[tuple[str, list[tuple[int, ...]]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-        assert all(tensor.device.type == "meta" for tensor in tensors), f"{func} is not on the device"
-        self.operations.append((str(func), [tuple(tensor.shape) for tensor in tensors]))
-        return result
-
-
-@pytest.fixture
-def blind_runner(
-    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> ModelRunner:
-    """A runner whose tensors have shapes and no numbers: whoever asks for one gets an error, as a captured graph does.
-
-    Experts are those of a device: a kernel that counts there, here by its shapes.
-    """
-    monkeypatch.setattr(runners, "fuse_norms", lambda *given: None)  # a CPU's
-    runner = runner_of(checkpoint(request.param))
-    if runner.cache.keeps_latents:
-        runner.padded._absorb_latents()
-    for module in runner.model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                tensors[name] = None if tensor is None else tensor.to("meta")  # type: ignore[assignment]
-    runner.cache._pools = {
-        layer: (keys.to("meta"), values.to("meta")) for layer, (keys, values) in runner.cache._pools.items()
-    }
-    runner.cache._latents = {layer: both.to("meta") for layer, both in runner.cache._latents.items()}
-    runner.device = runner.padded._device = torch.device("meta")
-    runner.padded.last_tokens = runner.padded.last_tokens.to("meta")
-    runner.layers[:] = [LayerRanks(layer.owner.to("meta"), layer.num_ranks, layer.home) for layer in runner.layers]
-    for shard in runner.experts.shards:
-        monkeypatch.setattr(shard, "run", lambda hidden, ids, weights: (hidden + weights.sum(1, True), ids.sum()))
-    return runner
 
 
 @pytest.mark.parametrize("budget", [None, "experts=4,scope=request", "coverage=0.7"])
@@ -248,25 +163,6 @@ def test_a_step_that_asks_the_device_is_found(blind_runner: ModelRunner, monkeyp
 
 
 # --- in an engine ----------------------------------------------------------------------------------------------------
-
-
-class Padded:
-    """Ranks that ask for padded steps."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.infos = [replace(info, replays_graphs=True) for info in ranks.infos]
-        self.step, self.recover, self.close = ranks.step, ranks.recover, ranks.close
-
-
-def outputs_of(
-    config: Any,
-    ranks: Ranks,
-    draft_len: int | str,
-    params: SamplingParams,
-    texts: list[list[int]] = PROMPTS,
-) -> tuple[list[Any], FailingRanks]:
-    watched = FailingRanks(ranks, lambda call: False)
-    return generate(Engine(config, watched, controller=controller_of(draft_len)), texts, params), watched
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])

@@ -9,7 +9,7 @@ from penstock.cluster.speculation.budget_level import BudgetLevel
 from penstock.cluster.speculation.experts_curve import ExpertsCurve
 from penstock.cluster.speculation.step_cost import StepCost, _bin_of
 
-from .speculation_simulator import NUM_EXPERTS, TOP_K, Machine, measured_experts
+from .simulated_machine import NUM_EXPERTS, TOP_K, Machine, measured_experts
 
 
 def taught(machine: Machine, sizes: list[int], num_steps: int, seed: int = 0) -> StepCost:

@@ -19,7 +19,7 @@ from penstock.cluster.speculation.proposal import Proposal
 from penstock.cluster.speculation.suffix import MIN_PROBABILITY, SuffixDrafter
 from penstock.cluster.speculation.suffix_automaton import ROOT, SuffixAutomaton
 
-from .speculation_simulator import FAMILIES
+from .simulated_jobs import FAMILIES
 
 TEXT = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 

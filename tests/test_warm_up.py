@@ -17,7 +17,7 @@ from penstock.workers.bucket import MAX_ROWS, Padding
 from penstock.workers.plan import RequestPlan
 from penstock.workers.runner import ModelRunner
 
-from .test_static_step import Padded
+from .static_steps import Padded
 from .tiny_engine import GREEDY, PROMPTS, FailingRanks, config_of, generate
 
 SIZES = [

@@ -11,7 +11,6 @@ from functools import partial
 import torch
 
 from ..kernels.fused_moe import kernel
-from ..router.budgeted_choice import LayerRanks
 from ..router.budgeted_selection import BudgetedSelection
 from ..router.placement import Placement, PlacementVersion, contiguous
 from ..router.topk import RouterSeam
@@ -25,6 +24,7 @@ from .dispatch import AllToAllDispatcher, CollectiveLog, LocalDispatcher
 from .expert_mover import ExpertMover
 from .expert_parallel import ExpertParallel
 from .gpu_routing import LaunchedRouting
+from .group_placement import GroupPlacement
 from .kv_budget import GATHERED_BYTES, gathered_slot_bytes
 from .kv_cache import PagedKVCache
 from .launched_step import LaunchedStep, can_be_followed, can_follow
@@ -108,12 +108,10 @@ class ModelRunner:
             loaded.expert_modules, num_experts, LocalDispatcher(), moves=moved_bytes is not None
         )
         self.mover = None if moved_bytes is None else ExpertMover(self.experts.shards, placement, rank, moved_bytes)
-        self._placement = placement
-        self._absent: tuple[int, ...] = ()
+        self._places = GroupPlacement(placement, rank, self.device, self.mover)
+        self.layers = self._places.layers
         steerable = config.model_type not in UNSTEERABLE
         self.routers = [RouterSeam(router, num_experts, self.top_k) for router in loaded.routers if steerable]
-        self.layers = [self._layer_ranks(layer) for layer in range(placement.num_layers)]
-        """Where budgets take the experts of each MoE layer to be."""
         self.cache = PagedKVCache(block_size)
         attention.bind(self.model, self.cache)
         self._probe()
@@ -205,7 +203,7 @@ class ModelRunner:
     @property
     def placement(self) -> Placement:
         """Which ranks hold which experts at present."""
-        return self._placement if self.mover is None else self.mover.present.placement
+        return self._places.of_all
 
     def settle(self, version: PlacementVersion) -> None:
         """Be at a placement that ranks which meet again agree on; see `ExpertMover.settle`."""
@@ -213,24 +211,7 @@ class ModelRunner:
         self._relocate(self.mover.settle(version))
 
     def _relocate(self, layers: Sequence[int]) -> None:
-        """Change all that says where experts are, in place: graphs that read it serve on."""
-        for layer in layers:
-            self.layers[layer].owner.copy_(self._layer_ranks(layer).owner)
-        if layers:
-            placement, _ = self._seat()
-            for dispatcher in (self.experts.dispatcher, self.padded.dispatcher):
-                if isinstance(dispatcher, AllToAllDispatcher):
-                    dispatcher.relocate(placement, layers)
-
-    def _seat(self) -> tuple[Placement, int]:
-        """Return where experts are in the process group, and this rank's number there."""
-        placement = self.placement.without(self._absent)
-        assert placement is not None, "a group has all experts"
-        return placement, self.rank - sum(rank < self.rank for rank in self._absent)
-
-    def _layer_ranks(self, layer: int) -> LayerRanks:
-        placement, seat = self._seat()
-        return LayerRanks(placement.owner_table(layer, seat)[:-1].to(self.device), placement.num_ranks, seat)
+        self._places.relocate(layers, (self.experts.dispatcher, self.padded.dispatcher))
 
     def connect(self, collectives: Collectives, absent: Sequence[int] = ()) -> None:
         """Dispatch over ``collectives`` from the next step on.
@@ -239,10 +220,7 @@ class ModelRunner:
         """
         assert self.num_ranks > 1, "one rank needs no process group"
         hidden_bytes = self.hidden_size * self.activation_dtype.itemsize
-        self._absent = tuple(absent)
-        placement, seat = self._seat()
-        self.layers[:] = [self._layer_ranks(layer) for layer in range(placement.num_layers)]
-        shared = placement, seat, collectives, self.log, self.device, hidden_bytes, self.top_k
+        shared = *self._places.meet(absent), collectives, self.log, self.device, hidden_bytes, self.top_k
         self.experts.dispatcher = AllToAllDispatcher(*shared)
         self.padded.connect(StaticAllToAll(*shared), captures=not collectives.through_host)
 

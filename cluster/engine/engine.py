@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import takewhile
 
 from ...workers.model_info import ModelInfo
 from ...workers.plan import Logprobs, RankPlan, RankResult, RequestPlan
@@ -109,6 +109,9 @@ class Engine:
         """Requests (`Request.key`) that decoded in the last step, until `learn` has been called."""
         self._phases: Counter[str] = Counter()
         self._phases_due_s = 0.0
+        self._earliest_s = math.inf
+        """No live request came before this."""
+        self._is_given_up = False
 
     def warm_up(self) -> None:
         """Have ranks that replay graphs capture those that requests will need; nothing where they do not.
@@ -122,7 +125,7 @@ class Engine:
     @property
     def has_requests(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return bool(self._requests) or self._stepper.is_under_way
+        return bool(self._requests) or (self._stepper.is_under_way and not self._is_given_up)
 
     def add_request(
         self,
@@ -162,6 +165,7 @@ class Engine:
             request.first_token_s = request.last_token_s = self.clock()
             self.counters.num_resumed += 1
         self._next_key += 1
+        self._earliest_s = min(self._earliest_s, request.arrival_s)
         self._requests[request_id] = self._by_key[request.key] = request
         self._drafting.open(
             request.key,
@@ -212,16 +216,19 @@ class Engine:
         )
 
     def _expire(self) -> list[RequestOutput]:
-        """End the requests that have taken too long; those that came first come first."""
-        limit = self.config.request_timeout_s
-        if limit is None:
+        """End the requests that have taken too long."""
+        limit, now = self.config.request_timeout_s, self.clock()
+        if limit is None or now - self._earliest_s <= limit:
             return []
-        now = self.clock()
-        expired = list(takewhile(lambda request: now - request.arrival_s > limit, self._requests.values()))
+        # Not in order of arrival: one that another engine had begun came before those that this one has had longer
+        expired = [request for request in self._requests.values() if now - request.arrival_s > limit]
+        live = (request.arrival_s for request in self._requests.values() if now - request.arrival_s <= limit)
+        self._earliest_s = min(live, default=math.inf)
         return self._end(expired, TIMEOUT, f"the request took longer than request_timeout_s = {limit:g} s")
 
     def fail_all(self, message: str) -> list[RequestOutput]:
-        """End every request with an error; for a caller that gives the engine up."""
+        """End every request with an error, and leave alone what ranks run; for a caller that gives the engine up."""
+        self._is_given_up = True
         return self._end(list(self._requests.values()), ERROR, message)
 
     def _end(self, requests: Sequence[Request], reason: str, message: str) -> list[RequestOutput]:

@@ -33,27 +33,35 @@ class LoadWindow:
         self._num_steps = num_steps
         self._part_steps = max(1, num_steps // _NUM_PARTS)
         self._parts: deque[_Part] = deque()
-        self._since_asked = 0
+        self._since_asked = self._since_answered = 0
+        """Steps that were planned, and that were committed: the next may be planned before the one before commits."""
 
-    @property
-    def is_due(self) -> bool:
-        """Whether ranks are to be asked in the next step."""
-        return self._since_asked + 1 >= self._part_steps
+    def ask(self) -> bool:
+        """Take note that a step is planned, and return whether ranks are to be asked in it."""
+        self._since_asked += 1
+        if self._since_asked < self._part_steps:
+            return False
+        self._since_asked = 0
+        return True
+
+    def void(self) -> None:
+        """Take note that what has been planned and not committed comes to nothing."""
+        self._since_asked = self._since_answered
 
     def add(self, result: StepResult) -> None:
         """Take a committed step; what its ranks say, if they were asked, covers the steps since the last time."""
-        self._since_asked += 1
+        self._since_answered += 1
         said = [rank.expert_loads for rank in result.ranks]
         if any(loads is None for loads in said):
             return
         self._parts.append(
             _Part(
-                self._since_asked,
+                self._since_answered,
                 np.array([loads.chosen for loads in said if loads], dtype=np.int64),
                 np.array([loads.computed for loads in said if loads], dtype=np.int64).T,
             )
         )
-        self._since_asked = 0
+        self._since_answered = 0
         while sum(part.num_steps for part in self._parts) - self._parts[0].num_steps >= self._num_steps:
             self._parts.popleft()
 

@@ -109,7 +109,7 @@ class Rebalancer:
             if run.batch is not None:
                 transfers, staging = run.batch.send(), run.batch.number
         placed = self._placed()
-        part = RebalancePlan(placed.number, changes, staging, transfers, self._window.is_due)
+        part = RebalancePlan(placed.number, changes, staging, transfers, self._window.ask())
         return replace(plan, ranks=[replace(rank, rebalance=part) for rank in plan.ranks])
 
     def commit(self, result: StepResult) -> None:
@@ -130,6 +130,7 @@ class Rebalancer:
 
     def void(self) -> None:
         """Drop what is not everywhere: the ranks meet again, and some may be others."""
+        self._window.void()
         run, self._run = self._run, None
         if run is not None and run.has_begun:
             self._end(run, FINISHED if run.batch is None else INTERRUPTED)

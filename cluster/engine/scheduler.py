@@ -80,7 +80,11 @@ class Scheduler:
     @property
     def num_open(self) -> int:
         """Requests that could start besides those that run, right after ``admit``; none while others wait."""
-        return 0 if self.waiting else sum(self._max_num_seqs - len(requests) for requests in self.running)
+        if self.waiting:
+            return 0
+        # One that the others go on without has no blocks
+        there = [requests for pool, requests in zip(self.pools, self.running, strict=True) if pool.num_blocks]
+        return sum(self._max_num_seqs - len(requests) for requests in there)
 
     def planned(self, rank: int) -> list[Request]:
         """Return the requests of ``rank`` that have rows in the next step, if there is room for all."""

@@ -57,8 +57,12 @@ class Absences:
 
     def end(self, rank: int) -> Replacement:
         """Have a returning rank back; return how it was lost."""
-        self._num_lost = 0
+        self.came()
         return self._of_rank.pop(rank).loss
+
+    def came(self) -> None:
+        """Take note that a lost rank's replacement has come, waited for or not."""
+        self._num_lost = 0
 
     def lose(self, rank: int) -> bool:
         """Take note that a rank's replacement is lost too; whether it was absent."""

@@ -182,6 +182,9 @@ class LiveRequests:
         """Send what a lost one had elsewhere, or keep that; return how many requests another one has already."""
         lost = list(destination.live.values())
         destination.live.clear()
+        if lost and not self.open:  # one that had been sent nothing for long had these all the same
+            self._has_given_up = False
+            self._wait()
         for live in lost:
             live.destination = None
             live.num_losses += 1

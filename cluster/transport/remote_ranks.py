@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
-
-import torch.distributed as dist
 
 from ...router.placement import Placement, PlacementVersion
 from ...workers.model_info import RankInfo
@@ -16,39 +13,19 @@ from ...workers.plan import RankError, RankResult, StepFailedError, StepPlan, St
 from ...workers.process_group import open_store
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
-from ..engine.events import DIED, FAULT, SILENT, UNREACHABLE, Event, EventLog
+from ..engine.events import SILENT, EventLog
 from ..engine.ranks import Replacement
-from .absences import Absences, nothing_of
+from .absences import nothing_of
 from .curve import Ticket
-from .deadline import Deadline
-from .messages import (
-    Assign,
-    Assigned,
-    Close,
-    Command,
-    Done,
-    Failed,
-    Loaded,
-    Ping,
-    Pong,
-    Ready,
-    Refused,
-    Regroup,
-    Regrouped,
-    Run,
-)
+from .messages import Assign, Assigned, Close, Loaded, Refused, Regroup, Regrouped, Run
 from .rank_loop import RankSettings
 from .roster import Member, RankProcess, Roster
 from .step_plane import CoordinatorPlane
-from .step_round import StepRounds, results_of
+from .step_round import results_of
+from .watch import Watch
 
-logger = logging.getLogger(__name__)
-_POLL_S = 0.02
-"""How soon the end of a process is noticed while its answer is awaited."""
 _ASSIGNED_S = 1.0
 """A spare does nothing but wait, so one that does not say at once that it has heard is stuck."""
-_PONG_S = 5.0
-"""As long as that only while nothing runs, for a spare that is lost without need costs as much as one that is."""
 _ATTEMPTS = 5
 """Times in one recovery that ranks are lost again or do not find each other; then the gang is given up."""
 _SPARES_LOST = 3
@@ -62,9 +39,9 @@ class RemoteRanks:
     all, see `RankSettings.node`. ``placement``: what `placement_of` makes of ``config``. Call `start` before anything
     else.
 
-    A process that has ended, or does not answer by its deadline (`Deadline`), is lost: it is fenced, killed, and
-    `recover` puts another in its place, a spare if one is ready. The others keep weights and KV. Where there is no
-    spare and the others hold all its experts, they go on without it until another process has loaded them.
+    `recover` puts another process in the place of one that is lost (`Watch`), a spare if one is ready. The others keep
+    weights and KV. Where there is no spare and the others hold all its experts, they go on without it until another
+    process has loaded them.
     """
 
     def __init__(
@@ -87,17 +64,10 @@ class RemoteRanks:
             return launch(RankSettings(config, ticket, node, rank, self.placed))
 
         self._roster = Roster(self._plane, start)
-        self._lost: dict[int, Replacement] = {}
-        """Ranks that were lost and have no process group with the others yet."""
-        self._absent = Absences()
-        self._steps = StepRounds()
-        self._num_spares_lost = 0
-        """In a row, before they were ready."""
-        self._num_pings = 0
-        self._generation = 0
-        self._store: dist.TCPStore | None = None
-        self._epoch = 0
         self.events = EventLog() if events is None else events
+        self._watch = Watch(config, self._plane, self._roster, self.events)
+        self._lost, self._absent, self._steps = self._watch.lost, self._watch.absent, self._watch.steps
+        self._epoch = 0
         self.infos: list[RankInfo] = []
         self.meanwhile: Callable[[], None] = lambda: None
         """Called once in a step, when every rank has its plan: for work that is not to hold them up."""
@@ -115,7 +85,7 @@ class RemoteRanks:
         for rank in missing:
             self._fill(rank, deadline_s)
         self._refill_spares()
-        self._collect(missing, self._take_loaded, lambda: deadline_s, lambda loaded: on_loaded(loaded.info))
+        self._watch.collect(missing, self._take_loaded, lambda: deadline_s, lambda loaded: on_loaded(loaded.info))
         if self._lost and not num_adopted:
             raise EngineDeadError(self.events.events()[-1].message)
         self.recover(0)
@@ -128,7 +98,7 @@ class RemoteRanks:
         # One that was in a collective when the other coordinator died leaves it first
         deadline_s = asked_s + 2 * self._config.step_timeout_s
         while waiting := [member for member in self._roster.spares if not member.is_ready]:
-            received = self._receive(deadline_s)
+            received = self._watch.receive(deadline_s)
             if received is not None and isinstance(received[1], Loaded):
                 member, info = received[0], received[1].info
                 if info.rank in self._roster.of_rank:  # it was lost, and did not hear of it
@@ -142,8 +112,8 @@ class RemoteRanks:
                 on_loaded(info)
             elif time.monotonic() > deadline_s:
                 for member in waiting:
-                    self._lose(member, SILENT, "a process did not join the coordinator in time", asked_s)
-        self._num_spares_lost = 0
+                    self._watch.lose(member, SILENT, "a process did not join the coordinator in time", asked_s)
+        self._watch.num_spares_lost = 0
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run one step on every rank."""
@@ -152,12 +122,12 @@ class RemoteRanks:
 
     def submit(self, plan: StepPlan) -> None:
         """Send a step to every rank; those that run another begin with it after that one."""
-        self._generation = plan.generation
+        self._watch.generation = plan.generation
         if returning := self._absent.returning:
             self._steps.begin(plan, f"rank {', '.join(map(str, returning))} has loaded, and joins the others")
             return
-        for rank in self._present:
-            self._send(rank, Run(plan.ranks[rank]))
+        for rank in self._watch.present:
+            self._watch.send(rank, Run(plan.ranks[rank]))
         self._steps.begin(plan)
 
     def collect(self, plan: StepPlan) -> StepResult:
@@ -172,61 +142,36 @@ class RemoteRanks:
 
         # The first step of a shape compiles and captures: a part of loading
         timeout_s = self._config.load_timeout_s if plan.is_warm_up else None
-        answers = self._round(take, "answer a step", known=step.answers, timeout_s=timeout_s)
-        results = results_of(answers, self._present, {rank: loss.what for rank, loss in self._lost.items()})
+        answers = self._watch.round(take, "answer a step", known=step.answers, timeout_s=timeout_s)
+        results = results_of(answers, self._watch.present, {rank: loss.what for rank, loss in self._lost.items()})
         for rank in self._absent:
             results.insert(rank, nothing_of(rank, results[0]))
         return StepResult(results, self._steps.end())
-
-    @property
-    def _present(self) -> list[int]:
-        return [rank for rank in range(self._num_ranks) if rank not in self._absent]
 
     def tend(self, *, ping: bool = True) -> bool:
         """Notice processes that have ended while nothing ran, and with ``ping`` those that are stopped or out of reach.
 
         Returns whether that calls for `recover`.
         """
-        self._check_processes()
+        self._watch.check_processes()
         if self._absent:
-            self._receive(time.monotonic())
+            self._watch.receive(time.monotonic())
         if ping and not self._lost:
-            self._ping()
+            self._watch.ping()
         self._refill_spares()
         return bool(self._lost or self._absent.returning)
-
-    def _ping(self) -> None:
-        """Ask all processes that wait whether they are there."""
-        self._num_pings += 1
-        asked_s = time.monotonic()
-        for spare in [spare for spare in self._roster.spares if spare.is_ready]:
-            try:
-                self._plane.send(spare.name, Ping(self._num_pings))
-            except ConnectionError:
-                self._lose(spare, UNREACHABLE, "a spare is not connected", asked_s)
-        for rank in self._present:
-            self._send(rank, Ping(self._num_pings))
-
-        def take(_: Member, answer: Any) -> Any:
-            return answer if isinstance(answer, Pong) and answer.number == self._num_pings else None
-
-        self._round(take, "answer")
-        while waiting := [spare for spare in self._roster.spares if spare.is_ready and spare.ponged < self._num_pings]:
-            if self._receive(asked_s + _PONG_S) is None and time.monotonic() > asked_s + _PONG_S:
-                for spare in waiting:
-                    self._lose(spare, SILENT, "a spare did not answer", asked_s)
 
     def recover(self, generation: int) -> Sequence[Replacement]:
         """Replace lost ranks and have all meet in a new process group; a single rank needs none.
 
         Raises ``EngineDeadError`` if that cannot be done.
         """
-        self._generation = generation
+        self._watch.generation = generation
         self._steps.clear()
         deadline_s = time.monotonic() + self._config.recovery_timeout_s
         replaced: dict[int, Replacement] = {}
         for _ in range(_ATTEMPTS):
-            self._check_processes()
+            self._watch.check_processes()
             for rank in self._absent.returning:
                 replaced[rank] = self._absent.end(rank)
             losses = dict(self._lost)
@@ -239,10 +184,12 @@ class RemoteRanks:
                 losses = {}
             for rank, loss in losses.items():
                 replaced[rank] = replace(loss, was_spare=self._fill(rank, deadline_s))
-            self._collect(losses, self._take_loaded, lambda: deadline_s)
+            self._watch.collect(losses, self._take_loaded, lambda: deadline_s)
+            if losses and not self._lost:
+                self._absent.came()
             error = "ranks are lost again" if self._lost else self._regroup()
             if error is None and not self._lost:
-                present = {rank: self._info(rank) for rank in self._present}
+                present = {rank: self._info(rank) for rank in self._watch.present}
                 self.infos[:] = [present.get(rank) or self.infos[rank] for rank in range(self._num_ranks)]
                 self._refill_spares()
                 return list(replaced.values())
@@ -271,30 +218,26 @@ class RemoteRanks:
                 if self._assign(ready, rank):
                     return True
             elif time.monotonic() > deadline_s:
-                self._lose(self._roster.spares[0], SILENT, "a spare did not get ready in time", deadline_s)
+                self._watch.lose(self._roster.spares[0], SILENT, "a spare did not get ready in time", deadline_s)
             else:
-                self._receive(deadline_s)
+                self._watch.receive(deadline_s)
         self._roster.start(rank)
         return False
 
     def _assign(self, spare: Member, rank: int) -> bool:
         asked_s = time.monotonic()
-        try:
-            self._plane.send(spare.name, Assign(rank, self._moved))
-        except ConnectionError:
-            self._lose(spare, UNREACHABLE, "a spare is not connected", asked_s)
-            return False
+        self._watch.tell(spare, Assign(rank, self._moved))
         while spare in self._roster.spares:
-            received = self._receive(asked_s + _ASSIGNED_S)
+            received = self._watch.receive(asked_s + _ASSIGNED_S)
             if received is not None and received[0] is spare and isinstance(received[1], Assigned):
                 self._roster.take_rank(spare, rank)
                 return True
             if time.monotonic() > asked_s + _ASSIGNED_S:
-                self._lose(spare, SILENT, "a spare did not answer", asked_s)
+                self._watch.lose(spare, SILENT, "a spare did not answer", asked_s)
         return False
 
     def _refill_spares(self) -> None:
-        if self._num_spares_lost >= _SPARES_LOST:
+        if self._watch.num_spares_lost >= _SPARES_LOST:
             return
         for _ in range(self._config.num_spares - len(self._roster.spares)):
             self._roster.start(None)
@@ -304,66 +247,17 @@ class RemoteRanks:
         if self._num_ranks == 1:
             return None
         self._epoch += 1
-        self._store, address = open_store(self._host)
-        for rank in self._present:
-            self._send(rank, Regroup(self._epoch, address, tuple(self._absent), self._moved))
+        self._watch.store, address = open_store(self._host)
+        for rank in self._watch.present:
+            self._watch.send(rank, Regroup(self._epoch, address, tuple(self._absent), self._moved))
             if self._lost:  # nobody need wait for it
                 return "ranks are lost again"
 
         def take(_: Member, answer: Any) -> Any:
             return answer if isinstance(answer, Regrouped) and answer.epoch == self._epoch else None
 
-        answers = self._round(take, "regroup")
+        answers = self._watch.round(take, "regroup")
         return next((f"rank {rank}: {said.error}" for rank, said in answers.items() if said.error), None)
-
-    def _round(
-        self,
-        take: Callable[[Member, Any], Any],
-        what: str,
-        known: Mapping[int, Any] | None = None,
-        timeout_s: float | None = None,
-    ) -> dict[int, Any]:
-        """Collect the answer of every rank to what they were told; ``known``: those that have come already, by rank.
-
-        ``timeout_s``: that of a step where absent.
-        """
-        deadline = Deadline(timeout_s or self._config.step_timeout_s, time.monotonic(), alone=self._num_ranks == 1)
-        answers = dict(known or {})
-        if answers:
-            deadline.answered(time.monotonic())
-        return answers | self._collect(
-            [rank for rank in self._present if rank not in answers],
-            take,
-            lambda: deadline.at_s,
-            lambda _: deadline.answered(time.monotonic()),
-            what=what,
-        )
-
-    def _collect(
-        self,
-        ranks: Iterable[int],
-        take: Callable[[Member, Any], Any],
-        deadline_s: Callable[[], float],
-        on_answer: Callable[[Any], None] = lambda _: None,
-        *,
-        what: str = "load",
-    ) -> dict[int, Any]:
-        """Wait until each of ``ranks`` has given an answer that ``take`` returns, or is lost."""
-        asked_s = time.monotonic()
-        wanted = list(ranks)
-        answers: dict[int, Any] = {}
-        while waiting := [rank for rank in wanted if rank not in answers and rank not in self._lost]:
-            received = self._receive(deadline_s())
-            if received is not None:
-                member, answer = received
-                if member.rank in waiting and (taken := take(member, answer)) is not None:
-                    answers[member.rank] = taken
-                    on_answer(taken)
-            elif time.monotonic() >= deadline_s():
-                for rank in waiting:
-                    member = self._roster.of_rank[rank]
-                    self._lose(member, SILENT, f"rank {rank} did not {what} in time", asked_s)
-        return answers
 
     def _take_loaded(self, member: Member, answer: Any) -> Any:
         if isinstance(answer, Refused):
@@ -374,77 +268,6 @@ class RemoteRanks:
             return None
         member.info = answer.info
         return answer
-
-    def _receive(self, deadline_s: float) -> tuple[Member, Any] | None:
-        """Return the next answer of a member; None after a moment without one, when ended processes are noticed."""
-        received = self._plane.receive(min(_POLL_S, deadline_s - time.monotonic()))
-        if received is None:
-            self._check_processes()
-            return None
-        name, answer = received
-        member = self._roster.find(name)
-        if member is None:
-            return None
-        if isinstance(answer, Ready):
-            member.is_ready, member.ponged = True, self._num_pings
-            self._num_spares_lost = 0
-        elif isinstance(answer, Pong):
-            member.ponged = answer.number
-        elif member.rank in self._absent:
-            self._hear_absent(member, answer)
-        elif isinstance(answer, Done | Failed) and member.rank is not None:
-            if isinstance(answer, Failed):
-                # Ranks that wait for it in a collective need not wait for their timeout
-                self._store = None
-            self._steps.hear(member.rank, answer)
-        return member, answer
-
-    def _hear_absent(self, member: Member, answer: Any) -> None:
-        if isinstance(answer, Loaded) and member.rank is not None:
-            member.info = answer.info
-            self._absent.loaded(member.rank)
-        elif isinstance(answer, Refused):
-            logger.error("a replacement of rank %s cannot load: %s", member.rank, answer.message)
-            self._lose(member, DIED, f"a replacement of rank {member.rank} could not load", time.monotonic())
-
-    def _check_processes(self) -> None:
-        now_s = time.monotonic()
-        for rank in self._absent.overdue(now_s):
-            self._lose(self._roster.of_rank[rank], SILENT, f"a replacement of rank {rank} did not load in time", now_s)
-        for member, how in self._roster.ended():
-            who = "a spare" if member.rank is None else f"rank {member.rank}"
-            self._lose(member, DIED, f"the process of {who} {how}", time.monotonic())
-
-    def _send(self, rank: int, command: Command) -> None:
-        member = self._roster.of_rank.get(rank)
-        if member is None:
-            return
-        try:
-            self._plane.send(member.name, command)
-        except ConnectionError:
-            self._lose(member, UNREACHABLE, f"rank {rank} is not connected", time.monotonic())
-
-    def _lose(self, member: Member, what: str, message: str, since_s: float) -> None:
-        now_s = time.monotonic()
-        rank = member.rank
-        self._roster.lose(member)
-        if rank is None:
-            self._num_spares_lost += not member.is_ready
-        else:
-            if not self._absent.lose(rank):
-                # Ranks that wait for it to join them need not wait for their timeout
-                self._store = None
-            self._lost[rank] = Replacement(rank, what, now_s, was_spare=False)
-        self.events.record(
-            Event(
-                FAULT,
-                what,
-                message,
-                duration_s=now_s - since_s,
-                generation=self._generation,
-                ranks=() if rank is None else (rank,),
-            )
-        )
 
     @property
     def _moved(self) -> PlacementVersion | None:
