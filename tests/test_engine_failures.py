@@ -11,7 +11,7 @@ import pytest
 from penstock.cluster.engine.backend import EngineDeadError
 from penstock.cluster.engine.engine import Engine
 from penstock.cluster.engine.output import ERROR
-from penstock.workers.plan import StepFailedError, StepPlan, StepResult
+from penstock.workers.plan import StepFailedError, StepPlan, StepRefusedError, StepResult
 from penstock.workers.sampling_params import SamplingParams
 
 from .tiny_engine import GREEDY, PROMPTS, FailingRanks, Published, drain, generate
@@ -52,6 +52,22 @@ def test_too_many_failures_in_a_row_kill_the_engine(make_engine: Callable[..., E
     assert outputs[0].offset == sum(len(o.token_ids) for step in published for o in step)
     assert not engine.has_requests
     engine.scheduler.check_integrity()
+
+
+def test_ranks_that_are_to_be_brought_together_have_failed_nothing(make_engine: Callable[..., Engine]) -> None:
+    class Returning(FailingRanks):
+        def step(self, plan: StepPlan) -> StepResult:
+            try:
+                return super().step(plan)
+            except StepFailedError:
+                raise StepRefusedError("rank 1 has loaded") from None
+
+    expected = generate(make_engine(), PROMPTS, GREEDY)
+    engine = make_engine(lambda ranks: Returning(ranks, lambda call: call in (4, 5, 9)), max_step_retries=0)
+    assert generate(engine, PROMPTS, GREEDY) == expected
+    ranks: Any = engine.ranks
+    assert ranks.recovered == [1, 2, 3]
+    assert engine.stats().num_failed_steps == 0
 
 
 def test_a_step_that_was_interrupted_is_never_planned_again_under_its_number(

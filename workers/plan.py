@@ -229,3 +229,7 @@ class StepResult:
 
 class StepFailedError(Exception):
     """A step did not complete on every rank. Nothing of it may be published; plan it again."""
+
+
+class StepRefusedError(StepFailedError):
+    """A step was not begun, since ranks are to be brought together first: nothing has failed."""

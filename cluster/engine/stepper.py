@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ...router.expert_budget import ExpertBudget
-from ...workers.plan import Bucket, RankPlan, StepFailedError, StepPlan, StepResult
+from ...workers.plan import Bucket, RankPlan, StepFailedError, StepPlan, StepRefusedError, StepResult
 from ..config import EngineConfig
 from ..speculation.batch import Batch
 from .backend import EngineDeadError
@@ -193,6 +193,10 @@ class Stepper:
                 self._counters.latencies.admitted(request, now)
 
     def _discard(self, error: StepFailedError) -> None:
+        if isinstance(error, StepRefusedError):
+            logger.info("step %d of generation %d waits: %s", self._step_id, self._generation, error)
+            self._void()
+            return
         self._counters.num_failed_steps += 1
         self._failures_in_row += 1
         logger.warning("step %d of generation %d discarded: %s", self._step_id, self._generation, error)

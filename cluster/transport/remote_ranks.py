@@ -9,7 +9,7 @@ from typing import Any
 
 from ...router.placement import Placement, PlacementVersion
 from ...workers.model_info import RankInfo
-from ...workers.plan import RankError, RankResult, StepFailedError, StepPlan, StepResult
+from ...workers.plan import RankError, RankResult, StepPlan, StepRefusedError, StepResult
 from ...workers.process_group import open_store
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
@@ -134,7 +134,7 @@ class RemoteRanks:
         """Wait for the oldest step that was submitted, whose answers are all awaited even after a failure."""
         step = self._steps.first(plan)
         if step.refusal is not None:
-            raise StepFailedError(step.refusal)
+            raise StepRefusedError(step.refusal)
         self.meanwhile()
 
         def take(member: Member, _: Any) -> RankResult | RankError | None:
