@@ -18,7 +18,8 @@ class PhaseMachine:
     A trial runs ``TRIAL_STEPS`` steps at one length K and measures U(K) = tokens per step / (step time / plain step
     time). A test begins at the last winner. If U < 1 there, one smaller length gets a trial, then speculation is
     disabled; else the length climbs by one while U rises (down, if the first step up does not rise), at most
-    ``MAX_TRIALS`` trials. The winner is set for ``SET_STEPS`` steps. Disabled phases double from ``SET_STEPS`` to
+    ``MAX_TRIALS`` trials. A trial that can win no more, were all its other drafts right and its steps as quick as the
+    quickest so far, ends at once. The winner is set for ``SET_STEPS`` steps. Disabled phases double from ``SET_STEPS`` to
     ``MAX_DISABLED_STEPS`` until a length wins again, and are followed by a trial of length 1 only, since a failed
     trial is what speculation costs where it does not pay.
 
@@ -74,10 +75,16 @@ class PhaseMachine:
     def _try(self, num_tokens: float, step_s: float, baseline_s: float) -> None:
         self._tokens.append(num_tokens)
         self._times_s.append(step_s)
-        if len(self._tokens) == TRIAL_STEPS:
-            # The median, as for the baseline: one step that met a hiccup of the machine must not decide
-            self._utilities[self.draft_len] = fmean(self._tokens) * baseline_s / median(self._times_s)
-            self._decide()
+        # The median, as for the baseline: one step that met a hiccup of the machine must not decide
+        utility = fmean(self._tokens) * baseline_s / median(self._times_s)
+        if len(self._tokens) < TRIAL_STEPS:
+            left = TRIAL_STEPS - len(self._tokens)
+            most = (sum(self._tokens) + left * (self.draft_len + 1)) / TRIAL_STEPS * baseline_s / min(self._times_s)
+            if most >= max(self._utilities.values(), default=0.0) and most >= 1:
+                return
+            utility = most
+        self._utilities[self.draft_len] = utility
+        self._decide()
 
     def _decide(self) -> None:
         first = next(iter(self._utilities))
