@@ -22,6 +22,7 @@ from .app import build_app, on_gpu
 from .deployment_error import DeploymentFailedError
 from .gang_directory import GangDirectory
 from .http_server import Address
+from .ray_address import checked_address
 from .resources import bundles, num_ranks
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,10 @@ def has_token() -> bool:
 @contextmanager
 def attach(address: str) -> Iterator[None]:
     """Be part of the Ray cluster at ``address``; raise ``ValueError`` if there is none."""
+    try:
+        address = checked_address(address)
+    except ConnectionError as error:
+        raise ValueError(str(error)) from error
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError) as error:
