@@ -177,6 +177,18 @@ async def test_unknown_routes_and_methods_get_the_same_shape(http: httpx.AsyncCl
     check_error(await http.get("/v1/models/nope"), 404, "model")
 
 
+@pytest.mark.parametrize(
+    "path", ["/health", "/metrics", "/events", "/version", "/v1/models", f"/v1/models/{MODEL}", "/nowhere", COMPLETION]
+)
+async def test_head_is_get_without_the_body(http: httpx.AsyncClient, path: str) -> None:
+    head, get = await http.head(path), await http.get(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert get.content
+    for name in ("content-type", "content-length"):
+        assert head.headers[name] == get.headers[name]
+    assert "x-request-id" in head.headers
+
+
 async def test_a_body_without_end_is_refused(http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_body, "MAX_BODY_BYTES", 1000)
     read = 0

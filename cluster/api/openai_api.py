@@ -27,7 +27,7 @@ from .completion_format import CompletionFormat
 from .event_stream import EventStream, while_connected
 from .generation import Generation
 from .metrics import CONTENT_TYPE, render
-from .middleware import ApiKeyMiddleware, RequestIdMiddleware
+from .middleware import ApiKeyMiddleware, HeadMiddleware, RequestIdMiddleware
 from .prompts import EncodedPrompt, encode_chat, encode_completion, encode_speculation
 from .protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from .request_body import body_schema, read_body
@@ -51,6 +51,7 @@ def create_app(
     if admission is not None:
         app.add_middleware(AdmissionMiddleware, admission=admission)
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(HeadMiddleware)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
