@@ -16,13 +16,13 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import RayError
 
 from ...workers.model_info import RankInfo
+from ..client.ray_address import checked_address
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
 from .app import build_app, on_gpu
 from .deployment_error import DeploymentFailedError
 from .gang_directory import GangDirectory
 from .http_server import Address
-from .ray_address import checked_address
 from .resources import bundles, num_ranks
 
 logger = logging.getLogger(__name__)
