@@ -12,8 +12,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from ..api.generation import Generation
 from ..engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
-from ..serving.ray_address import checked_address
 from .client import Prompt
+from .ray_address import checked_address
 from .request_params import RequestParams
 
 
