@@ -171,6 +171,14 @@ async def test_charset_is_no_other_media_type(http: httpx.AsyncClient) -> None:
 
 async def test_unknown_routes_and_methods_get_the_same_shape(http: httpx.AsyncClient) -> None:
     check_error(await http.get("/v1/nothing"), 404, None)
+    for path, meant in (
+        ("/chat/completions", CHAT_COMPLETION),
+        ("/v1/v1/completions", COMPLETION),
+        ("/models", "/v1/models"),
+    ):
+        response = await http.post(path, json={})
+        check_error(response, 404, None)
+        assert response.json()["error"]["message"] == f"POST {path}: Not Found; it is at {meant}"
     not_allowed = await http.get(COMPLETION)
     check_error(not_allowed, 405, None)
     assert not_allowed.headers["allow"] == "POST"
