@@ -16,7 +16,7 @@ from ..demo import prompts
 from ..demo.inflate import inflate
 from ..demo.records import FAMILIES
 from ..router.expert_budget import ExpertBudget
-from ..workers.checkpoint import load_config
+from ..workers.config_file import load_config
 from .generate_peer import GeneratePeer
 from .harness import Row
 from .step_bytes import ByteCounter

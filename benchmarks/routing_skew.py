@@ -20,7 +20,7 @@ from .. import demo
 from ..cluster.api.chat_tokenizer import ChatTokenizer
 from ..demo import prompts
 from ..demo.records import FAMILIES
-from ..workers.checkpoint import load_config
+from ..workers.config_file import load_config
 from ..workers.runner import ModelRunner
 from .counted_ranks import RecordingDispatcher
 from .fixed_steps import FixedSteps, whole_prompt

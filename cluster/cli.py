@@ -19,7 +19,7 @@ from .config import EngineConfig
 from .engine.backend import EngineDeadError, QueueFullError
 from .flags import EngineFlags, given
 from .placement_commands import place, trace
-from .serving.deployment_error import DeploymentFailedError
+from .serving.deployment_error import DeploymentFailedError, RayLostError
 from .serving.interrupts import interruptible
 
 app = App(name="penstock", help="Serve Mixture-of-Experts language models, expert-parallel and speculative.")
@@ -147,6 +147,11 @@ def main() -> None:
             log.write(f"{error}\n")
         errors.print(f"[bold red]error:[/] {escape(error.reason)} (in full: {log.name})")
         sys.exit(1)
+    except RayLostError as error:
+        errors.print(f"[bold yellow]warning:[/] {error}")
+        sys.stdout.flush()
+        # what Ray does when a process ends in order takes ten seconds where there is no Ray
+        os._exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
 

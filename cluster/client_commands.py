@@ -101,15 +101,21 @@ def _client(
     if local is None:
         for name in engine:
             raise ValueError(f"{name}: only with local; a server has its own")
-        from .client.http_client import HttpClient
-
-        return HttpClient(url or URL, model=model, api_key=api_key)
+        return _server(url or URL, api_key, model)
     for name, value in (("url", url), ("model", model)):
         if value is not None:
             raise ValueError(f"{name}: not together with local, which asks no server")
     from .client.local_client import LocalClient
 
     return LocalClient(EngineConfig.from_mapping({"model": local, **engine}))
+
+
+def _server(url: str, api_key: str | None, model: str | None = None) -> HttpClient:
+    from .client.http_client import HttpClient
+
+    if "://" not in url:
+        raise ValueError(f"url: {url!r} names no protocol; http://{url} does")
+    return HttpClient(url, model=model, api_key=api_key)
 
 
 def _read(prompt: str | None) -> str:
@@ -170,10 +176,9 @@ def stats(
     as_json
         Write one JSON object: models, metrics by name, quantiles of the latencies.
     """
-    from .client.http_client import HttpClient
     from .client.server_stats import ServerStats
 
-    with closing(HttpClient(url, api_key=api_key)) as client:
+    with closing(_server(url, api_key)) as client:
         found = ServerStats.read(client)
     if as_json:
         print(json.dumps(found.as_json(), ensure_ascii=False))
@@ -202,9 +207,8 @@ def events(
         Write one JSON object a line, with all that is known of each event.
     """
     from .client.event_lines import event_line
-    from .client.http_client import HttpClient
 
-    with closing(HttpClient(url, api_key=api_key)) as client:
+    with closing(_server(url, api_key)) as client:
         found = client.events()
     for event in found:
         print(json.dumps(event, ensure_ascii=False) if as_json else event_line(event))

@@ -41,6 +41,8 @@ class EngineConfig:
     """Names clients may use, one or several, the first being the model's own; the value of `model` when absent."""
     api_key: str | None = field(default=None, repr=False)
     """Key that HTTP clients must bring (`Authorization: Bearer ...`); that of PENSTOCK_API_KEY when absent."""
+    max_body_bytes: int | None = _bounded(None, low=1 << 10, high=1 << 30)
+    """Longest body of an HTTP request; when absent 64 for each token of the context, from 4 MiB to 32 MiB in all."""
     dtype: str = _bounded("auto", of=("auto", "bfloat16", "float32"))
     """Type of weights, activations and KV: auto (the checkpoint's), bfloat16 or float32."""
     device: str = _bounded("auto", of=("auto", "cpu", "cuda"))

@@ -52,14 +52,14 @@ EngineFlags = _flags("EngineFlags", EngineConfig)
 LocalEngineFlags = _flags(
     "LocalEngineFlags",
     EngineConfig,
-    without=("served_model_name", "api_key", *_LAUNCH),  # nobody else asks, and there is no Ray
+    without=("served_model_name", "api_key", "max_body_bytes", *_LAUNCH),  # nobody else asks, and there is no Ray
     group="Engine, with --local",
 )
 CalibrationFlags = _flags(
     "CalibrationFlags",
     EngineConfig,
     without=(
-        *("served_model_name", "api_key", "max_queued_requests", "request_timeout_s", *_LAUNCH),
+        *("served_model_name", "api_key", "max_body_bytes", "max_queued_requests", "request_timeout_s", *_LAUNCH),
         *("num_spares", "recovery_timeout_s", "enable_eplb", "num_redundant_experts"),
         *("eplb_window_size", "eplb_step_interval", "eplb_bytes_per_step", "eplb_timeout_s"),
         # what the command itself decides

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..router.balanced import balanced
 from ..router.placement import Placement, check_num_ranks, contiguous
-from ..workers.loader import EmptyModel, build, inspect
+from ..workers.loader import EmptyModel, build, inspect, resolve_dtype
 from ..workers.model_config import num_experts_of
 from .config import EngineConfig
 
@@ -123,9 +123,10 @@ def placement_of(config: EngineConfig) -> Placement | None:
 
 
 def check_ranks(config: EngineConfig) -> None:
-    """Raise ``ValueError`` naming the field for a model that is not there, or for more ranks than it has experts."""
+    """Raise ``ValueError`` naming the field for a model that cannot be, or for more ranks than it has experts."""
     _, model_config = inspect(config.model, config.revision, config.max_model_len)
     check_num_ranks(num_experts_of(model_config.get_text_config()), config.expert_parallel_size)
+    build(model_config, resolve_dtype(model_config, config.dtype))
 
 
 def _to_begin_with(config: EngineConfig) -> Placement:

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..workers.checkpoint import CheckpointReader, load_config
+from ..workers.checkpoint import CheckpointReader
+from ..workers.config_file import load_config
 
 _SIZE_FIELD = {"qwen3_moe": "moe_intermediate_size", "qwen2_moe": "moe_intermediate_size", "olmoe": "intermediate_size"}
 _SHARD_BYTES = 1 << 30

@@ -53,13 +53,18 @@ def wait(what: str, condition, timeout_s: float = 30.0) -> None:
 
 
 @contextmanager
-def running(command: list[str], log: Path) -> Iterator[Server]:
+def running(command: list[str], log: Path, *, own_group: bool = False) -> Iterator[Server]:
     port = free_port()
     with log.open("w") as out:
         # An address left over from another cluster must not matter
         environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
         process = subprocess.Popen(
-            [PENSTOCK, *command, "--port", str(port)], stdout=out, stderr=out, text=True, env=environment
+            [PENSTOCK, *command, "--port", str(port)],
+            stdout=out,
+            stderr=out,
+            text=True,
+            env=environment,
+            process_group=0 if own_group else None,
         )
     try:
         wait("server up", lambda: process.poll() is not None or "Ctrl-C" in log.read_text(), START_S)

@@ -21,8 +21,9 @@ SERVE_OPTIONS = """
 --device
 --downscale-delay-s --draft-len --drafter --drain-timeout-s --dtype
 --enable-eplb --enforce-eager --eplb-bytes-per-step --eplb-step-interval --eplb-timeout-s --eplb-window-size
---expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s --max-draft-len
---max-model-len --max-num-batched-tokens --max-num-seqs --max-perplexity-increase --max-quality-loss
+--expert-budget --expert-parallel-size --gpu-memory-utilization --host --kv-cache-bytes --load-timeout-s
+--max-body-bytes --max-draft-len --max-model-len --max-num-batched-tokens --max-num-seqs
+--max-perplexity-increase --max-quality-loss
 --max-queued-requests --max-replicas --max-step-retries --min-replicas --no-async-scheduling
 --num-redundant-experts --num-replicas
 --num-spares --num-threads

@@ -186,6 +186,13 @@ def test_a_server_that_is_not_there_or_cannot_serve_is_named(backend, tokenizer,
         assert done.stderr.startswith(f"error: no answer from {server.url}")
 
 
+@pytest.mark.parametrize("command", [("generate", "water"), ("stats",), ("events",)])
+def test_an_address_without_its_protocol_is_told_what_is_missing(command, penstock):
+    done = penstock(*command, "--url", "127.0.0.1:8000")
+    assert done.returncode == 2
+    assert done.stderr == "error: url: '127.0.0.1:8000' names no protocol; http://127.0.0.1:8000 does\n"
+
+
 def test_without_a_server_the_model_answers_in_this_process(penstock):
     done = penstock(
         *("generate", "438 + 275", "--chat", "--local", str(DEMO), "--temperature", "0"), *("--num-threads", "1")

@@ -187,6 +187,7 @@ def test_a_server_that_is_not_ours_is_a_connection_error(answer: tuple[int, str,
         asked: list[Callable[[], object]] = [
             lambda: ServerStats.read(client),
             client.events,
+            client.stats,
             client.models,
             lambda: asyncio.run(client.amodels()),
             lambda: client.generate("water"),
@@ -202,6 +203,41 @@ def test_a_server_that_is_not_ours_is_a_connection_error(answer: tuple[int, str,
             thread.join(30)
             client.close()
             named.close()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "whose"),
+    [
+        (b"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 1.0\n", "its metrics are vllm:..."),
+        (b"process_open_fds 12.0\n", "it has none of our metrics"),
+    ],
+)
+def test_metrics_of_another_program_are_no_engine_that_is_down(metrics: bytes, whose: str) -> None:
+    class Kin(Foreign):
+        def do_GET(self) -> None:
+            models = json.dumps({"object": "list", "data": [{"id": "m", "max_model_len": 4096}]}).encode()
+            is_metrics = self.path == "/metrics"
+            self.answer = (200, "text/plain", metrics) if is_metrics else (200, "application/json", models)
+            super().do_GET()
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Kin) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        client = HttpClient(f"http://127.0.0.1:{server.server_address[1]}", max_retries=0)
+        asked: list[Callable[[], object]] = [
+            lambda: ServerStats.read(client),
+            client.stats,
+            lambda: asyncio.run(client.astats()),
+        ]
+        try:
+            for ask in asked:
+                with pytest.raises(ConnectionError, match=f"is no Penstock server: {whose}$"):
+                    ask()
+            assert client.models() == ["m"]
+        finally:
+            server.shutdown()
+            thread.join(30)
+            client.close()
 
 
 @pytest.mark.parametrize("address", ["water", "127.0.0.1:8000", "ftp://127.0.0.1:8000", "http://", ""])

@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
-from penstock.cluster.api import request_body
+from penstock.cluster.api.chat_tokenizer import ChatTokenizer
 from penstock.cluster.api.openai_api import create_app
-from penstock.cluster.api.serving_state import ServingState
+from penstock.cluster.api.serving_state import ServingState, default_max_body_bytes
 
-from .openai_app import CHAT, MODEL, check_error, post_chat, post_completion
+from .openai_app import CHAT, MODEL, check_error, client_of, post_chat, post_completion
 from .scripted_backend import MAX_MODEL_LEN, ScriptedBackend, save_tokenizer
 
 COMPLETION, CHAT_COMPLETION = "/v1/completions", "/v1/chat/completions"
@@ -171,14 +171,33 @@ async def test_charset_is_no_other_media_type(http: httpx.AsyncClient) -> None:
 
 async def test_unknown_routes_and_methods_get_the_same_shape(http: httpx.AsyncClient) -> None:
     check_error(await http.get("/v1/nothing"), 404, None)
+    for path, meant in (
+        ("/chat/completions", CHAT_COMPLETION),
+        ("/v1/v1/completions", COMPLETION),
+        ("/models", "/v1/models"),
+    ):
+        response = await http.post(path, json={})
+        check_error(response, 404, None)
+        assert response.json()["error"]["message"] == f"POST {path}: Not Found; it is at {meant}"
     not_allowed = await http.get(COMPLETION)
     check_error(not_allowed, 405, None)
     assert not_allowed.headers["allow"] == "POST"
     check_error(await http.get("/v1/models/nope"), 404, "model")
 
 
-async def test_a_body_without_end_is_refused(http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_body, "MAX_BODY_BYTES", 1000)
+@pytest.mark.parametrize(
+    "path", ["/health", "/metrics", "/events", "/version", "/v1/models", f"/v1/models/{MODEL}", "/nowhere", COMPLETION]
+)
+async def test_head_is_get_without_the_body(http: httpx.AsyncClient, path: str) -> None:
+    head, get = await http.head(path), await http.get(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert get.content
+    for name in ("content-type", "content-length"):
+        assert head.headers[name] == get.headers[name]
+    assert "x-request-id" in head.headers
+
+
+async def test_a_body_that_is_too_long_is_refused_unread(backend: ScriptedBackend, tokenizer: ChatTokenizer) -> None:
     read = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -187,8 +206,26 @@ async def test_a_body_without_end_is_refused(http: httpx.AsyncClient, monkeypatc
             read += 1
             yield b"x" * 100
 
-    response = await http.post(COMPLETION, content=endless(), headers={"Content-Type": "application/json"})
-    check_error(response, 413, "body")
+    state = await ServingState.create(backend, tokenizer, MODEL, max_body_bytes=1024)
+    async with client_of(create_app(state)) as http:
+        for path in (COMPLETION, CHAT_COMPLETION, "/tokenize", "/detokenize"):
+            for headers, most in (({}, 11), ({"Content-Length": "10000"}, 0)):
+                read = 0
+                response = await http.post(
+                    path, content=endless(), headers={"Content-Type": "application/json", **headers}
+                )
+                check_error(response, 413, "body")
+                assert "longer than 1024 bytes (max_body_bytes)" in response.json()["error"]["message"]
+                assert read <= most
+        text = "a" * (1024 - len(json.dumps(with_fields(prompt=""))))
+        for longer, status in (("", 400), ("a", 413)):  # 400: it has a body's length, and too many tokens
+            response = await http.post(COMPLETION, content=json.dumps(with_fields(prompt=text + longer)))
+            assert response.status_code == status
+
+
+@pytest.mark.parametrize(("tokens", "mib"), [(1, 4), (2048, 4), (131_072, 8), (1 << 20, 32)])
+def test_bodies_may_be_as_long_as_contexts_can_use(tokens: int, mib: int) -> None:
+    assert default_max_body_bytes(tokens) == mib << 20
 
 
 async def test_chat_without_template_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -225,7 +225,7 @@ def test_ranks_are_asked_once_where_the_next_step_is_planned_before_they_answer(
 
     def commit() -> None:
         loads = ExpertLoads(HOT.tolist(), [0] * L) if asked[-2] else None
-        empty = RankResult(0, 0, 0, [], LayerCounts([], [], [], [], []), 0, 0, 0.0, expert_loads=loads)
+        empty = RankResult(0, 0, 0, [], LayerCounts([], [], [], [], []), 0, 0, 0.0, 0.0, expert_loads=loads)
         gang.rebalancer.commit(StepResult([empty] * R, 0.1))
 
     for _ in range(20):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
@@ -50,7 +52,7 @@ def test_a_placement_reaches_the_workers_by_its_content(tmp_path):
 def test_a_gang_whose_ranks_hold_all_experts_goes_on_without_one(tmp_path):
     path = tmp_path / "placement.json"
     PlacementFile.of(Placement(32, 2, (((0, 1),) * 32,) * 4), "balanced", "qwen3_moe").write(path)
-    with running(["serve", str(DEMO), "--placement", str(path), *OPTIONS], tmp_path / "log") as server:
+    with running(["serve", str(DEMO), "--placement", str(path), *OPTIONS], tmp_path / "log", own_group=True) as server:
         undisturbed = text_of(long_stream(server, max_tokens=200))
         before = {process.pid for process in processes(server, "ray::Worker")}
         assert text_of(long_stream(server, "Worker.run", max_tokens=200)) == undisturbed
@@ -67,3 +69,11 @@ def test_a_gang_whose_ranks_hold_all_experts_goes_on_without_one(tmp_path):
         assert len(before & after) == 1
         assert text_of(long_stream(server, max_tokens=200)) == undisturbed
         client.close()
+        # as `timeout` and systemd do: Ray's own processes are signalled too, and gone before they can be asked to end
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        os.killpg(server.process.pid, signal.SIGTERM)
+        assert server.process.wait(20) == 0
+        assert "warning: Ray is gone, and live requests with it" in server.log.read_text()
+        assert not Path(server.ray_environment["RAY_AUTH_TOKEN_PATH"]).parent.exists()
+        _, left = psutil.wait_procs(family, timeout=30)
+        assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: its config and its tensors, read lazily and counted."""
+"""A checkpoint on disk: its tensors, read lazily and counted."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -52,19 +49,6 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise ValueError(
             f"model: {model!r} is not a directory and could not be fetched from the hub: {message}"
         ) from error
-
-
-def load_config(directory: Path) -> PreTrainedConfig:
-    """Return the model's configuration; never runs code from the checkpoint."""
-    from transformers import AutoConfig
-
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"model: {directory} has no config.json")
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # bad JSON, unknown type, custom code: transformers raises many types
-        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model: config.json in {directory} cannot be used: {message}") from error
 
 
 def _indexed_files(index: Path) -> list[str]:

@@ -17,7 +17,8 @@ import torch
 from ..router.placement import Placement
 from .architectures import ROUTER_CLASS, check_supported
 from .attention import ATTENTION
-from .checkpoint import CheckpointReader, load_config, resolve
+from .checkpoint import CheckpointReader, resolve
+from .config_file import check_sizes, load_config, one_line
 from .expert_parallel import EXPERTS
 from .gpu_experts import objection
 from .model_config import eos_token_ids, longest_context
@@ -89,6 +90,7 @@ def inspect(model: str, revision: str | None = None, max_model_len: int | None =
     config = load_config(directory)
     check_supported(config.model_type)
     check_quantization(config)
+    check_sizes(directory, config.get_text_config())
     if max_model_len is not None:
         longest_context(config.get_text_config(), max_model_len)
     with CheckpointReader(directory) as reader:
@@ -109,13 +111,17 @@ def resolve_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype) -> EmptyModel:
-    """Build the model of ``config`` without storage; raise ``ValueError`` naming ``model`` if it has no MoE layer."""
+    """Build the model of ``config`` without storage; raise ``ValueError`` naming ``model`` if that cannot be."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS
-        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS
+            )
+    except Exception as error:  # its code trusts its numbers and names, and raises whatever they lead to
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"model: what config.json says makes no {config.model_type} model: {reason}") from error
     return EmptyModel(model, config, dtype, *_moe_modules(model))
 
 

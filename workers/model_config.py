@@ -31,7 +31,9 @@ def _number(config: object, what: str, names: tuple[str, ...]) -> int:
                 raise ValueError(f"model: its layers differ in the number of {what}, which is not supported")
             value = value[0]
         if value:
-            return int(value)
+            if type(value) is not int:
+                raise ValueError(f"model: config.json says that {name} is {value!r}, expected an integer")
+            return value
     raise ValueError(f"model: config.json names no number of {what}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
+from .chat_tokenizer import TooLongError
 
 _FIELD = re.compile(r"([A-Za-z_][\w.\[\]-]*): ")
 _MAX_MESSAGE_CHARS = 1000
@@ -55,7 +56,8 @@ class ApiError(Exception):
         if match is None:
             return cls(400, message)
         param = (rename or {}).get(match[1], match[1])
-        return cls(400, f"{param}: {message[match.end() :]}", param=param, code="invalid_value")
+        code = "context_length_exceeded" if isinstance(error, TooLongError) else "invalid_value"
+        return cls(400, f"{param}: {message[match.end() :]}", param=param, code=code)
 
     @classmethod
     def from_validation(cls, error: ValidationError) -> ApiError:

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from ...workers.sampling_params import SamplingParams
 from .detokenizer import Detokenizer
+from .token_bound import TokenBound
 from .token_text import TokenTexts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 ROLES = ("system", "user", "assistant")
+
+
+class TooLongError(ValueError):
+    """A text has more tokens than it may have: told from its length, before it was tokenized."""
 
 
 class ChatTokenizer:
@@ -52,13 +57,21 @@ class ChatTokenizer:
         """What single tokens stand for."""
         return TokenTexts(self.backend)
 
-    def encode(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of ``prompt``, with the special tokens that the tokenizer itself puts around a text."""
-        return self._encode(prompt, "prompt", add_special_tokens=add_special_tokens)
+    @cached_property
+    def token_bound(self) -> TokenBound | None:
+        """What tells how many tokens a text has at least; None if only tokenizing it can."""
+        return TokenBound.of(self.backend)
 
-    def encode_prediction(self, text: str) -> list[int]:
-        """Return the ids of an output that a client expects: nothing is put around it."""
-        return self._encode(text, "prediction.content", add_special_tokens=False)
+    def encode(self, prompt: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Return the ids of ``prompt``, with the special tokens that the tokenizer itself puts around a text.
+
+        Raises `TooLongError` for a text far beyond ``max_tokens``; what is little longer is returned.
+        """
+        return self._encode(prompt, "prompt", add_special_tokens=add_special_tokens, max_tokens=max_tokens)
+
+    def encode_prediction(self, text: str, *, max_tokens: int | None = None) -> list[int]:
+        """Return the ids of an output that a client expects: nothing is put around it. ``max_tokens`` as above."""
+        return self._encode(text, "prediction.content", add_special_tokens=False, max_tokens=max_tokens)
 
     def encode_chat(
         self,
@@ -67,12 +80,13 @@ class ChatTokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
+        max_tokens: int | None = None,
     ) -> list[int]:
         """Return the ids of a conversation, ready for the assistant's next turn, or to go on with its last message.
 
         ``messages`` are as in the OpenAI API: ``role`` (system, user or assistant) and ``content``, a string or a list
         of ``{"type": "text", "text": ...}``. Raises ``ValueError`` naming the offending part, such as
-        ``messages[0].content[1].type``, or whatever the template itself refuses.
+        ``messages[0].content[1].type``, or whatever the template itself refuses. ``max_tokens`` as in `encode`.
         """
         from jinja2 import TemplateError
 
@@ -90,7 +104,7 @@ class ChatTokenizer:
         except (TemplateError, ValueError) as error:
             raise ValueError(f"messages: refused by the model's chat template: {error}") from error
         # the template writes the special tokens out
-        return self._encode(text, "messages", add_special_tokens=add_special_tokens)
+        return self._encode(text, "messages", add_special_tokens=add_special_tokens, max_tokens=max_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ``token_ids``, special tokens left out."""
@@ -106,7 +120,11 @@ class ChatTokenizer:
             skip_special_tokens=sampling.skip_special_tokens,
         )
 
-    def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str, field: str, *, add_special_tokens: bool, max_tokens: int | None) -> list[int]:
+        if max_tokens is not None and len(text) > max_tokens and (bound := self.token_bound) is not None:
+            fewest = bound.fewest_tokens(text)
+            if fewest > max_tokens:
+                raise TooLongError(f"{field}: at least {fewest} tokens are more than max_model_len, {max_tokens}")
         try:
             # Only batches let other threads run meanwhile, and a long text may take seconds
             return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids

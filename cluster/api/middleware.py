@@ -1,4 +1,4 @@
-"""What stands before every endpoint: the request's id, and the key."""
+"""What stands before every endpoint: the request's id, the key, and HEAD."""
 
 from __future__ import annotations
 
@@ -37,6 +37,24 @@ class RequestIdMiddleware:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class HeadMiddleware:
+    """Answer HEAD as GET would be, without the body (RFC 9110, 9.3.2): load balancers ask so for a server's health."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
 class ApiKeyMiddleware:

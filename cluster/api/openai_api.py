@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from ...workers.sampling_params import SamplingParams
 from ..engine.backend import EngineDeadError
@@ -27,7 +28,7 @@ from .completion_format import CompletionFormat
 from .event_stream import EventStream, while_connected
 from .generation import Generation
 from .metrics import CONTENT_TYPE, render
-from .middleware import ApiKeyMiddleware, RequestIdMiddleware
+from .middleware import ApiKeyMiddleware, HeadMiddleware, RequestIdMiddleware
 from .prompts import EncodedPrompt, encode_chat, encode_completion, encode_speculation
 from .protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from .request_body import body_schema, read_body
@@ -51,6 +52,7 @@ def create_app(
     if admission is not None:
         app.add_middleware(AdmissionMiddleware, admission=admission)
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(HeadMiddleware)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -240,8 +242,18 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
+    if error.status_code == 404 and (meant := _meant_path(request)) is not None:
+        message += f"; it is at {meant}"
     refusal = ApiError(error.status_code, message, headers=dict(error.headers or {}))
     return JSONResponse(refusal.body, status_code=refusal.status, headers=refusal.headers)
+
+
+def _meant_path(request: Request) -> str | None:
+    """Return the path that a client means whose base URL has no /v1, or one too many."""
+    meant = "/v1" + request.url.path.removeprefix("/v1").removeprefix("/v1")
+    scope = {**request.scope, "path": meant}
+    is_known = any(route.matches(scope)[0] is not Match.NONE for route in request.app.router.routes)
+    return meant if is_known else None
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

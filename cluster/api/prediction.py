@@ -16,6 +16,6 @@ def prediction_text(prediction: Mapping[str, Any]) -> str:
     return text_content("prediction.content", prediction.get("content"))
 
 
-def encode_prediction(tokenizer: ChatTokenizer, text: str) -> tuple[int, ...]:
-    """Return the token ids of a prediction's text."""
-    return tuple(tokenizer.encode_prediction(text)) if text else ()
+def encode_prediction(tokenizer: ChatTokenizer, text: str, max_model_len: int | None = None) -> tuple[int, ...]:
+    """Return the token ids of a prediction's text; raise ``ValueError`` for one far longer than ``max_model_len``."""
+    return tuple(tokenizer.encode_prediction(text, max_tokens=max_model_len)) if text else ()

@@ -65,6 +65,7 @@ async def encode_chat(state: ServingState, body: ChatCompletionRequest, sampling
             add_generation_prompt=body.add_generation_prompt is not False,
             continue_final_message=bool(body.continue_final_message),
             add_special_tokens=bool(body.add_special_tokens),
+            max_tokens=_max_tokens(state, body),
         )
 
     token_ids = await run_tokenizer(encode, num_chars(body.messages))
@@ -75,9 +76,8 @@ async def encode_speculation(state: ServingState, body: GenerationRequest) -> Sp
     """Return what the request says of drafting, its prediction tokenized and checked; raise 400 naming the field."""
 
     def encode() -> SpeculationOptions:
-        options = replace(
-            body.speculation_options(), prediction_token_ids=encode_prediction(state.tokenizer, body.prediction_text())
-        )
+        prediction = encode_prediction(state.tokenizer, body.prediction_text(), state.max_model_len)
+        options = replace(body.speculation_options(), prediction_token_ids=prediction)
         options.check_prediction(state.vocab_size, state.max_model_len)
         return options
 
@@ -113,9 +113,16 @@ def _encode(state: ServingState, prompt: str | list[int], name: str, body: Compl
     if not isinstance(prompt, str):
         return prompt
     try:
-        return state.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+        return state.tokenizer.encode(
+            prompt, add_special_tokens=body.add_special_tokens is not False, max_tokens=_max_tokens(state, body)
+        )
     except ValueError as error:
-        raise ValueError(str(error).replace("prompt", name, 1)) from error
+        raise type(error)(str(error).replace("prompt", name, 1)) from error
+
+
+def _max_tokens(state: ServingState, body: GenerationRequest) -> int | None:
+    """Return how long a text may be before `_truncate`."""
+    return state.max_model_len if body.truncate_prompt_tokens is None else None
 
 
 def _truncate(state: ServingState, body: GenerationRequest, token_ids: list[int]) -> list[int]:

@@ -9,11 +9,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from .api_error import ApiError
+from .serving_state import serving
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
-MAX_BODY_BYTES = 32 << 20
-"""Longer request bodies are refused unread."""
 _INLINE_BYTES = 1 << 16
 """Bodies up to this long are parsed on the event loop."""
 
@@ -24,11 +23,16 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
     if media_type != "application/json":
         message = f"Content-Type: {media_type!r} is not supported; valid: 'application/json'"
         raise ApiError(415, message, param="Content-Type", code="unsupported_media_type")
+    limit = serving(request).max_body_bytes
+    announced = request.headers.get("content-length", "")
+    too_large = ApiError(413, f"body: longer than {limit} bytes (max_body_bytes)", param="body", code="body_too_large")
+    if announced.isdecimal() and int(announced) > limit:
+        raise too_large
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"body: longer than {MAX_BODY_BYTES} bytes", param="body", code="body_too_large")
+        if len(body) > limit:
+            raise too_large
     try:
         if len(body) <= _INLINE_BYTES:
             return model.model_validate_json(bytes(body))

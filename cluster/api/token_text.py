@@ -26,7 +26,7 @@ class TokenTexts:
         self._added = tokenizer.get_added_tokens_decoder()
         self.special_ids = {token_id for token_id, token in self._added.items() if token.special}
         kinds = _decoder_kinds(tokenizer)
-        self._char_bytes = _byte_level_alphabet() if "ByteLevel" in kinds else None
+        self._char_bytes = byte_level_alphabet() if "ByteLevel" in kinds else None
         self._has_byte_tokens = "ByteFallback" in kinds
         self._has_spaces = bool({"Replace", "Metaspace"} & kinds)
         self._known: dict[int, bytes] = {}
@@ -103,7 +103,8 @@ def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
     return {part["type"] for part in state.get("decoders", [state])}
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
+    """Return which byte each character of a byte-level vocabulary stands for."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode  # takes seconds
 
     return {char: byte for byte, char in bytes_to_unicode().items()}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ...router.expert_budget import ExpertBudget
 from ...workers.architectures import UNSTEERABLE
-from ...workers.checkpoint import load_config, resolve
+from ...workers.checkpoint import resolve
+from ...workers.config_file import load_config
 from ...workers.model_config import num_experts_of, num_experts_per_tok
 from ..config import AUTO_BUDGET, EngineConfig
 from ..engine.budget import EngineBudget

@@ -13,6 +13,7 @@ from typing import Any
 import openai
 
 from ..api.generation import Generation
+from ..api.metric import PREFIX
 from ..api.metrics import parse_samples
 from ..api.text_stream import RequestFailedError
 from ..config import API_KEY_VARIABLE
@@ -34,6 +35,7 @@ _OPENAI_FIELDS = {
     "top_p",
 }
 """Sampling parameters that are OpenAI's too."""
+_METRIC_PREFIX = re.compile(r"^([a-zA-Z_]\w*):", re.MULTILINE)
 _BASE_URL = re.compile(r"https?://[^/]")
 
 
@@ -98,7 +100,7 @@ class HttpClient:
     def metrics_text(self) -> str:
         """Return the server's metrics in Prometheus' text format."""
         with _plain_errors():
-            return self._sync.get(f"{self._root}/metrics", cast_to=str)
+            return _ours(self._sync.get(f"{self._root}/metrics", cast_to=str), self._root)
 
     def events(self) -> list[dict[str, Any]]:
         """Return the server's faults and recoveries, oldest first: the fields of `Event`, and ``gang``."""
@@ -144,7 +146,7 @@ class HttpClient:
     async def astats(self) -> dict[str, float]:
         """Return the server's metrics by name, labels included."""
         with _plain_errors():
-            return parse_samples(await self._client().get(f"{self._root}/metrics", cast_to=str))
+            return parse_samples(_ours(await self._client().get(f"{self._root}/metrics", cast_to=str), self._root))
 
     async def amodels(self) -> list[str]:
         """Return the names of the models served."""
@@ -324,6 +326,15 @@ def _listed(answer: Any, root: str) -> list[dict[str, Any]]:
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise ConnectionError(f"what answers at {root} is no Penstock server")
     return items
+
+
+def _ours(metrics: str, root: str) -> str:
+    """Return a /metrics text; raise ``ConnectionError`` if it is another program's."""
+    if f"{PREFIX}engine_up" in metrics:  # a Penstock server's has it whatever becomes of its engines
+        return metrics
+    others = sorted({name + ":" for name in _METRIC_PREFIX.findall(metrics)})
+    found = f"its metrics are {', '.join(others)}..." if others else "it has none of our metrics"
+    raise ConnectionError(f"what answers at {root} is no Penstock server: {found}")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...workers.loader import inspect
 from ...workers.sampling_params import SamplingParams
 from ..api.chat_tokenizer import ChatTokenizer
 from ..api.generation import Generation, TokenLogprob
@@ -79,6 +80,8 @@ class LLM:
 
     def __init__(self, model: str, **config: Any) -> None:
         self.config = EngineConfig.from_mapping({"model": model, **config})
+        # first: a tokenizer reads config.json too, and would be blamed for it
+        inspect(self.config.model, self.config.revision, self.config.max_model_len)
         self.tokenizer = ChatTokenizer(self.config.tokenizer_source, self.config.revision)
         drafter_factory(self.config.drafter)  # refuse an unknown name before anything is loaded
         served = check_budget_profile(self.config)

@@ -28,15 +28,18 @@ async def stream_prompt(
     sampling = asked.sampling
     is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
     if is_chat:
-        token_ids = await asyncio.to_thread(tokenizer.encode_chat, prompt)  # type: ignore[arg-type]
+        chat: Any = prompt
+        token_ids = await asyncio.to_thread(tokenizer.encode_chat, chat, max_tokens=max_model_len)
     elif isinstance(prompt, str):
-        token_ids = await asyncio.to_thread(tokenizer.encode, prompt)
+        token_ids = await asyncio.to_thread(tokenizer.encode, prompt, max_tokens=max_model_len)
     else:
         token_ids = list(prompt)  # type: ignore[arg-type]
     if sampling.max_tokens is None and not is_chat:
         room = max(1, max_model_len - len(token_ids))
         sampling = replace(sampling, max_tokens=min(DEFAULT_MAX_TOKENS, room))
-    speculation = await asyncio.to_thread(asked.encode, tokenizer) if asked.prediction else asked.speculation
+    speculation = asked.speculation
+    if asked.prediction:
+        speculation = await asyncio.to_thread(asked.encode, tokenizer, max_model_len)
     deltas = stream_text(backend, tokenizer, f"handle-{uuid.uuid4().hex}", token_ids, sampling, speculation)
     async with aclosing(deltas):
         async for delta in deltas:

@@ -13,21 +13,24 @@ from ray.exceptions import RayActorError, RayTaskError
 from ..api.generation import Generation
 from ..engine.backend import EngineDeadError, QueueFullError, RequestTimeoutError
 from .client import Prompt
+from .ray_address import checked_address
 from .request_params import RequestParams
 
 
 class RayClient:
     """A `Client` of the application ``app_name``. ``address``: the Ray cluster's; None for the one we are part of.
 
-    Raises ``ConnectionError`` if there is no such cluster or application.
+    Raises ``ValueError`` for what is no cluster's address, ``ConnectionError`` if there is no such cluster or
+    application.
     """
 
     def __init__(self, address: str | None = None, *, app_name: str = "default") -> None:
         if not ray.is_initialized():
+            address = checked_address(address)
             try:
-                ray.init(address or "auto", log_to_driver=False)
+                ray.init(address, log_to_driver=False)
             except ConnectionError as error:
-                raise ConnectionError(f"address: no Ray cluster at {address or 'auto'}: {error}") from error
+                raise ConnectionError(f"address: no Ray cluster at {address}: {error}") from error
         try:
             self._handle = serve.get_app_handle(app_name)
         except Exception as error:  # Serve raises its own types when it is not running or knows no such application

@@ -45,6 +45,7 @@ class RequestParams:
             options = replace(options, expert_budget=expert_budget)
         return cls(SamplingParams.from_kwargs(**sampling), options, text)
 
-    def encode(self, tokenizer: ChatTokenizer) -> SpeculationOptions:
+    def encode(self, tokenizer: ChatTokenizer, max_model_len: int | None = None) -> SpeculationOptions:
         """Return the speculation options with the prediction's tokens."""
-        return replace(self.speculation, prediction_token_ids=encode_prediction(tokenizer, self.prediction))
+        prediction = encode_prediction(tokenizer, self.prediction, max_model_len)
+        return replace(self.speculation, prediction_token_ids=prediction)

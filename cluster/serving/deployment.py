@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,12 +17,14 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import RayError
 
 from ...workers.model_info import RankInfo
+from ..client.ray_address import checked_address
 from ..config import EngineConfig
 from ..engine.backend import EngineDeadError
 from .app import build_app, on_gpu
-from .deployment_error import DeploymentFailedError
+from .deployment_error import DeploymentFailedError, RayLostError
 from .gang_directory import GangDirectory
 from .http_server import Address
+from .ray_watch import watched
 from .resources import bundles, num_ranks
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,10 @@ def has_token() -> bool:
 def attach(address: str) -> Iterator[None]:
     """Be part of the Ray cluster at ``address``; raise ``ValueError`` if there is none."""
     try:
+        address = checked_address(address)
+    except ConnectionError as error:
+        raise ValueError(str(error)) from error
+    try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError) as error:
         # Ray itself takes a token that is missing for a cluster that is not there
@@ -54,7 +61,12 @@ def attach(address: str) -> Iterator[None]:
         raise ValueError(f"address: cannot join the Ray cluster at {address}: {error}{hint}") from error
     try:
         yield
-    finally:
+    except RayLostError:
+        raise  # taking leave of it would take another minute
+    except BaseException:
+        ray.shutdown()
+        raise
+    else:
         ray.shutdown()
 
 
@@ -130,22 +142,34 @@ def gang_nodes(app_name: str = "default") -> list[list[str]]:
 def drain(timeout_s: float, app_name: str = "default") -> None:
     """Have the ingress refuse what comes and end what it has; return when it has, or ``timeout_s`` has passed.
 
-    Interrupted, it leaves requests to be cut off by `undeploy`.
+    Interrupted, it leaves requests to be cut off by `undeploy`. Raises ``RayLostError`` if there is nobody to ask.
     """
+    sent: list[Any] = []
+    is_interrupted = threading.Event()
+
+    def ask() -> None:
+        sent.append(serve.get_app_handle(app_name).drain.remote(timeout_s))
+        if is_interrupted.is_set():
+            sent[0].cancel()
+        sent[0].result(timeout_s=timeout_s + _ANSWER_S)
+
     try:
-        response = serve.get_app_handle(app_name).drain.remote(timeout_s)
-        try:
-            response.result(timeout_s=timeout_s + _ANSWER_S)
-        except KeyboardInterrupt:
-            response.cancel()  # Serve would wait for it before it ends the ingress
-            raise
+        watched(ask)
+    except KeyboardInterrupt:
+        # in this order: whichever thread comes second cancels. Serve would wait for it before it ends the ingress
+        is_interrupted.set()
+        for response in sent:
+            response.cancel()
+        raise
+    except RayLostError:
+        raise
     except Exception as error:  # Ray and Serve raise many types; there is nothing to wait for then
         logger.warning("the ingress could not end its requests: %s", error)
 
 
 def undeploy(app_name: str = "default") -> None:
-    """Take the application down; on a cluster of others Serve itself stays."""
-    serve.delete(app_name)
+    """Take the application down; on a cluster of others Serve itself stays. Raises ``RayLostError``."""
+    watched(lambda: serve.delete(app_name))
 
 
 def _check_resources(config: EngineConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,11 @@ class Ingress:
         _api_key = config.api_key
         self._admission = _admission = Admission()
         self._state = _state = await ServingState.create(
-            backend, tokenizer, config.model_names, config.model, config.budgets
+            backend, tokenizer, config.model_names, config.model, config.budgets, config.max_body_bytes
         )
+        # what is loaded stays: looking through it anew would take most of the time of parsing a large body
+        gc.collect()
+        gc.freeze()
         if address is not None:
             self._http = await listen(build_asgi_app(), address)
 

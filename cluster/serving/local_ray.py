@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import socket
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..config import EngineConfig
+from .deployment_error import RayLostError
+from .own_folder import OwnFolder
 from .resources import bundles
 
 # Ray replaces 127.0.0.1 by the machine's outward address; Linux has all of 127.0.0.0/8 on loopback
@@ -44,8 +44,8 @@ class LocalRay:
         self.address = ""
 
     def __enter__(self) -> LocalRay:
-        # Ray's socket paths have at most 107 characters (103 on macOS): no place for a long TMPDIR
-        self.folder = Path(tempfile.mkdtemp(prefix="penstock-", dir="/tmp" if os.name == "posix" else None))
+        self._own = OwnFolder()
+        self.folder = self._own.path
         self._environment_before = {name: os.environ.get(name) for name in _VARIABLES}
         try:
             self._start()
@@ -85,11 +85,12 @@ class LocalRay:
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
         }
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         import ray
 
-        ray.shutdown()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if kind is not RayLostError:
+            ray.shutdown()
+        self._own.remove()
         for name, value in self._environment_before.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -18,6 +18,7 @@ from ..config import EngineConfig
 from ..engine.budget import make_budgets
 from ..placement_file import check_ranks, placement_of
 from ..speculation.drafter import drafter_factory
+from .deployment_error import RayLostError
 from .interrupts import interruptible, uninterruptible
 from .load_summary import budget_summary, load_summary, rank_summary
 from .local_ray import LocalRay, check_port
@@ -45,7 +46,7 @@ def run_server(
     """Serve until interrupted, end live requests within ``shutdown_timeout_s``, then leave nothing behind.
 
     ``address``: a running Ray cluster to join; one is started on this machine when None. ``sample``: show one answer.
-    Raises ``ValueError`` naming the field for what the user can mend.
+    Raises ``ValueError`` naming the field for what the user can mend, ``RayLostError`` if Ray has ended before.
     """
     if not shutdown_timeout_s >= 0:
         raise ValueError(f"shutdown_timeout_s: {shutdown_timeout_s:g} is not 0 or more")
@@ -68,6 +69,7 @@ def run_server(
             with _progress() as progress:
                 task = progress.add_task("starting Ray", total=num_ranks(config))
                 local = stack.enter_context(LocalRay(config)) if address is None else None
+                interruptible()  # at once: what follows takes seconds to import
                 # Only now: Ray reads its environment when it is imported
                 from .deployment import (
                     application_status,
@@ -94,7 +96,7 @@ def run_server(
                         task, description=what, completed=done, total=total
                     ),
                 )
-                stack.callback(undeploy)
+                stack.push(lambda kind, *_: None if kind is RayLostError else undeploy())
                 finish = drain
             shown, elsewhere = (host, False) if address is None else seen_from_here(host, *head_address())
             url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
