@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..workers.checkpoint import load_config
+from ..workers.config_file import load_config
 from ..workers.loader import EmptyModel, build
 from ..workers.model_config import num_experts_per_tok
 from .harness import Row

@@ -13,6 +13,7 @@ from penstock.cluster.speculation.batch import Batch, RequestView
 from penstock.cluster.speculation.cascade import CascadeController
 from penstock.cluster.speculation.fixed import FixedController
 from penstock.cluster.speculation.observation import RequestOutcome, StepObservation
+from penstock.cluster.speculation.phase_machine import DISABLED, TEST, PhaseMachine
 from penstock.cluster.speculation.proposal import Proposal
 
 from .simulated_jobs import Job, bernoulli, jobs_of
@@ -48,7 +49,6 @@ def test_batches_lose_little(curve: str, batch_size: int, num_ranks: int) -> Non
     assert relative_rate(jobs_of(curve, 3 * batch_size, 96), machine, batch_size=batch_size) >= 0.88
 
 
-@pytest.mark.parametrize("machine", ["priced", "memory bound", "measured table"])
 def adversarial_rate(machine: Machine, right_in_test: bool) -> float:
     """Relative rate where drafts are right in tests and wrong in set phases, or the other way round."""
     cascade = CascadeController(7)
@@ -72,6 +72,38 @@ def test_it_comes_near_the_best_length(curve: str, share: float) -> None:
     jobs = jobs_of(curve, 4, 512)
     best = max(simulate(FixedController(draft_len), jobs, PRICED).rate for draft_len in range(8))
     assert simulate(CascadeController(7), jobs, replace(PRICED, **NOISY)).rate >= share * best
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_steps"),
+    [
+        ([1, 1, 1, 1], 2),  # 1 + 1 + 2 + 2 tokens in four steps of 1.8: less than 1
+        ([2, 1, 1, 1], 3),
+        ([2, 2, 1, 1], 4),
+        ([1, 2, 2, 1], 4),
+    ],
+)
+def test_a_trial_ends_when_it_can_win_no_more(tokens: list[int], num_steps: int) -> None:
+    machine = PhaseMachine(max_draft_len=1, start_len=1)
+    machine.observe(1, 1.0, 1.0, drafted=False)
+    phases = []
+    for number in tokens:
+        assert machine.draft_len == 1
+        machine.observe(number, 1.7, 1.0, drafted=True)
+        phases.append(machine.phase)
+        if machine.phase != TEST:
+            break
+    assert phases == [TEST] * (num_steps - 1) + [DISABLED]
+
+
+def test_a_quick_step_keeps_a_trial_going() -> None:
+    machine = PhaseMachine(max_draft_len=1, start_len=1)
+    machine.observe(1, 1.0, 1.0, drafted=False)
+    for step_s in (1.8, 1.3, 1.8):
+        machine.observe(1, step_s, 1.0, drafted=True)
+        if step_s == 1.3:
+            assert machine.phase == TEST, "were the others as quick, 1.5 tokens in 1.3 steps would win"
+    assert machine.phase == DISABLED
 
 
 @pytest.mark.parametrize("machine", ["priced", "memory bound", "measured table"])

@@ -7,6 +7,8 @@ from statistics import fmean, median
 BASELINE, TEST, SET, DISABLED = "baseline", "test", "set", "disabled"
 
 TRIAL_STEPS = 4
+_LEAST_STEPS = 2
+"""Of a trial that ends early: one may have met a hiccup of the machine."""
 MAX_TRIALS = 4
 SET_STEPS = 16
 MAX_DISABLED_STEPS = 128
@@ -16,10 +18,10 @@ class PhaseMachine:
     """The machine of one request (or of all requests that share a batch): one step in, the next draft length out.
 
     A trial runs ``TRIAL_STEPS`` steps at one length K and measures U(K) = tokens per step / (step time / plain step
-    time). A test begins at the last winner. If U < 1 there, one smaller length gets a trial, then speculation is
-    disabled; else the length climbs by one while U rises (down, if the first step up does not rise), at most
-    ``MAX_TRIALS`` trials. A trial that can win no more, were all its other drafts right and its steps as quick as the
-    quickest so far, ends at once. The winner is set for ``SET_STEPS`` steps. Disabled phases double from ``SET_STEPS`` to
+    time). A test begins at the last winner; that trial ends early when U can reach 1 no more, were all its other drafts
+    right and its steps as quick as the quickest so far. If U < 1 there, one smaller length gets a trial, then
+    speculation is disabled; else the length climbs by one while U rises (down, if the first step up does not rise), at
+    most ``MAX_TRIALS`` trials. The winner is set for ``SET_STEPS`` steps. Disabled phases double from ``SET_STEPS`` to
     ``MAX_DISABLED_STEPS`` until a length wins again, and are followed by a trial of length 1 only, since a failed
     trial is what speculation costs where it does not pay.
 
@@ -80,7 +82,7 @@ class PhaseMachine:
         if len(self._tokens) < TRIAL_STEPS:
             left = TRIAL_STEPS - len(self._tokens)
             most = (sum(self._tokens) + left * (self.draft_len + 1)) / TRIAL_STEPS * baseline_s / min(self._times_s)
-            if most >= max(self._utilities.values(), default=0.0) and most >= 1:
+            if self._utilities or len(self._tokens) < _LEAST_STEPS or most >= 1:
                 return
             utility = most
         self._utilities[self.draft_len] = utility
