@@ -179,6 +179,11 @@ class EngineConfig:
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is not in [max_num_seqs={self.max_num_seqs}, "
                 "1048576]: every running request needs a row"
             )
+        if self.draft_len is not None and self.speculation not in ("auto", "fixed"):
+            raise ValueError(
+                f"draft_len: only beside speculation auto or fixed; under {self.speculation} it would have no effect"
+                + ("" if self.speculation == "off" else ", and max_draft_len is the most that is drafted")
+            )
         _check_budgets(self.budget_names)
         self._check_replicas()
         self._check_eplb()

@@ -54,7 +54,8 @@ class Recording:
 def scripted(
     failed: Sequence[int] = (), controller: Any = None, blocks: Sequence[int] = (40,), **options: Any
 ) -> Engine:
-    config = EngineConfig(model="m", **{"block_size": 4, "max_num_seqs": 8, "draft_len": 3, **options})
+    drafts = {} if "speculation" in options else {"draft_len": 3}
+    config = EngineConfig(model="m", **{"block_size": 4, "max_num_seqs": 8, **drafts, **options})
     return Engine(config, Recording(ScriptedRanks(blocks, 4, 64), failed), controller=controller)
 
 

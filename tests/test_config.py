@@ -306,3 +306,11 @@ def test_ranks_are_told_of_adjustments_only_if_there_are_any() -> None:
     with pytest.raises(ValueError, match=r"^max_tokens: 0 is not an integer in \[1, "):
         SamplingParams(max_tokens=0)
     assert SamplingParams(max_tokens=0, prompt_logprobs=0).max_tokens == 0
+
+
+@pytest.mark.parametrize("speculation", ["off", "cascade", "shadow"])
+def test_a_draft_length_that_nothing_would_draft_is_refused(speculation: str) -> None:
+    with pytest.raises(ValueError, match=f"^draft_len: only beside speculation auto or fixed; under {speculation} "):
+        EngineConfig(model="m", speculation=speculation, draft_len=3)
+    for one in ("auto", "fixed"):
+        assert EngineConfig(model="m", speculation=one, draft_len=3).fixed_draft_len == 3

@@ -128,9 +128,14 @@ def check_off_is_off(ranks: Ranks, config: EngineConfig, prompts: Sequence[list[
         run(engine, [(prompt, replace(wish, prediction_token_ids=(5, 6, 7))) for prompt in prompts])
         return recording
 
-    expected = steps(SpeculationOptions(), speculation="off")
+    expected = steps(SpeculationOptions(), speculation="off", draft_len=None)
     assert all(length == 0 for plan in expected.plans for length in drafted(plan).values())
-    others = [steps(wish, speculation=policy) for wish in LENGTH_0 for policy in ("fixed", "cascade", "shadow")]
+    lengths = {"fixed": config.draft_len, "cascade": None, "shadow": None}
+    others = [
+        steps(wish, speculation=policy, draft_len=draft_len)
+        for wish in LENGTH_0
+        for policy, draft_len in lengths.items()
+    ]
     for other in [*others, steps(SpeculationOptions(), speculation="fixed", draft_len=0)]:
         assert other.plans == expected.plans
         assert other.collectives == expected.collectives
