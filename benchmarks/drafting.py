@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..cluster.api.chat_tokenizer import ChatTokenizer
+from ..cluster.engine.engine import Engine
 from ..cluster.speculation.controller import Controller
 from ..cluster.speculation.drafter import DraftContext, drafter_factory
 from ..cluster.speculation.output_store import OutputStore
@@ -88,10 +89,8 @@ class Timed:
 def controlled(bench: Bench, policy: str, batch: int, jobs: Sequence[Job]) -> Timed:
     """Return a policy's controller, timed while it served ``jobs``."""
     ranks = bench.ranks(1, jobs)
-    engine = make_engine(policy, bench.config, ranks, ranks.clock)
-    timed = Timed(engine.controller)
-    engine.controller = timed
-    serve(engine, jobs, batch)
+    timed = Timed(make_engine(policy, bench.config, ranks, ranks.clock).controller)
+    serve(Engine(bench.config, ranks, controller=timed, clock=ranks.clock), jobs, batch)
     return timed
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from penstock.benchmarks import draft_or_send, priced_waits, step_gaps
+from penstock.benchmarks import draft_or_send, drafting, priced_waits, step_gaps
 from penstock.benchmarks.churn import slope
 from penstock.benchmarks.harness import Measurement, Options, Target, quantile, run
 from penstock.benchmarks.http_stream import COMPLETED, LEFT, LOST, REFUSED, Answer, ask
 from penstock.benchmarks.peer_process import PeerProcess
+from penstock.benchmarks.speculation import QUICK_TOKENS, Bench
 from penstock.benchmarks.stream_peer import EnginePeer, HttpPeer, Job, Report
 from penstock.benchmarks.time_budget import TimeBudget, process_age_s
 from penstock.cluster.config import EngineConfig
@@ -248,6 +249,17 @@ def test_both_ends_of_the_serving_benchmark_count_the_same_tokens(tokenizer):
     for report in reports:
         assert [request.num_tokens for request in report.requests] == [6] * 5
         assert all(0 < request.ttft_s <= request.total_s <= report.wall_s for request in report.requests)
+
+
+def test_controllers_are_timed_in_every_call_of_a_step():
+    bench = Bench("ngram", 0, QUICK_TOKENS)
+    jobs = [bench.maker.long("extraction", number, 24) for number in range(2)]
+    bench.prepare(jobs)
+    for policy in ("cascade", "shadow"):
+        timed = drafting.controlled(bench, policy, 2, jobs)
+        assert set(timed.calls_us) == {"max_draft_lens", "draft_lens", "observe", "learn"}
+        assert len(timed.steps_us(["max_draft_lens", "draft_lens", "observe"])) > 10
+        assert min(map(min, timed.calls_us.values())) > 0
 
 
 def test_the_default_policy_loses_nothing_where_steps_are_sent_ahead(monkeypatch):

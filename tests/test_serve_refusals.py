@@ -7,6 +7,9 @@ import socket
 
 import pytest
 
+from penstock.cluster.serving.deployment_error import RayLostError
+from penstock.cluster.serving.server import _take_down
+
 from .running_server import DEMO
 
 
@@ -72,3 +75,13 @@ def test_an_unusable_checkpoint_is_refused_before_ray_starts(fault, checkpoint, 
     done = penstock("serve", str(directory))
     assert done.returncode == 2
     assert done.stderr.startswith("error: model: ")
+
+
+def test_a_ray_that_is_gone_hides_no_other_error_of_the_server():
+    def undeploy() -> None:
+        raise RayLostError("gone")
+
+    with pytest.raises(RayLostError):
+        _take_down(undeploy, None)
+    _take_down(undeploy, ValueError)
+    _take_down(lambda: pytest.fail("nobody is there to ask"), RayLostError)

@@ -96,7 +96,7 @@ def run_server(
                         task, description=what, completed=done, total=total
                     ),
                 )
-                stack.push(lambda kind, *_: None if kind is RayLostError else undeploy())
+                stack.push(lambda kind, *_: _take_down(undeploy, kind))
                 finish = drain
             shown, elsewhere = (host, False) if address is None else seen_from_here(host, *head_address())
             url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
@@ -118,6 +118,17 @@ def run_server(
                 _finish(finish, shutdown_timeout_s)
             uninterruptible()
             console.print("\nshutting down")
+
+
+def _take_down(undeploy: Callable[[], None], kind: type[BaseException] | None) -> None:
+    """End the application; ``kind``: of an error that ends the server, which a Ray that is gone must not hide."""
+    if kind is RayLostError:
+        return
+    try:
+        undeploy()
+    except RayLostError:
+        if kind is None:
+            raise
 
 
 def _finish(drain: Callable[[float], None], timeout_s: float) -> None:

@@ -47,7 +47,12 @@ class Overlap:
         """How long ranks had nothing to do between two results, by whether the later step was sent ahead."""
 
     def note(self, keys: Sequence[int], proposals: Sequence[Proposal], saved: Mapping[int, float]) -> None:
-        """Take a decision; ``saved``: plain steps' worth that the drafts of a request save, if any."""
+        """Take a decision; ``saved``: plain steps' worth that the drafts of a request save, if any.
+
+        Nothing is learned before a wait was measured: where there are none, nothing is weighed.
+        """
+        if not any(self._waits_s.values()):
+            return
         self._noted = {
             key: (_class_of(proposal), saved.get(key, 0.0)) for key, proposal in zip(keys, proposals, strict=True)
         }
@@ -85,8 +90,11 @@ class Overlap:
         ``proposals``: of those of its requests that may draft. What the next step's drafts would have saved is taken
         off.
         """
+        wait_s = self.wait_s
+        if not wait_s:
+            return 0.0
         forgone = plain_s * sum(self._mean(_class_of(proposal)) for proposal in proposals)
-        return max(0.0, self.wait_s - forgone)
+        return max(0.0, wait_s - forgone)
 
     @property
     def wait_s(self) -> float:

@@ -100,6 +100,8 @@ class StepCost:
         ]
         self._bins: dict[tuple[int, Level], _Bin] = {}
         self._coefficients = [0.0] * 5
+        self._witnesses: dict[tuple[int, Level], tuple[_Bin | None, float]] = {}
+        """What `_nearest` has found since the last step."""
         self._misfit = 1.0
         """Relative error of the fitted form at a size that it was not fitted to."""
         self._sent_per_row = 0.0
@@ -154,6 +156,12 @@ class StepCost:
         own = self._bins.get((number, level))
         if own is not None and own.weight >= ENOUGH:
             return own, 0.0
+        known = self._witnesses.get((number, level))
+        if known is None:
+            known = self._witnesses[number, level] = self._nearest(number, level, own)
+        return known
+
+    def _nearest(self, number: int, level: Level, own: _Bin | None) -> tuple[_Bin | None, float]:
         near = [
             (abs(other - number), found)
             for (other, under), found in self._bins.items()
@@ -213,6 +221,7 @@ class StepCost:
         most of them, means over MoE layers.
         """
         self._num_steps += 1
+        self._witnesses.clear()
         self._learn_sent(rows_sent / max_rows, level, num_budgeted / num_rows)
         if self.num_measured >= _TRUSTED_WEIGHT:
             expected = self.step_s(num_rows, max_rows, level, num_budgeted)
