@@ -65,29 +65,30 @@ def test_a_test_has_four_trials_at_most_and_stays_within_bounds() -> None:
 
 def test_one_smaller_length_is_tried_before_speculation_is_disabled() -> None:
     machine = measured()
-    assert blocks(run(machine, {1: 1.1, 3: 0.9}, 8 + 16)) == [(3, 4), (1, 20)]
+    # All drafts are right here, so two steps tell that the first trial cannot win
+    assert blocks(run(machine, {1: 1.1, 3: 0.9}, 6 + 16)) == [(3, 2), (1, 20)]
     machine = measured()
-    assert blocks(run(machine, {1: 0.9, 3: 0.8}, 8 + 16)) == [(3, 4), (1, 4), (0, 16)]
+    assert blocks(run(machine, {1: 0.9, 3: 0.8}, 6 + 16)) == [(3, 2), (1, 4), (0, 16)]
     machine = measured(start_len=1)
-    assert blocks(run(machine, {1: 0.9}, 4 + 16)) == [(1, 4), (0, 16)]
+    assert blocks(run(machine, {1: 0.9}, 2 + 16)) == [(1, 2), (0, 16)]
 
 
 def test_disabled_phases_double_and_only_length_one_is_probed() -> None:
     machine = measured()
     lengths = blocks(run(machine, dict.fromkeys(range(1, 8), 0.9), 700))
     assert lengths[:12] == [
-        (3, 4), (1, 4), (0, 16), (1, 4), (0, 32), (1, 4), (0, 64), (1, 4), (0, 128), (1, 4), (0, 128), (1, 4),
+        (3, 2), (1, 4), (0, 16), (1, 2), (0, 32), (1, 2), (0, 64), (1, 2), (0, 128), (1, 2), (0, 128), (1, 2),
     ]  # fmt: skip
 
 
 def test_a_win_resets_the_disabled_phase() -> None:
     machine = measured()
-    run(machine, dict.fromkeys(range(1, 8), 0.9), 8 + 16 + 4 + 32)
+    run(machine, dict.fromkeys(range(1, 8), 0.9), 6 + 16 + 2 + 32)
     assert (machine.phase, machine.draft_len) == (TEST, 1)
     # The probe wins, and climbs from there
     assert blocks(run(machine, {1: 1.1, 2: 1.2, 3: 1.1}, 12 + 16)) == [(1, 4), (2, 4), (3, 4), (2, 16)]
-    lengths = blocks(run(machine, dict.fromkeys(range(1, 8), 0.9), 8 + 16 + 4))
-    assert lengths == [(2, 4), (1, 4), (0, 16), (1, 4)]
+    lengths = blocks(run(machine, dict.fromkeys(range(1, 8), 0.9), 6 + 16 + 2))
+    assert lengths == [(2, 2), (1, 4), (0, 16), (1, 2)]
 
 
 def test_a_step_without_a_proposal_says_nothing_of_the_length() -> None:
@@ -95,7 +96,7 @@ def test_a_step_without_a_proposal_says_nothing_of_the_length() -> None:
     for _ in range(50):
         machine.observe(1.0, 1.0, 1.0, drafted=False)
     assert (machine.phase, machine.draft_len) == (TEST, 3)
-    assert blocks(run(machine, {1: 0.5, 3: 0.5}, 8)) == [(3, 4), (1, 4)]
+    assert blocks(run(machine, {1: 0.5, 3: 0.5}, 6)) == [(3, 2), (1, 4)]
     assert machine.phase == DISABLED
     # but it is a step of the phase
     for _ in range(16):
