@@ -118,3 +118,12 @@ def test_a_step_that_was_sent_verifies_nothing_and_teaches() -> None:
     assert controller.draft_lens(batch, [MATCH]) == [0]
     assert controller.budget_level() is None
     assert controller._overlap._noted[7][1] > 0
+
+
+def test_what_drafts_save_is_less_by_the_wait_behind_them() -> None:
+    saved = {}
+    for waited_s in (0.001, 0.004):
+        controller = controller_after(waited_s, match_is_right=True)
+        assert controller.draft_lens(Batch([RequestView(7, 0, 1000, 4)]), [MATCH]) == [2]
+        saved[waited_s] = controller._overlap._noted[7][1]
+    assert saved[0.001] - saved[0.004] == pytest.approx(0.3, abs=0.05), "of plain steps of 10 ms"
